@@ -1,0 +1,1 @@
+"""Attention blocks that come with se-inject, one file each, found through their entry points."""

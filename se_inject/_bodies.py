@@ -1,0 +1,337 @@
+"""Edited forwards: from an fx graph to plain data, and from plain data to a class.
+
+A generated class can't be pickled by its name, so a module's pickle holds its original class and the edited graph
+as JSON text, and loading makes the class again. The text is data, never code: a graph may only call tensor
+operations from the lists below, and methods of tensors without an underscore in front.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import linecache
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from se_inject.errors import LoadError, SurgeryError
+
+_NAMESPACES: dict[str, Any] = {
+    "torch": torch._C._VariableFunctions,
+    "torch.nn.functional": F,
+    "torch._C._nn": torch._C._nn,
+    "torch.functional": torch.functional,
+    "torch.linalg": torch.linalg,
+    "torch.special": torch.special,
+    "torch.fft": torch.fft,
+    "operator": operator,
+    "math": math,
+}
+_OWN_MODULES = {"torch.nn.functional": ("torch.nn.functional", "torch._jit_internal"), "torch.functional": ("torch.functional",)}
+_BUILTINS: dict[str, Callable[..., Any]] = {"getattr": getattr, "round": round, "assert": torch._assert}
+_FORBIDDEN = frozenset({"from_file", "call", "attrgetter", "itemgetter", "methodcaller", "handle_torch_function"})
+_OPERATOR_NAMESPACES = frozenset({"aten", "prims", "torchvision"})
+_FORBIDDEN_METHODS = frozenset(
+    {
+        "numpy", "storage", "untyped_storage", "typed_storage", "apply_", "map_", "map2_", "register_hook", "backward",
+        "register_post_accumulate_grad_hook", "share_memory_", "module_load", "set_", "record_stream", "tolist",
+        "data_ptr",
+    }
+)  # fmt: skip
+_CONSTANTS = {
+    "dtype": torch.dtype,
+    "memory_format": torch.memory_format,
+    "layout": torch.layout,
+}
+
+
+# -- functions ---------------------------------------------------------------------------------------------
+
+
+def function_name(function: Any) -> str:
+    """The name under which ``function_named`` finds a function.
+
+    Raises:
+        SurgeryError: it isn't one an edited forward may call.
+    """
+    for name, builtin in _BUILTINS.items():
+        if builtin is function:
+            return name
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return f"ops:{function._qualified_op_name.replace('::', '.')}"
+    if isinstance(function, torch._ops.OpOverload):
+        return f"ops:{function._schema.name.replace('::', '.')}.{function._overloadname}"
+    short = getattr(function, "__name__", "")
+    for space in _NAMESPACES:
+        if _function_in(space, short) is function:
+            return f"{space}:{short}"
+    raise SurgeryError(f"its forward calls `{short or function}`, which is no tensor operation of torch")
+
+
+def function_named(name: str) -> Callable[..., Any]:
+    """The function with a name that ``function_name`` gave.
+
+    Raises:
+        LoadError: no function that an edited forward may call has it.
+    """
+    if name in _BUILTINS:
+        return _BUILTINS[name]
+    space, _, short = name.partition(":")
+    found: Any = None
+    if space == "ops" and short.split(".")[0] in _OPERATOR_NAMESPACES and "__" not in short:
+        found = torch.ops
+        for part in short.split("."):
+            found = getattr(found, part, None)
+    elif space in _NAMESPACES:
+        found = _function_in(space, short)
+    if found is None:
+        raise LoadError(f"an edited forward in this file calls `{name}`, which is no tensor operation of torch")
+    return found  # type: ignore[no-any-return]
+
+
+def _function_in(space: str, short: str) -> Any:
+    if short in _FORBIDDEN or (short.startswith("_") and space != "torch.nn.functional"):
+        return None
+    found = getattr(_NAMESPACES[space], short, None)
+    own = _OWN_MODULES.get(space)
+    if not callable(found) or isinstance(found, type):
+        return None
+    if own and inspect.isfunction(found) and found.__module__ not in own:
+        return None
+    return found
+
+
+def _method(name: Any) -> str:
+    if not isinstance(name, str) or name.startswith("_") or name in _FORBIDDEN_METHODS:
+        raise LoadError(f"an edited forward in this file calls the method `{name}`, which it must not")
+    if not any(hasattr(kind, name) for kind in (torch._C.TensorBase, torch.Size, dict, list)):
+        raise LoadError(f"an edited forward in this file calls the method `{name}`, which tensors don't have")
+    return name
+
+
+def _path(name: Any) -> str:
+    if not isinstance(name, str) or any(part.startswith("__") for part in name.split(".")):
+        raise LoadError(f"an edited forward in this file refers to `{name}`, which is no submodule")
+    return name
+
+
+# -- graphs ------------------------------------------------------------------------------------------------
+
+
+def graph_data(graph: fx.Graph) -> list[Any]:
+    """A graph as plain data.
+
+    Raises:
+        SurgeryError: it holds something that can't be written down.
+    """
+    rows = []
+    for node in graph.nodes:
+        target = function_name(node.target) if node.op == "call_function" else str(node.target)
+        rows.append([node.name, node.op, target, _encode(node.args), _encode(node.kwargs)])
+    return rows
+
+
+def graph_from(rows: Any) -> fx.Graph:
+    """The graph again.
+
+    Raises:
+        LoadError: the data is not that of a graph, or calls what it must not.
+    """
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    checked = {"call_function": function_named, "call_method": _method, "call_module": _path, "get_attr": _path}
+    try:
+        for name, op, target, args, kwargs in rows:
+            real = checked.get(op, str)(target)
+            if op not in checked and op not in ("placeholder", "output") or not str(name).isidentifier():
+                raise LoadError("an edited forward in this file is not a graph", seen=f"a node `{name}` of kind `{op}`")
+            arguments, keywords = _decode(args, nodes), _decode(kwargs, nodes)
+            if real is getattr and (len(arguments) != 2 or str(arguments[1]).startswith("_") or not hasattr(torch.Tensor, str(arguments[1]))):
+                raise LoadError("an edited forward in this file reads an attribute that tensors don't have")
+            nodes[name] = graph.create_node(op, real, arguments, keywords, name=name)
+        graph.lint()
+    except LoadError:
+        raise
+    except Exception as error:
+        raise LoadError("an edited forward in this file is damaged", seen=f"{type(error).__name__}: {error}") from error
+    return graph
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if value is ...:
+        return {"ellipsis": True}
+    if isinstance(value, slice):
+        return {"slice": [_encode(part) for part in (value.start, value.stop, value.step)]}
+    if isinstance(value, dict):
+        return {"dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
+    if type(value) is tuple or isinstance(value, torch.Size):
+        return {"tuple": [_encode(item) for item in value]}
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    for name, kind in _CONSTANTS.items():
+        if isinstance(value, kind):
+            return {name: str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    raise SurgeryError(f"its forward holds a {type(value).__name__} as a constant, which can't be written down")
+
+
+def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, nodes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return nodes[content]
+    if kind == "tuple":
+        return tuple(_decode(item, nodes) for item in content)
+    if kind == "dict":
+        return {_decode(key, nodes): _decode(item, nodes) for key, item in content}
+    if kind == "slice":
+        return slice(*(_decode(item, nodes) for item in content))
+    if kind == "ellipsis":
+        return ...
+    if kind == "float":
+        return float(content)
+    if kind == "device":
+        return torch.device(content)
+    constant = getattr(torch, content)
+    if not isinstance(constant, _CONSTANTS[kind]):
+        raise LoadError(f"an edited forward in this file holds `{content}` as a {kind}")
+    return constant
+
+
+# -- classes -----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def generated_class(original: type, body: str) -> type:
+    """The subclass of ``original`` whose forward is this body; one for each pair, shared by equal owners.
+
+    Args:
+        original: the class the author wrote.
+        body: JSON text of ``{"steps", "output", "eval", "train", "constants", "was_none"}``.
+    """
+    data = json.loads(body)
+    name = f"Injected{original.__name__}"
+    source, scope = _source(original, data)
+    filename = f"<se_inject {original.__module__}.{original.__qualname__} {abs(hash(body)):x}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    scope["__name__"] = "se_inject.generated"
+    exec(compile(source, filename, "exec"), scope)
+    forward = scope["forward"]
+    forward.__qualname__ = f"{name}.forward"
+    forward.__doc__ = original.forward.__doc__
+    forward.__annotations__ = dict(getattr(original.forward, "__annotations__", {}))
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        getstate = getattr(self, "__getstate__", None)
+        return rebuild, (original, body), getstate() if getstate else self.__dict__
+
+    attributes = {
+        "__module__": original.__module__,
+        "__qualname__": name,
+        "__doc__": original.__doc__,
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+        "_se_inject_original": original,
+        "_se_inject_body": body,
+    }
+    if data["output"]:
+        attributes["_ungated_forward"] = original.forward
+    return type(original)(name, (original,), attributes)
+
+
+def rebuild(original: type, body: str) -> nn.Module:
+    """What a pickle calls: an empty module of the generated class.
+
+    Raises:
+        LoadError: the arguments are not what this package writes.
+    """
+    if not (isinstance(original, type) and issubclass(original, nn.Module) and isinstance(body, str)):
+        raise LoadError("a damaged file: an edited forward without its class")
+    try:
+        data = json.loads(body)
+        well_formed = set(data) == {"steps", "output", "eval", "train", "constants", "was_none"}
+        well_formed &= all(str(step["block_name"]).isidentifier() for step in data["steps"])
+        well_formed &= all(str(key).isidentifier() for key in data["constants"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise LoadError("a damaged file: an edited forward that is no JSON", seen=str(error)) from error
+    if not well_formed:
+        raise LoadError("a damaged file: an edited forward of an unknown form")
+    generated = generated_class(original, body)
+    return generated.__new__(generated)  # type: ignore[no-any-return]
+
+
+def _source(original: type, data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The text of the edited forward, and the names it uses."""
+    signature = inspect.signature(original.forward)  # type: ignore[attr-defined]
+    scope: dict[str, Any] = {"torch": torch}
+    if data["output"]:
+        names = []
+        for parameter in list(signature.parameters.values())[1:]:
+            star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+            keyword = f"{parameter.name}=" if parameter.kind is parameter.KEYWORD_ONLY else ""
+            names.append(f"{keyword}{star}{parameter.name}")
+        lines = [f"    gated = self._ungated_forward({', '.join(names)})"]
+        lines += [f"    gated = self.{step['block_name']}(gated)" for step in data["steps"]]
+        lines.append("    return gated")
+    else:
+        lines = []
+        for name, value in data["constants"].items():
+            constant = repr(_decode(value, {}))
+            test = f"{name} is not None" if constant == "None" else f"{name} != {constant}"
+            message = f"{original.__name__} was edited for {name}={constant}"
+            lines += [f"    if {test}:", f"        raise RuntimeError({message!r})"]
+        body = _lines(data["eval"], scope)
+        if data["train"] is None:
+            lines += body
+        else:
+            lines += ["    if self.training:", *("    " + line for line in _lines(data["train"], scope))]
+            lines += ["    else:", *("    " + line for line in body)]
+    return f"def forward({_head(signature, scope)}):\n" + "\n".join(lines) + "\n", scope
+
+
+def _head(signature: inspect.Signature, scope: dict[str, Any]) -> str:
+    """The original's parameters, with their defaults by reference."""
+    parts = []
+    starred = False
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            starred = True
+            parts.append(f"*{parameter.name}")
+            continue
+        if parameter.kind is parameter.VAR_KEYWORD:
+            parts.append(f"**{parameter.name}")
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            starred = True
+            parts.append("*")
+        text = parameter.name
+        if parameter.default is not parameter.empty:
+            scope[f"_default_{parameter.name}"] = parameter.default
+            text += f"=_default_{parameter.name}"
+        parts.append(text)
+    return ", ".join(parts)
+
+
+def _lines(rows: Any, scope: dict[str, Any]) -> list[str]:
+    """The statements that compute a graph; the globals they need go into ``scope``."""
+    code = graph_from(rows).python_code("self")
+    scope.update(code.globals)
+    lines = code.src.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("def forward("))
+    return [line.rstrip() for line in lines[start + 1 :] if line.strip()]

@@ -1,0 +1,137 @@
+"""Files that are there completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .errors import ExportError
+
+
+def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
+    """Ask whether a file may be written here.
+
+    Writes nothing and creates no directory.
+
+    Args:
+        path: the file that is to appear.
+        force: whether it may replace one that exists.
+
+    Raises:
+        ExportError: the directory is missing or not writable, or something is in the way.
+    """
+    path = Path(path)
+    parent = path.resolve().parent
+    if not parent.is_dir():
+        what = "is not a directory" if parent.exists() else "does not exist"
+        raise ExportError(f"cannot write `{path}`", seen=f"`{parent}` {what}", hint=f"mkdir -p {parent}")
+    if path.exists() and not path.is_file():
+        what = "a directory" if path.is_dir() else "not a regular file"
+        raise ExportError(f"cannot write `{path}`", seen=f"it is {what}")
+    if path.exists() and not force:
+        raise ExportError(f"`{path}` exists", hint="--force (in Python force=True) replaces it")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ExportError(f"cannot write `{path}`", seen=f"no permission to write in `{parent}`")
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
+    """Give a temporary path to write to, and move what was written into place when the block succeeds.
+
+    See `atomic_all`, of which this is the case of one file.
+    """
+    with atomic_all([path], force) as (temporary,):
+        yield temporary
+
+
+@contextlib.contextmanager
+def atomic_all(paths: Sequence[str | os.PathLike[str]], force: bool = False) -> Iterator[list[Path]]:
+    """Give temporary paths to write to, and move all files into place when the block succeeds.
+
+    When it fails, whatever the exception, nothing has appeared and nothing is left behind. Each path is in a
+    temporary directory of its own beside the target and has the target's name, so that a file written beside
+    it (an ONNX file's external data, which the file refers to by name) goes along.
+
+    Args:
+        paths: the files that are to appear.
+        force: whether they may replace files that exist.
+
+    Raises:
+        ExportError: a path cannot be written (before the block is entered), the disk is full, or the
+            operating system refused.
+    """
+    for path in paths:
+        check_writable(path, force)
+    targets = [Path(path).resolve() for path in paths]  # a symbolic link stays one
+    if len(set(targets)) < len(targets):
+        raise ExportError("two of the files to write are the same", seen=", ".join(map(str, paths)))
+    temporary: list[Path] = []
+    try:
+        for target in targets:
+            folder = tempfile.mkdtemp(prefix=f".{target.name[:40]}-", dir=target.parent)
+            temporary.append(Path(folder) / target.name)
+        yield temporary
+        _move_into_place(temporary, targets, force)
+    except Exception as error:
+        if no_space(error):
+            raise ExportError(
+                f"no space left to write {_listed(paths)}", hint="nothing was written; free some space"
+            ) from error
+        if isinstance(error, OSError):
+            raise ExportError(f"could not write {_listed(paths)}", seen=str(error)) from error
+        raise
+    finally:
+        for path in temporary:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def no_space(error: BaseException | None) -> bool:
+    """Whether the exception, or one it came from, says that the disk or the quota is full."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in full:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _move_into_place(temporary: list[Path], targets: list[Path], force: bool) -> None:
+    moves = [
+        (file, target.parent / file.name)
+        for path, target in zip(temporary, targets, strict=True)
+        for file in sorted(path.parent.iterdir(), key=lambda file: file == path)  # what others refer to first
+    ]
+    for file, target in moves:
+        check_writable(target, force)  # also the files beside; and time has passed
+        _sync(file)
+    appeared = []
+    try:
+        for file, target in moves:
+            existed = target.exists()
+            os.replace(file, target)
+            if not existed:
+                appeared.append(target)
+    except BaseException:
+        for target in appeared:
+            target.unlink(missing_ok=True)
+        raise
+    for folder in {target.parent for target in targets}:
+        with contextlib.suppress(OSError):  # not every system can sync a directory
+            _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _listed(paths: Sequence[str | os.PathLike[str]]) -> str:
+    return ", ".join(f"`{os.fspath(path)}`" for path in paths)

@@ -1,0 +1,288 @@
+"""Write down one module's own ``forward`` as an fx graph, children as leaves, while it really runs.
+
+The values that flow are concrete (tensors on the meta device, as a rule), and every one of them is wrapped in
+a proxy that also knows its node. So what a bare proxy can't answer, the value does: ``len``, iteration,
+``isinstance``, a shape in an ``if``. An answer that depends on a size is kept as a guard: the edited forward
+checks it instead of assuming it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Scope, TracerBase
+
+if TYPE_CHECKING:
+    from se_inject.tracing import Observer
+
+
+class Untraceable(Exception):
+    """Why this forward can't be written down as a graph; it loses its own sites and nothing else."""
+
+
+_STRUCTURES = (tuple, list, dict)
+_BAKED_ATTRIBUTES = frozenset({"ndim", "is_cuda", "device", "is_meta", "requires_grad", "layout", "is_quantized"})
+_BAKED_METHODS = frozenset({"dim", "ndimension", "is_contiguous", "is_floating_point", "keys", "get_device"})
+
+
+class ValueProxy(fx.Proxy):
+    """A node of the graph and the value it had in the observed call."""
+
+    def __init__(self, node: fx.Node, tracer: OwnerTracer, value: Any) -> None:
+        super().__init__(node, tracer)
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"ValueProxy({self.node.name})"
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self.value, name)  # an AttributeError is the author's own
+        if name in _BAKED_ATTRIBUTES:
+            return attribute
+        if callable(attribute):
+            if name in _BAKED_METHODS:
+                return attribute
+            if isinstance(self.value, dict) and name in ("items", "values", "get"):
+                return getattr({key: self[key] for key in self.value}, name)
+            return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def keys(self) -> Any:
+        return self.value.keys()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise Untraceable("calls a value as a function")
+
+    def __len__(self) -> int:
+        if isinstance(self.value, _STRUCTURES):
+            return len(self.value)
+        raise Untraceable("takes the length of a tensor")
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.value, dict):
+            return iter(self.value)
+        if isinstance(self.value, _STRUCTURES):
+            return iter([self[i] for i in range(len(self.value))])
+        raise Untraceable("iterates over a tensor")
+
+    def __bool__(self) -> bool:
+        if isinstance(self.value, _STRUCTURES):
+            return bool(self.value)
+        if isinstance(self.value, Tensor):
+            raise Untraceable("its control flow depends on the data")
+        answer = bool(self.value)
+        self.tracer.guard(self, answer)
+        return answer
+
+    def __contains__(self, item: Any) -> bool:
+        if isinstance(self.value, dict):
+            return item in self.value
+        raise Untraceable("asks whether a value holds another")
+
+    def __int__(self) -> int:
+        raise Untraceable("turns a size or a tensor into a Python number")
+
+    __index__ = __float__ = __int__  # type: ignore[assignment]
+
+    def __setitem__(self, index: Any, item: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, item), {})
+
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
+
+
+def _inplace(name: str) -> Callable[[ValueProxy, Any], Any]:
+    target = getattr(operator, name)
+
+    def method(self: ValueProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv"):
+    setattr(ValueProxy, f"__{_name}__", _inplace(_name))
+
+
+def values_of(argument: Any) -> Any:
+    """The same arguments with every proxy replaced by its value."""
+    if type(argument) is ValueProxy:
+        return argument.value
+    if isinstance(argument, tuple):
+        items = [values_of(item) for item in argument]
+        return type(argument)(*items) if hasattr(argument, "_fields") else type(argument)(items)
+    if isinstance(argument, list):
+        return [values_of(item) for item in argument]
+    if isinstance(argument, dict):
+        return type(argument)((key, values_of(item)) for key, item in argument.items())
+    if isinstance(argument, slice):
+        return slice(values_of(argument.start), values_of(argument.stop), values_of(argument.step))
+    return argument
+
+
+def holds_tensor(argument: Any) -> bool:
+    """Whether a tensor is in this argument, at any depth of tuples, lists and dicts."""
+    if isinstance(argument, Tensor):
+        return True
+    if isinstance(argument, dict):
+        return any(holds_tensor(item) for item in argument.values())
+    return isinstance(argument, tuple | list) and any(holds_tensor(item) for item in argument)
+
+
+class OwnerTracer(TracerBase):
+    """The tracer of one owner. It creates nodes, and the values that belong to them.
+
+    Args:
+        observer: what runs the children and keeps count.
+        owner: the module whose forward is traced.
+        path: its path in the model.
+        training: what the owner's ``training`` flag reads as.
+        replay: recorded outputs of the children, by path, to be used instead of calling them again.
+    """
+
+    def __init__(
+        self,
+        observer: Observer,
+        owner: nn.Module,
+        path: str,
+        *,
+        training: bool = False,
+        replay: dict[str, list[Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.observer = observer
+        self.owner = owner
+        self.path = path
+        self.training = training
+        self.reads_training = False
+        self.replay = replay
+        self.graph = fx.Graph()
+        self.scope = Scope("", None)
+        self.module_stack = {}  # type: ignore[assignment]
+        self.node_name_to_scope = {}
+        self.guards: list[tuple[fx.Node, bool]] = []
+        self.constants: dict[str, Any] = {}
+        self._attributes: dict[str, ValueProxy] = {}
+        self._modes = _modes()
+
+    def trace(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``forward`` on proxies of the given values and return its result as values."""
+        try:
+            bound = inspect.signature(forward).bind(self.owner, *args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise Untraceable(f"its arguments can't be told apart: {error}") from error
+        inputs, keywords = [], {}
+        for position, (name, value) in enumerate(bound.arguments.items()):
+            kind = bound.signature.parameters[name].kind
+            if position == 0:
+                continue
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                proxy = self._placeholder("*" + name, value)
+                inputs += [proxy[i] if holds_tensor(item) else item for i, item in enumerate(value)]
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                proxy = self._placeholder("**" + name, value)
+                keywords |= {key: proxy[key] if holds_tensor(item) else item for key, item in value.items()}
+            else:
+                proxy = self._placeholder(name, value)
+                argument = proxy
+                if not holds_tensor(value):
+                    self.constants[name] = argument = value
+                if kind is inspect.Parameter.KEYWORD_ONLY:
+                    keywords[name] = argument
+                else:
+                    inputs.append(argument)
+        before = dict(self.owner.__dict__)
+        try:
+            result = forward(self.owner, *inputs, **keywords)
+            self.create_node("output", "output", (self.create_arg(result),), {})
+        finally:
+            stored = [key for key, value in self.owner.__dict__.items() if before.get(key, before) is not value]
+            self.owner.__dict__.clear()
+            self.owner.__dict__.update(before)
+        if stored:
+            raise Untraceable(f"its forward stores `self.{stored[0]}`")
+        return values_of(result)
+
+    def _placeholder(self, name: str, value: Any) -> ValueProxy:
+        node = self.create_node("placeholder", name, (), {})
+        return self._wrap(node, value)
+
+    def _wrap(self, node: fx.Node, value: Any) -> ValueProxy:
+        node.meta["val"] = value
+        node.meta["time"] = self.observer.tick()
+        return ValueProxy(node, self, value)
+
+    def create_proxy(  # type: ignore[override]
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, *_: Any, **__: Any
+    ) -> Any:
+        if _modes() != self._modes:
+            raise Untraceable("part of it runs under another grad or autocast mode")
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name)  # type: ignore[arg-type]
+        real_args, real_kwargs = values_of(args), values_of(kwargs)
+        tracer, self.observer.tracer = self.observer.tracer, None
+        try:
+            if kind == "call_method":
+                value = getattr(real_args[0], target)(*real_args[1:], **real_kwargs)
+            else:
+                value = target(*real_args, **real_kwargs)
+        finally:
+            self.observer.tracer = tracer
+        self.observer.count_function(node, value, real_args, real_kwargs)
+        return self._wrap(node, value)
+
+    def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record the call of a child and run it on the values."""
+        path = self.observer.relative_path(module, self.path)
+        if path is None:
+            raise Untraceable(f"calls a {type(module).__name__} that is not one of its submodules")
+        if _modes() != self._modes:
+            raise Untraceable(f"calls `{path}` under another grad or autocast mode")
+        node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))  # type: ignore[arg-type]
+        before = self.observer.counts()
+        outputs = (self.replay or {}).get(path)
+        value = outputs.pop(0) if outputs else self.observer.run(module, values_of(args), values_of(kwargs))
+        node.meta["counts"] = [now - then for now, then in zip(self.observer.counts(), before, strict=True)]
+        return self._wrap(node, value)
+
+    def attribute(self, module: nn.Module, name: str, value: Tensor) -> Any:
+        """A parameter or buffer that the forward reads, as a ``get_attr`` node."""
+        prefix = self.observer.relative_path(module, self.path)
+        if prefix is None:
+            raise Untraceable(f"reads `{name}` of a module that is not one of its submodules")
+        target = f"{prefix}.{name}" if prefix else name
+        if target not in self._attributes:
+            self._attributes[target] = self._wrap(self.create_node("get_attr", target, (), {}), value)
+        return self._attributes[target]
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is ValueProxy:
+            return a.node
+        if isinstance(a, Tensor):
+            for name, value in self.owner.__dict__.items():
+                if value is a:
+                    return self.attribute(self.owner, name, a).node
+            raise Untraceable("uses a tensor that is neither an input nor an attribute of the module")
+        try:
+            return super().create_arg(a)
+        except NotImplementedError as error:
+            raise Untraceable(f"passes a {type(a).__name__} on, which a graph can't hold") from error
+
+    def guard(self, proxy: ValueProxy, answer: bool) -> None:
+        """Remember that the graph holds only while this condition has this answer."""
+        self.guards.append((proxy.node, answer))
+
+
+def _modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled()

@@ -1,0 +1,99 @@
+"""Every error this package raises on purpose.
+
+::
+
+    InjectError
+    ├── TraceError        (RuntimeError)   the observed call failed
+    ├── NoSites           (LookupError)    nothing here can take a block
+    ├── SiteNotFound      (LookupError)    a stage or pattern that matches nothing
+    ├── OptionError       (ValueError)     an option no block or plan can have
+    │   └── AlreadyInjected                the site holds one of our blocks already
+    ├── UnsupportedModel  (TypeError)      a wrapped, compiled, scripted or quantised module
+    ├── SurgeryError      (RuntimeError)   a plan that does not fit the model it is applied to
+    ├── VerificationError (RuntimeError)   a check on the result failed
+    ├── LoadError         (ValueError)     a file or name that gives no model
+    │   └── UntrustedGlobals               a pickle that refers to code nobody allowed
+    └── ExportError       (RuntimeError)   a file that could not be written, or is not right
+
+An error says what was asked, what was seen, and what to do next. Each also derives from the builtin that
+fits, so that ``except LookupError`` works for a caller who doesn't want to know this package.
+"""
+
+from __future__ import annotations
+
+
+class InjectError(Exception):
+    """What was asked and could not be done.
+
+    Args:
+        message: what was asked or what went wrong, one line.
+        seen: what was found instead; None if there is nothing to add.
+        hint: what the user can do about it; None if nothing is known.
+    """
+
+    exit_code = 1
+    """What the command line returns for it: 1 could not be done, 2 was asked wrongly."""
+
+    def __init__(self, message: str, *, seen: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.seen = seen
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = self.message
+        if self.seen:
+            text += f"\nseen: {self.seen}"
+        if self.hint:
+            text += f"\n\nhint: {self.hint}"
+        return text
+
+
+class TraceError(InjectError, RuntimeError):
+    """The network's own forward failed on the example inputs, so there is nothing to look at."""
+
+
+class NoSites(InjectError, LookupError):
+    """The network holds no place for a block."""
+
+
+class SiteNotFound(InjectError, LookupError):
+    """A stage, path or pattern matches no site."""
+
+    exit_code = 2
+
+
+class OptionError(InjectError, ValueError):
+    """An option has a value that no block or plan can have."""
+
+    exit_code = 2
+
+
+class AlreadyInjected(OptionError):
+    """The chosen sites hold a block of ours already."""
+
+    exit_code = 1
+
+
+class UnsupportedModel(InjectError, TypeError):
+    """The module is not one whose forward can be edited; the hint says what to pass instead."""
+
+
+class SurgeryError(InjectError, RuntimeError):
+    """The plan does not fit the model it was to be applied to. The model is as it was."""
+
+
+class VerificationError(InjectError, RuntimeError):
+    """The injected network failed one of its checks."""
+
+
+class LoadError(InjectError, ValueError):
+    """A file or a name gave no model."""
+
+
+class UntrustedGlobals(LoadError):
+    """A pickled model refers to classes or functions outside the allow-list."""
+
+
+class ExportError(InjectError, RuntimeError):
+    """A file could not be written, or what was written does not compute what the model computes."""

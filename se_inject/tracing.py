@@ -1,0 +1,416 @@
+"""Observe one call of a network, and write down every module's forward as a one-level graph on the way.
+
+One pass does both: whenever a module with a forward of its own is called, its forward runs on proxies that
+carry the values of that call, and its children run as leaves, each in turn written down the same way. The
+values are tensors on the meta device, so nothing is computed and no weight is copied. The model is left as it
+was found: attributes, flags and hooks.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from se_inject._tracer import OwnerTracer, Untraceable, ValueProxy, holds_tensor
+from se_inject.errors import TraceError
+
+CONVOLUTIONS = frozenset(
+    f"conv{transpose}{rank}d" for transpose in ("", "_transpose") for rank in (1, 2, 3)
+) | {"convolution", "deform_conv2d"}
+
+
+@dataclass(frozen=True)
+class OwnerGraph:
+    """One module's forward as a graph, children as leaves.
+
+    ``node.meta["val"]`` is the value a node had in the observed call, ``node.meta["time"]`` when it came to be.
+    ``node.meta["counts"]`` says what a child's call did: (convolutions, their MACs, gates).
+    """
+
+    path: str
+    module: nn.Module
+    graph: fx.Graph
+    constants: dict[str, Any]
+    guards: list[tuple[fx.Node, bool]]
+    reads_training: bool
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Trace:
+    """What one call of a model did."""
+
+    model: nn.Module
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    how: str
+    graphs: dict[str, OwnerGraph] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, set[Any]] = field(default_factory=dict)
+    paths: dict[int, str] = field(default_factory=dict)
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    outputs: Any = None
+
+    def training_graph(self, owner: OwnerGraph) -> fx.Graph:
+        """The owner's graph with its ``training`` flag set, its children's outputs taken from the first one.
+
+        Raises:
+            Untraceable: the training branch can't be written down.
+        """
+        replay: dict[str, list[Any]] = {}
+        for node in owner.graph.nodes:
+            if node.op == "call_module":
+                replay.setdefault(str(node.target), []).append(node.meta["val"])
+        observer = Observer(self)
+        tracer = OwnerTracer(observer, owner.module, owner.path, training=True, replay=replay)
+        with _swapped(owner.module, self.how), observer.watching():
+            observer.trace(tracer, owner.inputs)
+        return tracer.graph
+
+
+class Observer:
+    """Runs modules inside an observed call: writes the trace, and stands between a module and its children."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.result = trace
+        self.tracer: OwnerTracer | None = None
+        self._time = self._convs = self._macs = self._gates = 0
+
+    def tick(self) -> int:
+        self._time += 1
+        return self._time
+
+    def counts(self) -> tuple[int, int, int]:
+        return self._convs, self._macs, self._gates
+
+    def relative_path(self, module: nn.Module, root: str) -> str | None:
+        path = self.result.paths.get(id(module))
+        if path is None or path == root:
+            return None if path is None else ""
+        if not root:
+            return path
+        for name in (path, *self.result.aliases.get(path, ())):
+            if name.startswith(root + "."):
+                return name[len(root) + 1 :]
+        return None
+
+    def count_function(self, node: fx.Node, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = getattr(node.target, "__name__", node.target)
+        before = self.counts()
+        if name in CONVOLUTIONS and isinstance(value, Tensor):
+            weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+            if isinstance(weight, Tensor):
+                self._count_convolution(value, weight, transposed="transpose" in str(name), x=args[0] if args else value)
+        node.meta["counts"] = [now - then for now, then in zip(self.counts(), before, strict=True)]
+
+    def _count_convolution(self, output: Tensor, weight: Tensor, *, transposed: bool, x: Tensor) -> None:
+        self._convs += 1
+        positions = x.numel() if transposed else output.numel()
+        self._macs += positions * weight[0].numel()
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module on values; trace its forward if it has one of its own."""
+        outer, self.tracer = self.tracer, None
+        path = self.result.paths.get(id(module))
+        try:
+            if path is None:
+                return _CALL(module, *args, **kwargs)
+            self.result.calls[path] = self.result.calls.get(path, 0) + 1
+            if not is_leaf(module):
+                kinds = self.result.kinds.setdefault(path, set())
+                kinds.add(_kinds((args, kwargs)))
+                if path not in self.result.graphs and path not in self.result.failures:
+                    return self._run_traced(module, path, args, kwargs)
+                return _CALL(module, *args, **kwargs)
+            output = _CALL(module, *args, **kwargs)
+            if isinstance(module, nn.modules.conv._ConvNd) and isinstance(output, Tensor):
+                self._count_convolution(output, module.weight, transposed=module.transposed, x=args[0] if args else output)
+            return output
+        finally:
+            self.tracer = outer
+
+    def _run_traced(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module with its forward traced, or as it is if it can't be: then say why."""
+        own = module.__dict__.get("forward")
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            _put_back(module, own)
+            tracer = OwnerTracer(self, module, path)
+            before = (dict(self.result.calls), self.counts())
+            try:
+                if own is not None:
+                    raise Untraceable("its forward was replaced on the instance")
+                output = self.trace(tracer, (args, kwargs))
+            except Exception as error:
+                self.result.failures[path] = reason_of(error)
+                self.result.calls.clear()
+                self.result.calls.update(before[0])
+                self._convs, self._macs, self._gates = before[1]
+                self.tracer = None
+                return module.forward(*args, **kwargs)
+            self.result.graphs[path] = graph = OwnerGraph(
+                path, module, tracer.graph, tracer.constants, tracer.guards, tracer.reads_training, (args, kwargs)
+            )
+            self._gates += gates_in(graph.graph)
+            return output
+
+        module.__dict__["forward"] = forward
+        try:
+            return _CALL(module, *args, **kwargs)
+        finally:
+            _put_back(module, own)
+
+    def trace(self, tracer: OwnerTracer, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        """Run an owner's forward under its tracer, with reads of its ``training`` flag noticed."""
+        flag = tracer.owner.__dict__.pop("training", False)
+        outer, self.tracer = self.tracer, tracer
+        try:
+            return tracer.trace(type(tracer.owner).forward, *inputs)
+        finally:
+            self.tracer = outer
+            tracer.owner.__dict__["training"] = flag
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """While this is open, calls of modules, reads of their tensors, and ``isinstance`` know about proxies."""
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self.tracer is None:
+                return self.run(module, args, kwargs)
+            return self.tracer.call_module(module, args, kwargs)
+
+        def read(module: nn.Module, name: str) -> Any:
+            tracer = self.tracer
+            if tracer is not None:
+                if name == "training" and module is tracer.owner:
+                    tracer.reads_training = True
+                    return tracer.training
+                value = read_attribute(module, name)
+                return tracer.attribute(module, name, value) if isinstance(value, Tensor) else value
+            if name == "training":
+                return False
+            return read_attribute(module, name)
+
+        def is_instance(value: Any, kind: Any) -> bool:
+            return _isinstance(value, kind) or (type(value) is ValueProxy and _isinstance(value.value, kind))
+
+        def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+            if any(type(argument) is ValueProxy for argument in args):
+                raise Untraceable("calls an autograd function of its own")
+            return apply_function.__func__(function, *args, **kwargs)
+
+        read_attribute = nn.Module.__getattr__
+        apply_function = torch.autograd.Function.__dict__["apply"]
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        nn.Module.__getattr__ = read  # type: ignore[method-assign, assignment]
+        builtins.isinstance = is_instance  # type: ignore[assignment]
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = apply_function
+            builtins.isinstance = _isinstance
+            nn.Module.__getattr__ = read_attribute  # type: ignore[method-assign]
+            nn.Module.__call__ = _CALL  # type: ignore[method-assign]
+
+
+_CALL: Callable[..., Any] = nn.Module.__call__
+_isinstance = builtins.isinstance
+
+
+def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Trace:
+    """Call a model once, in eval mode and without computing anything, and return what happened.
+
+    The model is not changed. If an operator or the control flow needs data, the call is made with fake tensors
+    that know their device, and at last with real ones.
+
+    Raises:
+        TraceError: the model's own forward fails on these inputs.
+    """
+    first: Exception | None = None
+    for how in ("meta", "fake", "real"):
+        trace = Trace(model, (args, kwargs or {}), how)
+        for path, module in model.named_modules(remove_duplicate=False):
+            known = trace.paths.setdefault(id(module), path)
+            if known != path:
+                trace.aliases.setdefault(known, []).append(path)
+        observer = Observer(trace)
+        try:
+            with preserved(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+                warnings.simplefilter("ignore")
+                for module in model.modules():
+                    module.training = False
+                with _swapped(model, how) as place, observer.watching():
+                    trace.outputs = observer.run(model, place(args), place(kwargs or {}))
+            return trace
+        except Exception as error:
+            first = first or error
+            last = error
+    own = last if _is_from_forward(last) else first
+    raise TraceError(
+        f"the network's own forward fails on {describe(args, kwargs)}",
+        seen=f"{type(own).__name__}: {str(own).strip().splitlines()[0] if str(own).strip() else ''} {location(own)}".strip(),
+        hint="pass inputs that the network accepts: `example_inputs=` in Python, `--input 3x224x224` on the command line",
+    ) from last
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Put every module's attributes back as they were: flags, hooks, and whatever its forward stores."""
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            if module.__dict__ != attributes if len(module.__dict__) != len(attributes) else any(
+                module.__dict__.get(key, before) is not value for key, value in attributes.items()
+            ):
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+
+
+@contextlib.contextmanager
+def _swapped(module: nn.Module, how: str) -> Iterator[Callable[[Any], Any]]:
+    """Stand-ins for all parameters and buffers, and the function that makes the inputs match them."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if how == "real":
+        state = {name: tensor.detach().clone() if name not in dict(module.named_parameters()) else tensor.detach() for name, tensor in tensors.items()}
+        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+        with _reparametrize_module(module, state, tie_weights=True):
+            yield lambda inputs: tree_map_only(Tensor, lambda t: t.detach().to(device, copy=True), inputs)
+        return
+    if how == "meta":
+        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        with _reparametrize_module(module, meta, tie_weights=True):
+            yield lambda inputs: tree_map_only(Tensor, lambda t: t.detach().to("meta"), inputs)
+        return
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {name: mode.from_tensor(tensor.detach(), static_shapes=True) for name, tensor in tensors.items()}
+        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+        with _reparametrize_module(module, fake, tie_weights=True):
+            yield lambda inputs: tree_map_only(
+                Tensor, lambda t: mode.from_tensor(t.detach().to(device), static_shapes=True), inputs
+            )
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module's forward is torch's own, ``nn.Sequential``'s apart: what it does is known without a look."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    forward = type(module).forward
+    return getattr(forward, "__module__", "").startswith("torch.") and forward is not nn.Sequential.forward and not isinstance(module, fx.GraphModule)
+
+
+def gates_in(graph: fx.Graph) -> int:
+    """How many values this graph multiplies by a gate made from themselves: attention that is already there."""
+    return sum(is_gating(node) for node in graph.nodes)
+
+
+def is_gating(node: fx.Node) -> bool:
+    """Whether a node is ``x * g(x)`` with a gate that has fewer positions or channels than x."""
+    name = getattr(node.target, "__name__", node.target)
+    if name not in ("mul", "imul", "mul_", "multiply") or len(node.args) < 2:
+        return False
+    operands = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
+    if len(operands) < 2:
+        return False
+    shapes = [tensor_shape(_unexpanded(operand)) for operand in operands]
+    if None in shapes or len(shapes[0] or ()) < 3 or len(shapes[0] or ()) != len(shapes[1] or ()):
+        return False
+    smaller = 0 if _volume(shapes[0]) < _volume(shapes[1]) else 1
+    if _volume(shapes[0]) == _volume(shapes[1]):
+        return False
+    gate, gated = operands[smaller], operands[1 - smaller]
+    return bool(sources(gate) & (sources(gated) | {gated}))
+
+
+def _unexpanded(node: fx.Node) -> fx.Node:
+    while node.op == "call_method" and node.target in ("expand", "expand_as") and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _volume(shape: Any) -> int:
+    return torch.Size(shape).numel()
+
+
+def tensor_shape(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape of a node's value in the observed call; None if it is no tensor."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def sources(node: fx.Node) -> set[fx.Node]:
+    """Every tensor this node's value was computed from, parameters left out."""
+    seen: set[fx.Node] = set()
+    pending = list(node.all_input_nodes)
+    while pending:
+        current = pending.pop()
+        if current not in seen and current.op != "get_attr":
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return {found for found in seen if isinstance(found.meta.get("val"), Tensor)}
+
+
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> str:
+    """Inputs in words: ``1 input of 1×3×224×224``."""
+    shapes = [("×".join(map(str, t.shape)) or "a number") for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
+    return f"{len(shapes)} input{'s' * (len(shapes) != 1)} of {', '.join(shapes)}" if shapes else "no tensor at all"
+
+
+def reason_of(error: Exception) -> str:
+    """An error as the reason why a forward can't be traced, with the author's file and line."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not isinstance(error, Untraceable):
+        text = f"{type(error).__name__}: {text}"
+    return f"{text} {location(error)}".strip()
+
+
+def location(error: BaseException | None) -> str:
+    """``(file.py:12)``: the innermost line of the error that is neither torch's nor ours."""
+    ours = os.path.dirname(os.path.abspath(__file__))
+    torch_files = os.path.dirname(torch.__file__)
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    for frame in reversed(frames):
+        if not frame.filename.startswith((ours, torch_files, "<")):
+            return f"({os.path.basename(frame.filename)}:{frame.lineno})"
+    return ""
+
+
+def _is_from_forward(error: BaseException | None) -> bool:
+    return bool(location(error))
+
+
+def _put_back(module: nn.Module, forward: Any) -> None:
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward
+
+
+def _kinds(arguments: Any) -> Any:
+    """What tells two calls' arguments apart for control flow: structure, rank, and plain values."""
+    if isinstance(arguments, Tensor):
+        return ("tensor", arguments.dim())
+    if isinstance(arguments, dict):
+        return tuple((key, _kinds(value)) for key, value in arguments.items())
+    if isinstance(arguments, tuple | list):
+        return tuple(_kinds(value) for value in arguments)
+    return arguments if isinstance(arguments, bool | int | float | str | None) else type(arguments).__name__
+
+
+__all__ = ["CONVOLUTIONS", "Observer", "OwnerGraph", "Trace", "describe", "holds_tensor", "observe", "preserved"]
