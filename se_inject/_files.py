@@ -108,7 +108,8 @@ def _move_into_place(temporary: list[Path], targets: list[Path], force: bool) ->
     ]
     for file, target in moves:
         check_writable(target, force)  # also the files beside; and time has passed
-        _sync(file)
+        with open(file, "rb+") as stream:
+            os.fsync(stream.fileno())
     appeared = []
     try:
         for file, target in moves:
@@ -122,15 +123,11 @@ def _move_into_place(temporary: list[Path], targets: list[Path], force: bool) ->
         raise
     for folder in {target.parent for target in targets}:
         with contextlib.suppress(OSError):  # not every system can sync a directory
-            _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _listed(paths: Sequence[str | os.PathLike[str]]) -> str:

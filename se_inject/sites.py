@@ -8,9 +8,11 @@ convolutions: its normalisation and activation.
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -27,6 +29,7 @@ from se_inject.operations import (
 from se_inject.tracing import OwnerGraph, Trace, is_gating, sources
 
 ATTENDED = "already has attention"
+INJECTED = "holds a block of ours"
 OUTSIDE = "a plain convolution outside of the residual units"
 HEAD = "its value is the network's output"
 
@@ -165,13 +168,13 @@ class Sites(Sequence[Site]):
             raise SiteNotFound(f"expected {count} sites", seen=f"{len(self)} sites: {self._seen()}")
         return self
 
-    def ready(self) -> Sites:
-        """Only the sites that nothing holds back.
+    def everything(self, *, attended: bool = False) -> Sites:
+        """The sites of all stages.
 
         Raises:
             NoSites: there are none.
         """
-        return self._only([site for site in self.all_sites if site.stage is not None], False, "the network")
+        return self._only([site for site in self.all_sites if site.stage is not None], attended, "the network")
 
     def _only(self, matched: Iterable[Site], attended: bool, asked: str) -> Sites:
         unique = sorted(set(matched), key=lambda site: site.order)
@@ -328,9 +331,7 @@ class _Finder:
             if inside & gated or any(self._holds_unit(owner, inner) for inner in inside):
                 self._refuse(where, "it skips over other residual units, which have sites of their own")
                 continue
-            value = branch
-            while (source := passed_through(self.trace, owner.path, value)) is not None and source in inside:
-                value = source
+            value = self._unscaled(owner, branch)
             site = self._site(owner, value, "residual")
             if site is not None:
                 gated.add(node)
@@ -370,8 +371,7 @@ class _Finder:
         value = returned(owner.graph)
         if value is None:
             return
-        while (source := passed_through(self.trace, owner.path, value)) is not None:
-            value = source
+        value = self._unscaled(owner, value)
         site = self._site(owner, value, "residual")
         if site is not None and any(map(convolutions, _behind(value))):
             attended = any(is_gating(inner) or inner.meta.get("counts", (0, 0, 0))[2] for inner in _behind(value))
@@ -389,6 +389,8 @@ class _Finder:
                 kind = "conv"
             elif kind == "module" and continues and self._activates(child_path(owner.path, str(node.target))):
                 kind = "act"
+            elif continues and self._past_our_blocks(owner, node) is not node:
+                continue
             if kind == "conv":
                 running.add(node)
             elif continues and kind in ("norm", "pass", "pool"):
@@ -449,7 +451,8 @@ class _Finder:
             value = last
         if written is None and self.trace.calls.get(path, 0) > 1 and module is not owner.module:
             return self._refuse(address, f"`{path}` is called {self.trace.calls[path]} times: its output is not one value")
-        if written is not None and value is returned(owner.graph):
+        result = returned(owner.graph)
+        if written is not None and result is not None and value is self._past_our_blocks(owner, result):
             written = None
         if written is None and "#" in address:
             return self._refuse(address, "its module is called several times")
@@ -479,8 +482,35 @@ class _Finder:
         for site in sites:
             alone = sum(other.owner == site.owner for other in sites) == 1
             label = re.sub(r"\W+", "_", site.value or "out")
-            result.append(replace(site, block_name="se" if alone else f"se_{label}"))
+            blocks = tuple(
+                child_path(site.owner, step["block_name"]) for step in self._steps(site.owner) if step["value"] == site.value
+            )
+            held_back = INJECTED if blocks else site.held_back
+            name = "se" if alone else f"se_{label}"
+            result.append(replace(site, block_name=name, blocks=blocks, held_back=held_back))
         return result
+
+    def _steps(self, path: str) -> list[dict[str, Any]]:
+        """The steps of ours that an owner's forward was edited by."""
+        body = getattr(type(self.trace.model.get_submodule(path)), "_se_inject_body", None)
+        return json.loads(body)["steps"] if body else []
+
+    def _past_our_blocks(self, owner: OwnerGraph, value: fx.Node) -> fx.Node:
+        """A value before the blocks of ours that gate it."""
+        names = {step["block_name"] for step in self._steps(owner.path)}
+        while value.op == "call_module" and value.target in names and isinstance(value.args[0], fx.Node):
+            value = value.args[0]
+        return value
+
+    def _unscaled(self, owner: OwnerGraph, value: fx.Node) -> fx.Node:
+        """A value before dropout, stochastic depth, layer scale and our own blocks, as far as its shape lasts."""
+        while True:
+            source = self._past_our_blocks(owner, value)
+            if source is value:
+                source = passed_through(self.trace, owner.path, value) or value
+            if source is value or source.op == "placeholder":
+                return value
+            value = source
 
 
 def original_class(module: nn.Module) -> type:

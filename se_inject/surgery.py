@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from se_inject._bodies import generated_class, graph_data, rebuild
+from se_inject.bodies import generated_class, graph_data, rebuild
 from se_inject._tracer import Untraceable
 from se_inject.blocks import build_block
 from se_inject.errors import InjectError, SurgeryError
@@ -36,6 +36,8 @@ class Step:
         block: name of the block.
         options: the block's options.
         block_name: the attribute that the block becomes on the owner.
+        stage: number of the site's stage.
+        size: spatial size of the value in the observed call.
         position: where the block sits; only ``standard``, at the value itself.
     """
 
@@ -47,6 +49,8 @@ class Step:
     block: str
     options: dict[str, Any] = field(default_factory=dict)
     block_name: str = "se"
+    stage: int | None = None
+    size: tuple[int, ...] = ()
     position: str = "standard"
 
     @property
@@ -56,7 +60,12 @@ class Step:
 
     def to_data(self) -> dict[str, Any]:
         """The step as a dict that JSON can hold."""
-        return asdict(self)
+        return {**asdict(self), "size": list(self.size)}
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Step:
+        """The step again from what ``to_data`` gave."""
+        return cls(**{**data, "size": tuple(data["size"])})
 
 
 @dataclass
@@ -131,7 +140,7 @@ def steps_of(model: nn.Module) -> tuple[Step, ...]:
         body = body_of(module)
         for data in body["steps"] if body else ():
             site = data["site"] if not data["site"].startswith(".") else path + data["site"]
-            found.append(Step(**{**data, "owner": path, "site": site.lstrip(".")}))
+            found.append(Step.from_data({**data, "owner": path, "site": site.lstrip(".")}))
     return tuple(found)
 
 
@@ -159,7 +168,7 @@ def _prepare(model: nn.Module, trace: Trace, path: str, steps: list[Step]) -> _O
     before = body_of(owner)
     original = getattr(type(owner), "_se_inject_original", type(owner))
     was_none = list(before["was_none"]) if before else []
-    earlier = [Step(**step) for step in before["steps"]] if before else []
+    earlier = [Step.from_data(step) for step in before["steps"]] if before else []
     for step in steps:
         if hasattr(owner, step.block_name):
             if getattr(owner, step.block_name) is not None:
@@ -215,7 +224,7 @@ def _write_graphs(body: dict[str, Any], trace: Trace, path: str, steps: list[Ste
 
 
 def _constant(name: str, value: Any, path: str) -> Any:
-    from se_inject._bodies import _encode
+    from se_inject.bodies import _encode
 
     return _encode(value)
 

@@ -45,6 +45,7 @@ class OwnerGraph:
     guards: list[tuple[fx.Node, bool]]
     reads_training: bool
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    kind: type
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Trace:
     aliases: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     outputs: Any = None
+    macs: int = 0
 
     def training_graph(self, owner: OwnerGraph) -> fx.Graph:
         """The owner's graph with its ``training`` flag set, its children's outputs taken from the first one.
@@ -116,6 +118,8 @@ class Observer:
         node.meta["counts"] = [now - then for now, then in zip(self.counts(), before, strict=True)]
 
     def _count_convolution(self, output: Tensor, weight: Tensor, *, transposed: bool, x: Tensor) -> None:
+        if all(extent == 1 for extent in output.shape[2:]):
+            return  # a fully connected layer in other words: attention's bottlenecks, classifiers
         self._convs += 1
         positions = x.numel() if transposed else output.numel()
         self._macs += positions * weight[0].numel()
@@ -161,7 +165,7 @@ class Observer:
                 self.tracer = None
                 return module.forward(*args, **kwargs)
             self.result.graphs[path] = graph = OwnerGraph(
-                path, module, tracer.graph, tracer.constants, tracer.guards, tracer.reads_training, (args, kwargs)
+                path, module, tracer.graph, tracer.constants, tracer.guards, tracer.reads_training, (args, kwargs), type(module)
             )
             self._gates += gates_in(graph.graph)
             return output
@@ -248,12 +252,9 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
                 trace.aliases.setdefault(known, []).append(path)
         observer = Observer(trace)
         try:
-            with preserved(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
-                warnings.simplefilter("ignore")
-                for module in model.modules():
-                    module.training = False
-                with _swapped(model, how) as place, observer.watching():
-                    trace.outputs = observer.run(model, place(args), place(kwargs or {}))
+            with standing_in(model, how) as place, observer.watching():
+                trace.outputs = observer.run(model, place(args), place(kwargs or {}))
+            trace.macs = observer.counts()[1]
             return trace
         except Exception as error:
             first = first or error
@@ -274,11 +275,22 @@ def preserved(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, attributes in before:
-            if module.__dict__ != attributes if len(module.__dict__) != len(attributes) else any(
-                module.__dict__.get(key, before) is not value for key, value in attributes.items()
-            ):
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+@contextlib.contextmanager
+def standing_in(model: nn.Module, how: str) -> Iterator[Callable[[Any], Any]]:
+    """The model in eval mode with stand-ins for its tensors; the function given makes inputs that match them.
+
+    Afterwards everything is as before: attributes, modes, hooks, and the random generator.
+    """
+    with preserved(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        for module in model.modules():
+            module.training = False
+        with _swapped(model, how) as place:
+            yield place
 
 
 @contextlib.contextmanager

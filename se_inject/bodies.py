@@ -13,6 +13,7 @@ import json
 import linecache
 import math
 import operator
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -251,8 +252,18 @@ def generated_class(original: type, body: str) -> type:
         "_se_inject_body": body,
     }
     if data["output"]:
-        attributes["_ungated_forward"] = original.forward
+        attributes["_ungated_forward"] = _renamed(original.forward, "_ungated_forward")  # type: ignore[attr-defined]
     return type(original)(name, (original,), attributes)
+
+
+def _renamed(function: Any, name: str) -> Any:
+    """The same function under another name: TorchScript compiles a method under the name its function has."""
+    if not inspect.isfunction(function):
+        return function
+    twin = types.FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    twin.__annotations__ = dict(function.__annotations__)
+    return twin
 
 
 def rebuild(original: type, body: str) -> nn.Module:

@@ -1,0 +1,3 @@
+from se_inject.cli import main
+
+main()

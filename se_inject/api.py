@@ -1,0 +1,80 @@
+"""The public names, gathered. The package imports this when one of them is first used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from se_inject.checkpoints import load, load_weights_
+from se_inject.cost import CostReport
+from se_inject.errors import InjectError
+from se_inject.export import Exported
+from se_inject.export import export as _export
+from se_inject.inputs import example_of, observe_model
+from se_inject.plans import Plan, inject, plan, plan_of
+from se_inject.sites import Site, Sites
+from se_inject.sites import find_sites as _find_sites
+from se_inject.surgery import eject_, injected_blocks
+from se_inject.verification import Verdict, verify
+
+
+def find_sites(model: nn.Module, example_inputs: Any = None, example_kwargs: dict[str, Any] | None = None) -> Sites:
+    """Every place of a network that a block could gate, by stage, and those refused. Nothing is changed.
+
+    Args:
+        model: the network.
+        example_inputs: as for ``plan``.
+        example_kwargs: as for ``plan``.
+
+    Raises:
+        TraceError: the network's own forward fails on the inputs.
+    """
+    return _find_sites(observe_model(model, example_inputs, example_kwargs))
+
+
+def export(model: nn.Module, path: str | PathLike[str], example_inputs: Any = None, **options: Any) -> Exported:
+    """Write a network to a file, in the format that the suffix names, and check the file in its own runtime.
+
+    The network is not changed. Nothing is written if the file doesn't compute what the network does.
+
+    Args:
+        model: the network, injected or not.
+        path: ``.onnx``, ``.torchscript`` or ``.ts``, ``.pt2``, ``.pt``.
+        example_inputs: as for ``plan``.
+        **options: ``device``, ``dtype``, ``memory_format``, ``force``, ``opset``, ``example_kwargs``.
+
+    Raises:
+        ExportError: the file can't be written, or is not right.
+    """
+    args, kwargs = example_of(model, example_inputs, options.pop("example_kwargs", None))
+    return _export(model, path, args, example_kwargs=kwargs, **options)
+
+
+def injected_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of the injected blocks alone, for an optimizer group of their own."""
+    for _, block in injected_blocks(model):
+        yield from block.parameters()
+
+
+__all__ = [
+    "CostReport",
+    "Exported",
+    "InjectError",
+    "Plan",
+    "Site",
+    "Sites",
+    "Verdict",
+    "eject_",
+    "export",
+    "find_sites",
+    "inject",
+    "injected_parameters",
+    "load",
+    "load_weights_",
+    "plan",
+    "plan_of",
+    "verify",
+]

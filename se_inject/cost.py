@@ -1,0 +1,219 @@
+"""What a network costs, and what its new blocks add: parameters, MACs, element-wise operations, bytes, time.
+
+1 MAC is one multiply-add; the paper's FLOPs are MACs, other papers' FLOPs are 2 per MAC. Matrix products and
+convolutions count as MACs (torch's own flop counter, halved). Every other operation counts its largest operand as
+element-wise operations, and all operations count what they read and write as bytes of activations: that traffic,
+not arithmetic, is what squeeze and scale really cost. All for one example, without computing anything.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from se_inject.blocks import build_block
+from se_inject.inputs import real_inputs
+from se_inject.surgery import Step
+from se_inject.tracing import Trace, standing_in
+
+_FREE = frozenset(
+    {
+        "view", "_unsafe_view", "t", "transpose", "permute", "expand", "detach", "alias", "slice", "select", "split",
+        "split_with_sizes", "unsqueeze", "squeeze", "as_strided", "unbind", "empty", "chunk", "reshape", "narrow",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters; MACs, element-wise operations and bytes of activations for one example."""
+
+    params: int = 0
+    macs: int = 0
+    elementwise: int = 0
+    bytes: int = 0
+
+    @property
+    def flops(self) -> int:
+        """2 for each MAC."""
+        return 2 * self.macs
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.params + other.params,
+            self.macs + other.macs,
+            self.elementwise + other.elementwise,
+            self.bytes + other.bytes,
+        )
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What the block at one site adds."""
+
+    site: str
+    stage: int | None
+    block: str
+    channels: int
+    width: int | None
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """A network before, what is added at each site, and the network after; the rows add up to the difference.
+
+    Args:
+        before: the network as it is.
+        rows: one for each new block.
+        uncounted: operations that torch's counter doesn't know and that may hide MACs.
+    """
+
+    before: Cost
+    rows: tuple[CostRow, ...]
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def added(self) -> Cost:
+        """The sum of the rows."""
+        return sum((row.cost for row in self.rows), Cost())
+
+    @property
+    def after(self) -> Cost:
+        """Before and added together."""
+        return self.before + self.added
+
+    @property
+    def stages(self) -> dict[int | None, Cost]:
+        """The sum of the rows of each stage."""
+        result: dict[int | None, Cost] = {}
+        for row in self.rows:
+            result[row.stage] = result.get(row.stage, Cost()) + row.cost
+        return result
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Two networks timed in turns in one run, in milliseconds for one call."""
+
+    before_ms: float
+    after_ms: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+
+
+class _Counter(TorchDispatchMode):
+    """Counts what every operation of a call does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = self.elementwise = self.bytes = 0
+        self.unknown: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        name = packet.__name__
+        if name in _FREE or func.is_view:
+            return output
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not results:
+            return output
+        if packet in flop_registry:
+            self.macs += flop_registry[packet](*args, **(kwargs or {}), out_val=output) // 2
+        else:
+            self.elementwise += max(tensor.numel() for tensor in (*tensors, *results))
+            if not func.name().startswith("aten::") or any(word in name for word in ("fft", "grid_sampler", "rnn", "lstm")):
+                self.unknown.add(func.name())
+        self.bytes += sum(t.numel() * t.element_size() for t in (*tensors, *results) if not isinstance(t, nn.Parameter))
+        return output
+
+
+def cost_of_model(model: nn.Module, trace: Trace) -> tuple[Cost, tuple[str, ...]]:
+    """The cost of a whole network for one example, and the operations nobody counted."""
+    args, kwargs = real_inputs(trace.inputs, batch=1, device=torch.device("meta"), dtype=_dtype(model))
+    params = sum(parameter.numel() for parameter in model.parameters())
+    with standing_in(model, trace.how) as place, _Counter() as counter:
+        model(*place(args), **place(kwargs))
+    return Cost(params, counter.macs, counter.elementwise, counter.bytes), tuple(sorted(counter.unknown))
+
+
+def cost_of_step(step: Step, dtype: torch.dtype = torch.float32) -> CostRow:
+    """What one block adds at its site for one example."""
+    with torch.device("meta"):
+        block = build_block(step.block, step.channels, step.rank, step.options).to(dtype).eval()
+        value = torch.empty((1, step.channels, *step.size), dtype=dtype)
+    with torch.no_grad(), _Counter() as counter:
+        block(value)
+    params = sum(parameter.numel() for parameter in block.parameters())
+    return CostRow(
+        site=step.site,
+        stage=step.stage,
+        block=step.block,
+        channels=step.channels,
+        width=getattr(block, "width", None),
+        cost=Cost(params, counter.macs, counter.elementwise, counter.bytes),
+    )
+
+
+def cost_of_steps(model: nn.Module, trace: Trace, steps: Sequence[Step]) -> CostReport:
+    """The report for a plan. Equal blocks are measured once."""
+    before, unknown = cost_of_model(model, trace)
+    known: dict[Any, CostRow] = {}
+    rows = []
+    for step in steps:
+        key = (step.block, step.channels, step.rank, step.size, repr(sorted(step.options.items())))
+        if key not in known:
+            known[key] = cost_of_step(step, _dtype(model))
+        row = known[key]
+        calls = max(1, trace.calls.get(step.owner, 1))
+        cost = Cost(row.cost.params, row.cost.macs * calls, row.cost.elementwise * calls, row.cost.bytes * calls)
+        rows.append(CostRow(step.site, step.stage, step.block, step.channels, row.width, cost))
+    return CostReport(before, tuple(rows), unknown)
+
+
+def measure_latency(
+    before: Callable[..., Any], after: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float = 5.0
+) -> Latency:
+    """Time two networks in turns on the same inputs, for about so many seconds.
+
+    Returns:
+        medians, and the median of the ratios of neighbouring calls with their quartiles.
+    """
+    pairs: list[tuple[float, float]] = []
+    with torch.no_grad():
+        for network in (before, after):
+            network(*args, **kwargs)
+        end = time.perf_counter() + seconds
+        while len(pairs) < 8 or (time.perf_counter() < end and len(pairs) < 200):
+            order = (before, after) if len(pairs) % 2 else (after, before)
+            times = {id(network): _timed(network, args, kwargs) for network in order}
+            pairs.append((times[id(before)], times[id(after)]))
+    ratios = sorted(after / before for before, after in pairs)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    first, second = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
+    return Latency(first, second, middle, low, high, len(pairs))
+
+
+def _timed(network: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    start = time.perf_counter()
+    network(*args, **kwargs)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

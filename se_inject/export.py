@@ -1,0 +1,613 @@
+"""Model → files, each checked against the eager network in its own runtime.
+
+A file is written under a temporary name, loaded back by what will run it (ONNX Runtime, `torch.jit.load`,
+`torch.export.load`, `torch.load`), run at batch 1, 2 and 5 and compared; only then does it appear. For a format
+there can be several roads (a dynamic batch or a fixed one, scripting or tracing). The first whose file computes
+what the network computes is taken, and the result says which it was and why not the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import io
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ._files import atomic_all, check_writable, no_space
+from .errors import ExportError, OptionError
+
+BATCHES = (1, 2, 5)
+"""The batch sizes a file is run at, unless its batch is fixed."""
+
+FORMATS = {
+    ".onnx": "onnx",
+    ".torchscript": "torchscript",
+    ".ts": "torchscript",
+    ".pt2": "pt2",
+    ".pt": "pt",
+    ".pth": "pt",
+}
+"""The format each suffix chooses."""
+
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""The relative error allowed; the coarsest type among weights, inputs and outputs decides.
+
+Two runtimes add up in a different order, and batch norm is folded into convolutions. In float32 that costs about
+1e-6 of the output's largest value; 1e-4 leaves room for deeper networks, and a wrong operator is off by far more.
+In half precision a layer rounds its output to 11 bits (8 in bfloat16), which a runtime may skip: once 1e-3 (8e-3),
+through a deep network about ten times that.
+"""
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+class Check(NamedTuple):
+    """The largest errors of a file at one batch size, over all outputs.
+
+    The relative error is the largest absolute one over the largest absolute value of that output. Of an output
+    of integers or booleans, both are the share of elements that differ.
+    """
+
+    batch: int
+    max_abs_error: float
+    max_rel_error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A file that was written: how, what the comparison measured, what it allowed, and what to know about it."""
+
+    path: Path
+    format: str
+    size_bytes: int
+    how: str
+    checks: tuple[Check, ...]
+    tolerance: float
+    notes: tuple[str, ...]
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: tuple[Any, ...],
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    memory_format: str | torch.memory_format | None = None,
+    force: bool = False,
+    opset: int | None = None,
+) -> Exported:
+    """Write the network to a file whose suffix chooses the format, and check the file.
+
+    Does not change the model. Arguments and errors are those of `export_all`, of which it is the case of one file.
+    """
+    (exported,) = export_all(
+        model,
+        [path],
+        example_inputs,
+        example_kwargs=example_kwargs,
+        device=device,
+        dtype=dtype,
+        memory_format=memory_format,
+        force=force,
+        opset=opset,
+    )
+    return exported
+
+
+def export_all(
+    model: nn.Module,
+    paths: Sequence[str | os.PathLike[str]],
+    example_inputs: tuple[Any, ...],
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    memory_format: str | torch.memory_format | None = None,
+    force: bool = False,
+    opset: int | None = None,
+) -> list[Exported]:
+    """Write the network to several files and check each; either all of them appear or none.
+
+    Does not change the model: conversions are done on a copy, and what an exporter leaves behind is put back.
+    `.onnx`, `.torchscript` and `.pt2` hold the network in eval mode, `.pt` the module with the modes it has.
+
+    Args:
+        model: an eager network.
+        paths: the files; the suffix (see `FORMATS`) chooses the format.
+        example_inputs: positional arguments of one call: tensors, or lists, tuples and dicts of them. The first
+            dimension of the first tensor is taken for the batch, there and in every tensor where it is as large.
+        example_kwargs: keyword arguments of that call.
+        device: "cpu" or "cuda", if the file is for another one than the model is on.
+        dtype: "float32", "float16" or "bfloat16", for the weights and for inputs in floating point.
+        memory_format: "channels_last" or "contiguous", for weights and inputs of four dimensions.
+        force: replace files that exist.
+        opset: the ONNX opset; None for the exporter's own choice.
+
+    Raises:
+        OptionError: an unknown suffix, device, dtype or memory format.
+        ExportError: a file can't be written, or no road leads to one that computes what the network computes.
+    """
+    targets = [Path(path) for path in paths]
+    formats = [_format_of(target) for target in targets]
+    to = _To(
+        _device(device),
+        _choice("dtype", dtype, _DTYPES),
+        _choice("memory format", memory_format, _MEMORY_FORMATS),
+    )
+    for target in targets:
+        check_writable(target, force)
+    with (
+        atomic_all(targets, force) as temporary,
+        _quiet(),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        network = _Network(model, to, opset, example_inputs, example_kwargs or {})
+        return [_export_one(network, *each) for each in zip(targets, temporary, formats, strict=True)]
+
+
+class _Rejected(Exception):
+    """A file that is not right; the message says how."""
+
+
+class _To(NamedTuple):
+    device: torch.device | None
+    dtype: torch.dtype | None
+    memory_format: torch.memory_format | None
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().to(
+            device=self.device, dtype=self.dtype if tensor.is_floating_point() else None
+        )
+        wanted = self.memory_format if tensor.dim() == 4 else None
+        return tensor if wanted is None else tensor.contiguous(memory_format=wanted)
+
+    def model(self, model: nn.Module) -> nn.Module:
+        """The model itself if nothing is asked for, else a converted copy."""
+        if self == (None, None, None):
+            return model
+        model = copy.deepcopy(model).to(device=self.device, dtype=self.dtype)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = self.tensor(tensor)
+        return model
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
+
+
+class _Network:
+    """The network, the calls its files are checked with, and what it answers: the same for every format."""
+
+    def __init__(
+        self, model: nn.Module, to: _To, opset: int | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.model = to.model(model)
+        self.opset = opset
+        self.signature = inspect.signature(self.model.forward)
+        parameters = self.signature.parameters  # exporters number the inputs in this order
+        self.example: _Call = (
+            args,
+            {**{name: kwargs[name] for name in parameters if name in kwargs}, **kwargs},
+        )
+        self.to = to._replace(device=next((p.device for p in self.model.parameters()), to.device))
+        sizes = [leaf.size(0) for leaf in pytree.tree_leaves(self.example) if _has_rows(leaf)]
+        self.batch = sizes[0] if sizes else 1
+        self.calls: dict[int, _Call] = {}
+        self.answers: dict[int, list[tuple[str, Tensor]]] = {}
+        self._observe(self.batch)
+        self.fixed = None if sizes else "no input has a batch dimension"
+        for batch in BATCHES if sizes else ():
+            try:
+                self._observe(batch)
+            except ExportError as error:
+                self.fixed = f"the network itself fails at batch {batch}: {_reason(error)}"
+                break
+        leaves = pytree.tree_leaves((self.calls, self.answers, list(self.model.parameters())))
+        self.dtypes = {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)}
+        self.tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.float32]) for dtype in self.dtypes)
+
+    def _observe(self, batch: int) -> None:
+        generator = torch.Generator().manual_seed(batch)
+
+        def resized(tensor: Tensor) -> Tensor:
+            is_batch = _has_rows(tensor) and tensor.size(0) == self.batch
+            return self.to.tensor(_at_batch(tensor, batch, generator) if is_batch else tensor)
+
+        self.calls[batch] = pytree.tree_map_only(Tensor, resized, self.example)
+        try:
+            with _untouched(self.model):
+                self.answers[batch] = list(_tensors(self.run(self.model.eval(), batch)))
+        except Exception as error:
+            raise ExportError(
+                "the network's own forward fails on the example inputs",
+                seen=_reason(error),
+                hint="pass example inputs, of a shape and type that the network accepts",
+            ) from error
+        if not self.answers[batch]:
+            raise ExportError("the network's output holds no tensor: there is nothing to compare a file with")
+
+    def call(self, dynamic: bool) -> _Call:
+        """What to export with: at batch 2 if the batch is to be dynamic, since exporters take 1 for a constant."""
+        return _cloned(self.calls[2 if dynamic else self.batch])
+
+    def run(self, function: Callable[..., Any], batch: int) -> Any:
+        """Call the network or a file; an operation in place spoils only a copy of the inputs."""
+        args, kwargs = _cloned(self.calls[batch])
+        return function(*args, **kwargs)
+
+    def dynamic_shapes(self, dimension: Any) -> dict[str, Any]:
+        """`dimension` for the batch of every input that has one, by the names of forward's parameters."""
+        args, kwargs = self.example
+        shapes: dict[str, Any] = pytree.tree_map(
+            lambda leaf: {0: dimension} if _has_rows(leaf) and leaf.size(0) == self.batch else None,
+            dict(self.signature.bind(*args, **kwargs).arguments),
+        )
+        return shapes
+
+    def check(self, run: Callable[..., Any], dynamic: bool, tolerance: float) -> Iterator[Check]:
+        """Compare a file with the network; `_Rejected` when it computes something else."""
+        for batch in BATCHES if dynamic else (self.batch,):
+            want = self.answers[batch]
+            check = Check(batch, *_difference(_tensors(self.run(run, batch)), want))
+            if not check.max_rel_error <= tolerance:
+                if max(_difference(_tensors(self.run(self.model.eval(), batch)), want)) > 0:
+                    raise _Rejected("the network's own output changes from call to call in eval mode")
+                seen, allowed = f"{check.max_rel_error:.1e}", f"{tolerance:.0e}"
+                raise _Rejected(f"relative error {seen} at batch {batch}, allowed {allowed}")
+            yield check
+
+
+class _Written(NamedTuple):
+    how: str
+    run: Callable[..., Any] | None
+    """The file, loaded back, as a function of the network's arguments; None if its runtime can't run it here."""
+    notes: tuple[str, ...] = ()
+
+
+def _export_one(network: _Network, target: Path, path: Path, format: str) -> Exported:
+    """Go the format's roads until one leads to a file that computes what the network computes."""
+    exact = format == "pt" and network.to.device in (None, torch.device("cpu"))
+    tolerance = 0.0 if exact else network.tolerance
+    failures: list[str] = []
+    for name, write, dynamic in _ROADS[format]:
+        if network.fixed is not None:
+            dynamic = False
+        try:
+            with _untouched(network.model):
+                written = write(network, path, dynamic)
+                checks = tuple(network.check(written.run, dynamic, tolerance)) if written.run else ()
+            break
+        except Exception as error:
+            if no_space(error):
+                raise
+            cause = error
+            failures.append(f"{name} failed: {_reason(error)}")
+            for leftover in path.parent.iterdir():
+                leftover.unlink()
+    else:
+        others = ", ".join(sorted({*FORMATS.values()} - {format}))
+        raise ExportError(
+            f"cannot export to `{target}`",
+            seen="\n      ".join(failures),
+            hint=f"another format may do: {others}",
+        ) from cause
+    how, notes = written.how, [*written.notes]
+    if failures and (dynamic or network.fixed):
+        how += f" ({failures[0]})"
+    if not dynamic:
+        notes.append(f"batch fixed at {network.batch}: {network.fixed or failures[-1]}")
+    if any(tensor.numel() and not tensor.isfinite().any() for _, tensor in network.answers[network.batch]):
+        notes.append("an output of the network itself holds no finite number: comparing it says nothing")
+    files = sorted(path.parent.iterdir())
+    notes += [f"its weights are in `{file.name}`: keep the two together" for file in files if file != path]
+    size = sum(file.stat().st_size for file in files)
+    return Exported(target, format, size, how, checks, tolerance, tuple(notes))
+
+
+def _write_onnx(network: _Network, path: Path, dynamic: bool) -> _Written:
+    import onnx
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    model = network.model.eval()
+    # exporters know neither dataclasses nor numbers among the outputs; `_untouched` takes the hook away again
+    model.register_forward_hook(lambda module, args, output: tuple(tensor for _, tensor in _tensors(output)))
+    args, kwargs = network.call(dynamic)
+    # ONNX has bfloat16 convolutions since opset 22; onnxscript folds batch norm into them as float32, which is invalid
+    brain_float = torch.bfloat16 in network.dtypes
+    program = torch.onnx.export(
+        model,
+        args if kwargs else (*args, {}),  # or else a last argument that is a dict is taken for the keywords
+        kwargs=kwargs,
+        dynamic_shapes=network.dynamic_shapes("batch") if dynamic else None,
+        opset_version=network.opset or (22 if brain_float else None),
+        optimize=not brain_float,
+        dynamo=True,
+        verbose=False,
+    )
+    if program is None:
+        raise _Rejected("the exporter returned nothing")
+    graph = program.model.graph
+    nodes = list(RecursiveGraphIterator(graph))
+    for node in nodes:
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # would tell paths on this machine
+    values = [
+        *graph.inputs,
+        *graph.initializers.values(),
+        *(value for node in nodes for value in node.outputs),
+    ]
+    taken = {value.name for value in values} - {value.name for value in graph.outputs}
+    for value, (name, _) in zip(graph.outputs, network.answers[network.batch], strict=True):
+        while name in taken:
+            name += "_out"
+        value.name = name
+        taken.add(name)
+    program.save(
+        path, external_data=False
+    )  # above 1.5 GB the exporter puts the weights beside it all the same
+    onnx.checker.check_model(os.fspath(path), full_check=brain_float)
+    imports = onnx.load(path, load_external_data=False).opset_import
+    (opset,) = (entry.version for entry in imports if entry.domain in ("", "ai.onnx"))
+    if network.opset not in (None, opset):
+        raise _Rejected(f"opset {network.opset} was asked for, this exporter wrote {opset}")
+    notes = ["ONNX has no memory format: the runtime chooses its own"] if network.to.memory_format else []
+    try:
+        run = _in_onnxruntime(path)
+    except Exception as error:
+        if "NOT_IMPLEMENTED" not in str(error):
+            raise
+        run = None
+        notes.append(f"not run: ONNX Runtime on this CPU has no kernel for it: {_reason(error)}")
+    return _Written(f"dynamo exporter, opset {opset}", run, tuple(notes))
+
+
+def _in_onnxruntime(path: Path) -> Callable[..., list[Tensor]]:
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong comes as an exception
+    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
+        leaves = [
+            leaf.numpy(force=True) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        ]
+        return [torch.from_numpy(array) for array in session.run(None, dict(zip(names, leaves, strict=True)))]
+
+    return run
+
+
+def _write_scripted(network: _Network, path: Path, dynamic: bool) -> _Written:
+    scripted = torch.jit.script(network.model.eval())
+    _save(path, lambda buffer: torch.jit.save(scripted, buffer))
+    return _Written("scripted", torch.jit.load(os.fspath(path)))
+
+
+def _write_traced(network: _Network, path: Path, dynamic: bool) -> _Written:
+    args, kwargs = network.call(dynamic)
+    inputs: dict[str, Any] = {"example_inputs": args}
+    if kwargs:  # a trace takes positions or names, not both
+        inputs = {"example_kwarg_inputs": dict(network.signature.bind(*args, **kwargs).arguments)}
+    traced = torch.jit.trace(network.model.eval(), check_trace=False, strict=False, **inputs)
+    _save(path, lambda buffer: torch.jit.save(traced, buffer))
+    return _Written("traced", torch.jit.load(os.fspath(path)))
+
+
+def _write_pt2(network: _Network, path: Path, dynamic: bool) -> _Written:
+    args, kwargs = network.call(dynamic)
+    shapes = network.dynamic_shapes(torch.export.Dim("batch")) if dynamic else None
+    program = torch.export.export(network.model.eval(), args, kwargs, dynamic_shapes=shapes, strict=False)
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # would tell paths on this machine
+    _save(path, lambda buffer: torch.export.save(program, buffer))
+    note = "for inference: `torch.export.load(path).module()` runs it, and its `.train()` raises"
+    return _Written("torch.export", torch.export.load(path).module(), (note,))
+
+
+def _write_module(network: _Network, path: Path, dynamic: bool) -> _Written:
+    model = network.model
+    _save(path, lambda buffer: torch.save(model, buffer))
+    loaded = torch.load(path, weights_only=False)  # written a moment ago, so it may be trusted
+    for before, after in ((model.state_dict(), loaded.state_dict()), (_modes(model), _modes(loaded))):
+        if not _equal(before, after):
+            raise _Rejected("what is loaded back has other weights or modes")
+    note = f"a pickle: loading it needs the code of `{type(model).__module__}.{type(model).__qualname__}`"
+    model.eval()
+    return _Written("whole module", loaded.eval(), (note,))
+
+
+_ROADS: dict[str, list[tuple[str, Callable[[_Network, Path, bool], _Written], bool]]] = {
+    "onnx": [("dynamic batch", _write_onnx, True), ("fixed batch", _write_onnx, False)],
+    "torchscript": [
+        ("scripting", _write_scripted, True),
+        ("tracing", _write_traced, True),
+        ("tracing, fixed batch", _write_traced, False),
+    ],
+    "pt2": [("dynamic batch", _write_pt2, True), ("fixed batch", _write_pt2, False)],
+    "pt": [("whole module", _write_module, True)],
+}
+"""By format: the name, the writer, and whether the batch is left open."""
+
+
+def _save(path: Path, write: Callable[[io.BytesIO], object]) -> None:
+    """Write by way of memory: on a full disk torch's own file writer can end the process (std::terminate)."""
+    buffer = io.BytesIO()
+    write(buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put back, afterwards, the attributes, tables, flags and hooks of every module, and the buffers' values."""
+    modules = [(vars(module), dict(vars(module))) for module in model.modules()]
+    tables = [
+        (table, dict(table)) for _, saved in modules for table in saved.values() if isinstance(table, dict)
+    ]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for current, saved in (*modules, *tables):
+            current.clear()
+            current.update(saved)
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' warnings, log lines and prints from the user; their errors come as exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            warnings.simplefilter("ignore")
+            for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+                stack.enter_context(redirect(io.StringIO()))
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in an output of any structure, each with a name made of keys, fields and positions."""
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(value, Tensor):
+        yield name or "output", value
+        return
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif dataclasses.is_dataclass(value):
+        items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif isinstance(value, (list, tuple)):
+        items = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
+    else:  # another container that torch knows, or nothing with tensors
+        items = [(i, leaf) for i, leaf in enumerate(pytree.tree_leaves(value)) if isinstance(leaf, Tensor)]
+    for key, item in items:
+        prefix = name or ("output" if isinstance(key, int) else "")
+        yield from _tensors(item, f"{prefix}_{key}" if prefix else str(key))
+
+
+def _difference(got: Iterable[tuple[str, Tensor]], want: Iterable[tuple[str, Tensor]]) -> tuple[float, float]:
+    """The largest absolute and the largest relative error over all outputs; see `Check`."""
+    ours = [tensor.detach().cpu() for _, tensor in got]
+    theirs = [tensor.detach().cpu() for _, tensor in want]
+    if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
+        shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (ours, theirs)]
+        raise _Rejected(f"outputs of shapes {shapes[0]}, the network's are {shapes[1]}")
+    worst = [(0.0, 0.0)]
+    for a, b in zip(ours, theirs, strict=True):
+        if not (b.is_floating_point() or b.is_complex()):
+            worst.append(((a != b).double().mean().item(),) * 2 if b.numel() else (0.0, 0.0))
+            continue
+        finite = b.isfinite()
+        if not torch.equal(finite, a.isfinite()):
+            worst.append((float("inf"), float("inf")))
+        elif finite.any():
+            wide = torch.promote_types(b.dtype, torch.float64)
+            error = (a.to(wide) - b.to(wide))[finite].abs().max().item()
+            worst.append((error, error / (b[finite].abs().max().item() or 1.0)))
+    return max(absolute for absolute, _ in worst), max(relative for _, relative in worst)
+
+
+def _at_batch(tensor: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """The same kind of values at another batch size: rows repeated, or drawn anew if in floating point."""
+    rows = tensor[torch.arange(batch, device=tensor.device) % tensor.size(0)]
+    if not tensor.is_floating_point() or not tensor.numel():
+        return rows
+    values = tensor.detach().flatten()
+    if (values == values[0]).all():  # zeros or ones tell little
+        return rows + torch.randn(rows.shape, generator=generator).to(rows)
+    if batch == tensor.size(0):
+        return tensor
+    return values[torch.randint(len(values), rows.shape, generator=generator).to(tensor.device)]
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+def _cloned(call: _Call) -> _Call:
+    clone: _Call = pytree.tree_map_only(Tensor, torch.clone, call)
+    return clone
+
+
+def _modes(model: nn.Module) -> dict[str, Any]:
+    return {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def _equal(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    def same(a: Any, b: Any) -> bool:
+        if not isinstance(a, Tensor):
+            return bool(a == b)
+        return a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+    return before.keys() == after.keys() and all(same(before[key], after[key]) for key in before)
+
+
+def _reason(error: BaseException) -> str:
+    """The line of an exception that says most: of its root cause, without colours and advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line] or [""]
+    if lines[0].startswith("Constraints violated"):  # torch.export: what was violated comes after
+        lines = [line.removeprefix("- ") for line in lines if line.startswith("- ")] or lines
+    kind = "" if isinstance(error, (_Rejected, ExportError)) else f"{type(error).__name__}: "
+    return f"{kind}{lines[0]}"[:200]
+
+
+def _format_of(path: Path) -> str:
+    try:
+        return FORMATS[path.suffix.lower()]
+    except KeyError:
+        raise OptionError(
+            f"no export format has the suffix of `{path}`",
+            seen=f"suffix `{path.suffix}`",
+            hint=f"known: {' '.join(FORMATS)}",
+        ) from None
+
+
+def _choice(what: str, value: Any, known: Mapping[str, Any]) -> Any:
+    if value is None or value in known.values():
+        return value
+    if value in known:
+        return known[value]
+    raise OptionError(f"no such {what} to export to", seen=str(value), hint=f"known: {', '.join(known)}")
+
+
+def _device(device: str | torch.device | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = torch.device("meta")
+    if wanted.type not in ("cpu", "cuda"):
+        raise OptionError(
+            "no such device to export to", seen=str(device), hint="known: cpu, cuda, cuda:1 and so on"
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.type == "cuda" and (wanted.index or 0) >= count:
+        raise ExportError(
+            f"asked for {wanted}, this machine has {count or 'none'}",
+            hint="export on the CPU: an ONNX file made there runs on a GPU as well, through onnxruntime-gpu",
+        )
+    return wanted

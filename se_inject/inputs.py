@@ -1,0 +1,195 @@
+"""Example inputs: inferred where none are given, and made real where a check needs numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from se_inject.errors import NoSites, OptionError, TraceError, UnsupportedModel
+from se_inject.tracing import Trace, describe, observe
+
+SIZES = {1: (1024, 16000, 128), 2: (224, 32, 28, 64, 96, 128, 299, 256, 384, 512), 3: (16, 32, 64, 8)}
+"""Spatial sizes that are tried, in this order, for networks of one, two and three dimensions."""
+
+
+def observe_model(model: nn.Module, example_inputs: Any = None, example_kwargs: dict[str, Any] | None = None) -> Trace:
+    """Observe one call of a model, on inferred inputs if none are given. Nothing is computed and nothing changed.
+
+    Args:
+        model: any network.
+        example_inputs: a tensor, or a tuple of the positional arguments; tensors may be on the meta device. None:
+            the batch size is 2 and the rest is taken from the model's own metadata or its first convolution.
+        example_kwargs: keyword arguments.
+
+    Raises:
+        UnsupportedModel: not a module whose forward can be edited.
+        NoSites: no inputs given, and no convolution to infer them from.
+        TraceError: the model's forward fails on the inputs.
+    """
+    check_supported(model)
+    if example_inputs is not None or example_kwargs:
+        args = example_inputs if isinstance(example_inputs, tuple) else () if example_inputs is None else (example_inputs,)
+        return observe(model, args, example_kwargs)
+    failures: list[TraceError] = []
+    shapes = inferred_shapes(model)
+    for shape in shapes:
+        inputs = (torch.empty(shape, device="meta", dtype=_dtype(model)),)
+        try:
+            trace = observe(model, inputs)
+        except TraceError as error:
+            failures.append(error)
+            continue
+        trace.notes.append(f"input inferred: {describe(inputs)}")
+        return trace
+    raise TraceError(
+        "no input for this network could be guessed",
+        seen=f"tried {', '.join('×'.join(map(str, shape)) for shape in shapes)}; the first gave {failures[0].seen}",
+        hint="give one: `example_inputs=` in Python, `--input 3x224x224` on the command line",
+    ) from failures[0]
+
+
+def inferred_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    """Input shapes that the network may take, the likeliest first.
+
+    Raises:
+        NoSites: there is neither metadata nor a convolution.
+    """
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
+    if size:
+        return [(2, *size)]
+    first = next((module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)), None)
+    if first is None:
+        raise NoSites(
+            "the network has no convolution",
+            seen=f"a {type(model).__name__} of {', '.join(sorted({type(m).__name__ for m in model.modules()})[:8])}",
+            hint="channel attention goes behind convolutions; if there are some outside of `nn.Conv*d`, give example inputs",
+        )
+    rank = first.weight.dim() - 2
+    if rank == 3:
+        return [(2, first.in_channels, depth, side, side) for depth in SIZES[3] for side in (112, 224, 64, depth)]
+    return [(2, first.in_channels, *[size] * rank) for size in SIZES[rank]]
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """``3x224x224`` as a shape with its batch.
+
+    Two or three numbers are one example (C×L, C×H×W) and get a batch of 2; four or five include the batch
+    (N×C×H×W, N×C×T×H×W).
+
+    Raises:
+        OptionError: not a shape.
+    """
+    parts = text.lower().replace("×", "x").split("x")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts) or not 2 <= len(parts) <= 5:
+        raise OptionError(f"`{text}` is not the shape of an input", hint="write it as 3x224x224 (C×H×W)")
+    shape = tuple(int(part) for part in parts)
+    return shape if len(shape) > 3 else (2, *shape)
+
+
+def real_inputs(inputs: Any, *, batch: int, device: torch.device, dtype: torch.dtype, side: int | None = None) -> Any:
+    """Inputs with numbers in them, of the given batch size and, if asked, a smaller side.
+
+    Tensors that have values already keep them unless a size changes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    first = _batch(inputs)
+
+    def make(tensor: Tensor) -> Tensor:
+        shape = list(tensor.shape)
+        if shape and shape[0] == first:
+            shape[0] = batch
+        if side is not None and len(shape) > 3:
+            shape[2:] = [min(side, extent) for extent in shape[2:]]
+        if list(tensor.shape) == shape and tensor.device.type != "meta":
+            return tensor.to(device)
+        if not tensor.is_floating_point():
+            return torch.zeros(shape, dtype=tensor.dtype, device=device)
+        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+    return tree_map_only(Tensor, make, inputs)
+
+
+def _batch(inputs: Any) -> int | None:
+    from torch.utils._pytree import tree_leaves
+
+    return next((leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 1), None)
+
+
+def shapes_of(args: Sequence[Any]) -> list[Any] | None:
+    """Plain positional tensor inputs as JSON data; None if they are anything else."""
+    if not all(isinstance(argument, Tensor) for argument in args):
+        return None
+    return [[list(argument.shape), str(argument.dtype).removeprefix("torch.")] for argument in args]
+
+
+def inputs_from(shapes: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Inputs on the meta device from what ``shapes_of`` gave."""
+    return tuple(torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape, dtype in shapes)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def check_supported(model: object) -> None:
+    """Whether this is a module whose forward can be edited.
+
+    Raises:
+        UnsupportedModel: it is wrapped, compiled, scripted, quantised, or no module at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel("a network is asked for", seen=f"a {type(model).__name__}", hint="pass an nn.Module")
+    kind = type(model)
+    wrappers = {
+        "DataParallel": "pass the network inside: `model.module`",
+        "DistributedDataParallel": "inject first, then wrap; or pass the network inside: `model.module`",
+        "FullyShardedDataParallel": "inject first, then wrap; or pass the network inside: `model.module`",
+        "OptimizedModule": "inject first, then compile; or pass the network inside: `model._orig_mod`",
+    }
+    if kind.__name__ in wrappers and kind.__module__.startswith("torch."):
+        raise UnsupportedModel(
+            "a wrapped network can't be edited from outside", seen=f"a {kind.__name__}", hint=wrappers[kind.__name__]
+        )
+    for path, module in model.named_modules():
+        where = f" in `{path}`" if path else ""
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModel(
+                "a scripted or traced network has no forward to edit",
+                seen=f"a {type(module).__name__}{where}",
+                hint="pass the eager network it was made from",
+            )
+        if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch."):
+            raise UnsupportedModel(
+                "a quantised network can't take a trainable block",
+                seen=f"a {type(module).__name__}{where}",
+                hint="inject first, then quantise",
+            )
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc, arg-type]
+            raise UnsupportedModel(
+                "a lazy module has no shape yet",
+                seen=f"a {type(module).__name__}{where}",
+                hint="call the network once on real inputs, then inject",
+            )
+
+
+def example_of(
+    model: nn.Module, example_inputs: Any = None, example_kwargs: dict[str, Any] | None = None, batch: int = 2
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Real inputs for a model: those given, or random ones of the inferred shape."""
+    trace = observe_model(model, example_inputs, example_kwargs)
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    args, kwargs = trace.inputs
+    if all(leaf.device.type != "meta" for leaf in _tensors((args, kwargs))):
+        return args, kwargs
+    return real_inputs(trace.inputs, batch=batch, device=parameter.device, dtype=parameter.dtype)  # type: ignore[no-any-return]
+
+
+def _tensors(inputs: Any) -> list[Tensor]:
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]

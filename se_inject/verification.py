@@ -1,0 +1,298 @@
+"""Whether an injected network is still the network it was made from: the checks, each a line for people."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from se_inject.errors import VerificationError
+from se_inject.inputs import observe_model, real_inputs
+from se_inject.surgery import injected_blocks, steps_of
+from se_inject.tracing import Trace, describe, preserved
+
+SMALL_SIDE = 64
+LARGE = 500_000_000
+"""MACs of convolutions in the observed call from which on the numeric checks use a smaller input."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer; ``passed`` is None where the question doesn't apply."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All checks of one injected network."""
+
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed."""
+        return all(check.passed is not False for check in self.checks)
+
+    def expect_passed(self) -> Verdict:
+        """This verdict, if nothing failed.
+
+        Raises:
+            VerificationError: names the checks that did.
+        """
+        failed = [check for check in self.checks if check.passed is False]
+        if failed:
+            raise VerificationError(
+                f"the injected network failed {len(failed)} of {len(self.checks)} checks",
+                seen="; ".join(f"{check.name}: {check.detail}" for check in failed),
+                hint="nothing was written; please report the network, it should have been refused instead",
+            )
+        return self
+
+
+def verify(
+    before: nn.Module,
+    after: nn.Module,
+    example_inputs: Any = None,
+    example_kwargs: dict[str, Any] | None = None,
+    *,
+    trace: Trace | None = None,
+) -> Verdict:
+    """Compare an injected network with the one it was made from. Neither is changed.
+
+    Args:
+        before: the network without blocks, or with fewer.
+        after: the injected one.
+        example_inputs: as for ``plan``.
+        example_kwargs: as for ``plan``.
+        trace: an observed call of ``before``, if there is one already.
+
+    Raises:
+        TraceError: the network's forward fails on the inputs.
+    """
+    trace = trace or observe_model(before, example_inputs, example_kwargs)
+    steps = {step.path for step in steps_of(after)} - {step.path for step in steps_of(before)}
+    blocks = {path: block for path, block in injected_blocks(after) if path in steps}
+    inputs, notes = _numeric_inputs(before, trace)
+    checks = [
+        _kept_state(before, after, blocks),
+        _kept_settings(before, after),
+        *_outputs(before, after, blocks, inputs),
+        _gradients(after, blocks, inputs),
+    ]
+    if any(not torch.isfinite(t).all() for t in before.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()):
+        notes.append("warning: the network's weights hold NaN or infinite values")
+    return Verdict(tuple(checks), tuple(notes))
+
+
+def _numeric_inputs(model: nn.Module, trace: Trace) -> tuple[Any, list[str]]:
+    """Inputs for the numeric checks: of another batch size than the observed ones, and small if they are large."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    sides: list[int | None] = [SMALL_SIDE, None] if trace.macs > LARGE else [None]
+    for side in sides:
+        inputs = real_inputs(trace.inputs, batch=3, device=parameter.device, dtype=parameter.dtype, side=side)
+        try:
+            _run(model, inputs, training=False, seed=0)
+        except Exception:
+            if side is None:
+                raise
+            continue
+        return inputs, [f"numeric checks on {describe(*inputs)}"]
+    raise AssertionError("unreachable")  # pragma: no cover
+
+
+def _run(model: nn.Module, inputs: Any, *, training: bool, seed: int) -> Any:
+    """One call with nothing left behind: modes, buffers, attributes and the random generator as before."""
+    args, kwargs = inputs
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with preserved(model), torch.random.fork_rng():
+        for module in model.modules():
+            module.training = training
+        torch.manual_seed(seed)
+        return functional_call(model, buffers, tuple(_copied(args)), _copied(kwargs))
+
+
+def _copied(value: Any) -> Any:
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(Tensor, torch.clone, value)
+
+
+def _outputs(before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> list[Check]:
+    """Outputs with the blocks as they start, and with every block replaced by an identity."""
+    results: dict[tuple[str, str], str] = {}
+    modes = ("eval", "train")
+    for mode in modes:
+        with torch.no_grad():
+            try:
+                expected = _run(before, inputs, training=mode == "train", seed=1)
+            except Exception as error:  # the network's own: batch norm on one value, say
+                results["fresh", mode] = results["without", mode] = f"not run: {str(error).splitlines()[0][:80]}"
+                continue
+            results["fresh", mode] = _difference(expected, _run(after, inputs, training=mode == "train", seed=1))
+            with _without(after, blocks):
+                results["without", mode] = _difference(expected, _run(after, inputs, training=mode == "train", seed=1))
+    fresh = _starts_as_identity(after, blocks)
+    if fresh:
+        text, passed = _answer([results["fresh", mode] for mode in modes], modes)
+        first = Check("same output as before", passed, text)
+    else:
+        first = Check("same output as before", None, "the blocks are not at their identity start: outputs are meant to differ")
+    text, passed = _answer([results["without", mode] for mode in modes], modes)
+    return [first, Check("same output without the blocks", passed, text)]
+
+
+def _answer(results: list[str], modes: tuple[str, ...]) -> tuple[str, bool | None]:
+    ran = [result for result in results if not result.startswith("not run")]
+    passed = all(not result for result in ran) if ran else None
+    words = [f"{mode}: {result or 'bit-equal'}" for mode, result in zip(modes, results, strict=True)]
+    return ("bit-equal in eval and in train" if not any(results) else "; ".join(words)), passed
+
+
+def _starts_as_identity(after: nn.Module, blocks: dict[str, nn.Module]) -> bool:
+    steps = {step.path: step for step in steps_of(after)}
+    return all(steps[path].options.get("init", "identity") == "identity" and not _trained(block) for path, block in blocks.items())
+
+
+def _trained(block: nn.Module) -> bool:
+    """Whether the block's last layer has left zero."""
+    last = getattr(block, "fc2", None)
+    return isinstance(last, nn.Module) and any(bool(p.any()) for p in last.parameters())
+
+
+def _difference(expected: Any, seen: Any) -> str:
+    """Empty if two outputs are the same bit for bit; else what differs."""
+    (leaves, structure), (others, other_structure) = tree_flatten(expected), tree_flatten(seen)
+    if structure != other_structure:
+        return "the output has another structure"
+    worst = 0.0
+    for one, other in zip(leaves, others, strict=True):
+        if not isinstance(one, Tensor):
+            if one != other:
+                return f"{one} became {other}"
+        elif one.shape != other.shape or one.dtype != other.dtype:
+            return f"{tuple(one.shape)} {one.dtype} became {tuple(other.shape)} {other.dtype}"
+        elif not _same_bits(one, other):
+            worst = max(worst, float((one.double() - other.double()).abs().nan_to_num(nan=float("inf")).max()))
+    return f"differs by up to {worst:.3g}" if worst else ""
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+@contextlib.contextmanager
+def _without(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[None]:
+    """The model with an identity in every block's place."""
+    places = []
+    for path in blocks:
+        owner, _, name = path.rpartition(".")
+        places.append((model.get_submodule(owner), name))
+    try:
+        for owner, name in places:
+            owner._modules[name] = nn.Identity()
+        yield
+    finally:
+        for (owner, name), block in zip(places, blocks.values(), strict=True):
+            owner._modules[name] = block
+
+
+def _kept_state(before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module]) -> Check:
+    old, new = before.state_dict(), after.state_dict()
+    kept = [key for key, value in old.items() if key in new and _same_value(value, new[key])]
+    added = [key for key in new if key not in old]
+    foreign = [key for key in added if not any(key.startswith(path + ".") for path in blocks)]
+    lost = [key for key in old if key not in kept]
+    text = f"{len(kept)}/{len(old)} entries of the state dict kept, bit-equal; {len(added)} new"
+    if lost:
+        text += f"; changed or lost: {', '.join(lost[:3])}"
+    if foreign:
+        text += f"; new and not a block's: {', '.join(foreign[:3])}"
+    return Check("weights kept", not lost and not foreign, text)
+
+
+def _same_value(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return bool(one == other)
+    same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return same and (one.data_ptr() == other.data_ptr() != 0 or _same_bits(one, other))
+
+
+def _kept_settings(before: nn.Module, after: nn.Module) -> Check:
+    modules = dict(after.named_modules())
+    changed = []
+    for path, module in before.named_modules():
+        twin = modules.get(path)
+        if twin is None or not isinstance(twin, getattr(type(module), "_se_inject_original", type(module))):
+            changed.append(f"{path or '(the network)'}: class")
+            continue
+        changed += [
+            f"{path}: {name}"
+            for name in ("training", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+            if _setting(module, name) != _setting(twin, name)
+        ]
+    parameters = dict(after.named_parameters())
+    for name, parameter in before.named_parameters():
+        twin_parameter = parameters.get(name)
+        if twin_parameter is None or (parameter.requires_grad, parameter.dtype, parameter.device) != (
+            twin_parameter.requires_grad,
+            twin_parameter.dtype,
+            twin_parameter.device,
+        ):
+            changed.append(f"{name}: requires_grad, dtype or device")
+    count = len(list(before.modules()))
+    text = f"classes, modes, hooks, requires_grad, dtype and device of {count} modules as before"
+    return Check("settings kept", not changed, "; ".join(changed[:3]) if changed else text)
+
+
+def _setting(module: nn.Module, name: str) -> Any:
+    value = getattr(module, name)
+    return len(value) if name != "training" else value
+
+
+def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> Check:
+    """One backward pass of a random projection of the outputs, towards the new parameters only."""
+    named = {f"{path}.{name}": p for path, block in blocks.items() for name, p in block.named_parameters() if p.requires_grad}
+    called: set[str] = set()
+    hooks = [block.register_forward_hook(lambda *_, path=path: called.add(path)) for path, block in blocks.items()]
+    try:
+        with torch.enable_grad():
+            try:
+                result = _run(after, inputs, training=True, seed=2)
+            except Exception:
+                result = _run(after, inputs, training=False, seed=2)
+            outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            generator = torch.Generator().manual_seed(3)
+            loss = sum((out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs)
+            grads: Any = ()
+            if named and outputs:
+                grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)  # type: ignore[arg-type]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    silent = sorted(set(blocks) - called)
+    missing = [name for name, grad in zip(named, grads, strict=False) if grad is None]
+    if not outputs and named:
+        missing = list(named)
+    dead = [
+        path
+        for path in blocks
+        if any(name.startswith(path + ".") for name in named)
+        and not any(
+            grad is not None and bool(grad.any()) for name, grad in zip(named, grads, strict=False) if name.startswith(path + ".")
+        )
+    ]
+    if silent:
+        return Check("blocks trainable", False, f"not called: {', '.join(silent[:3])}")
+    if missing or dead:
+        return Check("blocks trainable", False, f"no gradient reaches {', '.join((missing or dead)[:3])}")
+    return Check("blocks trainable", True, f"gradients reach all {len(named)} new parameters of {len(blocks)} blocks")
