@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .errors import ExportError
@@ -88,6 +89,16 @@ def atomic_all(paths: Sequence[str | os.PathLike[str]], force: bool = False) -> 
     finally:
         for path in temporary:
             shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def write_in_one_go(path: Path, write: Callable[[io.BytesIO], object]) -> None:
+    """Serialise in memory, then write: torch's own file writer can end the process when the disk is full.
+
+    Its destructor throws (torch 2.14: `std::terminate`), and so nothing could be cleaned up.
+    """
+    buffer = io.BytesIO()
+    write(buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def no_space(error: BaseException | None) -> bool:

@@ -1,18 +1,18 @@
 """Unpickle a network without running anything that its file brings along.
 
 A pickle is a program: ``REDUCE`` calls what it names, ``BUILD`` hands any state to ``__setstate__``.
-``torch.load(weights_only=True)`` narrows the names, but whatever is added to its list can be *called* with the file's
-own arguments, a network class too, and it reads no whole module in the format before torch 1.6. So the opcodes that do
-something are replaced here, and one reader serves every format:
+``torch.load(weights_only=True)`` narrows the names, but what one adds to its list can be *called* with the
+file's own arguments, network classes included, and it reads no whole module in the format before torch 1.6.
+So the opcodes that do something are replaced here, and one reader serves every format:
 
-* A network class (an ``nn.Module`` whose name in the file and own ``__module__`` are both under ``NETWORKS``) is made
-  empty by ``object.__new__`` and given its state by ``nn.Module.__setstate__``. The file never calls it.
-* Called are only ``BUILDERS``, which make tensors and plain data; an enum with one value; ``functools.partial`` with
-  one callable and nothing else; ``getattr`` for a module's own ``forward…`` methods and torch's activations; and
-  ``se_inject._bodies.rebuild``, which checks its data itself.
+* A network class (an ``nn.Module`` whose name in the file and own ``__module__`` are both under ``NETWORKS``)
+  is made empty by ``object.__new__`` and given its state by its ``__setstate__``. The file never calls it.
+* Called are only ``BUILDERS``, which make tensors and plain data; an enum with one value;
+  ``functools.partial`` with one callable and nothing else; ``getattr`` for a module's own ``forward…``
+  methods and torch's activations; and ``se_inject.bodies.rebuild``, which checks its data itself.
 * Functions of tensors may be referred to: networks keep them as attributes and call them in their forward.
-* Everything else, name or call, becomes an ``Inert`` module that takes any state and does nothing. Reading goes on,
-  so that an error can name all of it at once, and the tensors in such a file can still be had.
+* Everything else, name or call, becomes an ``Inert`` module that takes any state and does nothing. Reading
+  goes on, so that an error can name all of it at once, and the tensors in such a file can still be had.
 * A trusted package is outside all this: its code is imported, called and given state as the file says.
 
 The lists are what the pickles of all networks of torchvision 0.29 and timm 1.0.31 refer to.
@@ -27,6 +27,7 @@ import inspect
 import io
 import pickle
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import IO, Any, ClassVar
 
@@ -50,31 +51,50 @@ NETWORKS = (
 NOT_NETWORKS = ("torch.nn.parallel.distributed",)  # its __setstate__ talks to a process group
 
 BUILDERS = frozenset(
-    """
-    builtins.bytearray builtins.complex builtins.frozenset builtins.range builtins.set builtins.slice
-    _codecs.encode collections.Counter collections.OrderedDict se_inject._bodies.rebuild
-    torch.Size torch.device torch.serialization._get_layout
-    torch._utils._rebuild_tensor torch._utils._rebuild_tensor_v2 torch._utils._rebuild_tensor_v3
-    torch._utils._rebuild_parameter torch._utils._rebuild_parameter_with_state
-    torch._utils._rebuild_meta_tensor_no_storage
-    """.split()
+    [
+        *(f"builtins.{name}" for name in ("bytearray", "complex", "frozenset", "range", "set", "slice")),
+        "_codecs.encode",
+        "collections.Counter",
+        "collections.OrderedDict",
+        "se_inject.bodies.rebuild",
+        "torch.Size",
+        "torch.device",
+        "torch.serialization._get_layout",
+        "torch._utils._rebuild_meta_tensor_no_storage",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+    ]
 )
 DATA = frozenset(
-    """
-    timm.layers.format.Format timm.models._features.FeatureInfo
-    torchvision.models.detection._utils.BalancedPositiveNegativeSampler
-    torchvision.models.detection._utils.BoxCoder torchvision.models.detection._utils.BoxLinearCoder
-    torchvision.models.detection._utils.Matcher torchvision.models.detection._utils.SSDMatcher
-    """.split()
+    [
+        "timm.layers.format.Format",
+        "timm.models._features.FeatureInfo",
+        "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
+        "torchvision.models.detection._utils.BoxCoder",
+        "torchvision.models.detection._utils.BoxLinearCoder",
+        "torchvision.models.detection._utils.Matcher",
+        "torchvision.models.detection._utils.SSDMatcher",
+    ]
 )
 REFERENCES = frozenset(
-    """
-    functools.partial torch.storage.UntypedStorage torch._C._VariableFunctionsClass
-    timm.layers.activations.gelu torchvision.models.optical_flow.raft._pass_through_h torchvision.ops.boxes.box_iou
-    """.split()
+    [
+        "functools.partial",
+        "timm.layers.activations.gelu",
+        "torch._C._VariableFunctionsClass",
+        "torch.storage.UntypedStorage",
+        "torchvision.models.optical_flow.raft._pass_through_h",
+        "torchvision.ops.boxes.box_iou",
+    ]
 )
-ACTIVATIONS = frozenset("relu sigmoid tanh selu celu rrelu prelu hardshrink softmax log_softmax".split())
+ACTIVATIONS = frozenset(
+    ["relu", "sigmoid", "tanh", "selu", "celu", "rrelu", "prelu", "softmax", "log_softmax"]
+)
 
+_LISTED = BUILDERS | DATA | REFERENCES
+_QUOTES = frozenset("\"'\\")
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # protocol 2 writes the old names
 _UNUSED = (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID)
 
@@ -88,12 +108,12 @@ def unpickle(file: IO[bytes], form: str, trust: Sequence[str], refused: dict[str
 
     Args:
         file: the open file, at its beginning.
-        form: ``zip`` (not one of TorchScript) or ``legacy``, of ``torch.save``; ``plain``, of ``pickle.dump``.
+        form: ``zip`` (none of TorchScript) or ``legacy``, of ``torch.save``; ``plain``, of ``pickle.dump``.
         trust: packages whose code the file may use.
-        refused: takes the names of what became ``Inert``, and why those could not be imported that were allowed.
+        refused: takes the names of what became ``Inert``, each with the reason if it could not be imported.
 
     Raises:
-        Exception: of any class, from a damaged file or from the code of a trusted package.
+        Exception: of any class, from a damaged file or a trusted package.
     """
 
     class Unpickler(_Unpickler):
@@ -106,7 +126,7 @@ def unpickle(file: IO[bytes], form: str, trust: Sequence[str], refused: dict[str
     if form == "plain":
         return load(file)
     if form == "legacy":
-        file = io.BytesIO(file.read())  # given a real file, torch first tries to unpack it as a tar archive
+        file = io.BytesIO(file.read())  # of a real file, torch first tries whether it is a tar archive
     reader = types.SimpleNamespace(__name__=__name__, Unpickler=Unpickler, load=load)
     return torch.load(file, map_location="cpu", pickle_module=reader, weights_only=False)
 
@@ -124,9 +144,11 @@ def check_names(model: nn.Module) -> None:
         state = vars(todo.pop())
         for names in (state, state["_modules"], state["_parameters"], state["_buffers"]):
             for name in names:
-                if not isinstance(name, str) or not name.isprintable() or any(mark in name for mark in "\"'\\"):
-                    raise LoadError("a module in this file has an attribute that is no name", seen=repr(name)[:80])
-        children = [child for child in state["_modules"].values() if child is not None and id(child) not in found]
+                if not isinstance(name, str) or not name.isprintable() or _QUOTES.intersection(name):
+                    raise LoadError(
+                        "a module in this file has an attribute that is no name", seen=repr(name)[:80]
+                    )
+        children = [m for m in state["_modules"].values() if m is not None and id(m) not in found]
         found.update(map(id, children))
         todo += children
 
@@ -154,7 +176,7 @@ class _Unpickler(pickle._Unpickler):
         module = _PYTHON_2.get(module, module)
         full = f"{module}.{name}"
         trusted = within(module, self._trust)
-        listed = full in BUILDERS | DATA | REFERENCES
+        listed = full in _LISTED
         if full in ("builtins.getattr", "torch.storage._load_from_bytes"):
             return self._may_call(self._attribute if name == "getattr" else self._storage)
         if not (trusted or listed or within(full, NETWORKS) or module in ("torch", "torch._C._nn")):
@@ -165,11 +187,10 @@ class _Unpickler(pickle._Unpickler):
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
             return self._refuse(full, str(error))
-        if full in BUILDERS or trusted and within(str(found.__module__), self._trust):
+        if full in BUILDERS or (trusted and within(getattr(found, "__module__", None) or "", self._trust)):
             return self._may_call(found)
-        if listed or _is_network(found) or _is_tensor_function(module, found) or isinstance(found, torch.dtype):
-            return found
-        return self._refuse(full)
+        harmless = listed or _is_network(found) or _is_tensor_function(module, found)
+        return found if harmless or isinstance(found, torch.dtype) else self._refuse(full)
 
     def _may_call(self, found: Any) -> Any:
         self._callable.append(found)
@@ -230,10 +251,10 @@ class _Unpickler(pickle._Unpickler):
         if within(kind.__module__, self._trust):
             self.append(state)
             pickle._Unpickler.dispatch[pickle.BUILD[0]](self)  # type: ignore[arg-type]
-        elif isinstance(instance, nn.Module) and kind is not Inert and type(state) is dict or kind is functools.partial:
-            kind.__setstate__(instance, state)
-        elif kind is Inert or kind.__name__ == "OrderedDict" or _is_data(kind):
+        elif kind in (Inert, OrderedDict) or _is_data(kind):
             vars(instance).update(state if isinstance(state, dict) else {})
+        elif kind is functools.partial or (isinstance(instance, nn.Module) and type(state) is dict):
+            kind.__setstate__(instance, state)
         else:
             raise pickle.UnpicklingError(f"a state for a {kind.__name__}")
 
@@ -256,7 +277,7 @@ class _Unpickler(pickle._Unpickler):
 
     def _persistent(self) -> None:
         key = self.stack.pop()
-        is_class = isinstance(key, tuple) and key[0] == "module"  # the legacy format adds its source, for comparison
+        is_class = isinstance(key, tuple) and key[0] == "module"  # in a legacy file, with its source
         self.append(key[1] if is_class else self.persistent_load(key))
 
     dispatch: ClassVar[dict[int, Any]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,14 +44,12 @@ class SqueezeExcitation(nn.Module):
         reduction: r; the bottleneck is max(1, C // r) wide.
         divisor: round C / r to a multiple of this instead; 8 is what timm does.
         bias: whether W1 and W2 have biases: the paper's ablations have none, its released models do.
-        init: ``identity``: W2 starts at zero and the gate is 2·σ, so that the block starts as x ↦ x exactly, in every
-            floating-point format; ``paper``: the gate is σ and both layers start as torch starts them.
 
     Shape:
         (N, C, *) to (N, C, *), with ``rank`` dimensions for the star.
 
     Raises:
-        OptionError: no such rank, reduction, divisor or init.
+        OptionError: no such rank, reduction or divisor.
     """
 
     def __init__(
@@ -62,13 +60,10 @@ class SqueezeExcitation(nn.Module):
         reduction: float = 16,
         divisor: int | None = None,
         bias: bool = True,
-        init: str = "identity",
     ) -> None:
         super().__init__()
         if rank not in _CONVOLUTIONS:
             raise OptionError("a block needs 1 to 3 spatial dimensions", seen=f"rank = {rank}")
-        if init not in ("identity", "paper"):
-            raise OptionError(f"no start called `{init}`", hint="init is `identity` or `paper`")
         convolution = _CONVOLUTIONS[rank]
         width = squeeze_width(channels, reduction, divisor)
         self.fc1 = convolution(channels, width, 1, bias=bias)
@@ -76,11 +71,12 @@ class SqueezeExcitation(nn.Module):
         self.fc2 = convolution(width, channels, 1, bias=bias)
         self.space = list(range(2, 2 + rank))
         self.gain = 1
-        if init == "identity":
-            self.identity_init()
 
     def identity_init(self) -> None:
-        """Start as x ↦ x: W2 is zero and the gate is 2·σ(0) = 1. Gradients reach W2 at once, W1 from the second step."""
+        """Start as x ↦ x, exactly and in every floating-point format: W2 is zero and the gate is 2·σ(0) = 1.
+
+        Gradients reach W2 at once and W1 from the second step on.
+        """
         self.gain = 2
         nn.init.zeros_(self.fc2.weight)
         if self.fc2.bias is not None:
@@ -100,6 +96,8 @@ class SqueezeExcitation(nn.Module):
 
 
 BLOCKS: dict[str, Callable[..., nn.Module]] = {"se": SqueezeExcitation}
+INITS = ("identity", "paper")
+"""How a block starts: as x ↦ x, by its ``identity_init``; or as its authors have it."""
 
 
 def find_block(name: str) -> Callable[..., nn.Module]:
@@ -109,13 +107,14 @@ def find_block(name: str) -> Callable[..., nn.Module]:
         OptionError: there is none.
     """
     if name not in BLOCKS:
-        close = difflib.get_close_matches(name, BLOCKS, n=1)
-        raise OptionError(
-            f"no block is called `{name}`",
-            seen=", ".join(sorted(BLOCKS)),
-            hint=f"did you mean `{close[0]}`?" if close else None,
-        )
+        raise OptionError(f"no block is called `{name}`", seen=", ".join(sorted(BLOCKS)), hint=_similar(name, BLOCKS))
     return BLOCKS[name]
+
+
+def block_options(name: str) -> dict[str, inspect.Parameter]:
+    """The options a block takes: its factory's parameters but the first (the channels) and ``rank``."""
+    parameters = list(inspect.signature(find_block(name)).parameters.values())[1:]
+    return {parameter.name: parameter for parameter in parameters if parameter.name != "rank"}
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:
@@ -124,28 +123,36 @@ def check_options(name: str, options: dict[str, Any]) -> None:
     Raises:
         OptionError: one it doesn't know.
     """
-    known = [key for key in inspect.signature(find_block(name)).parameters if key != "rank"][1:]
+    known = block_options(name)
     for key in options:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
             raise OptionError(
-                f"block `{name}` has no option `{key}`",
-                seen=", ".join(known),
-                hint=f"did you mean `{close[0]}`?" if close else None,
+                f"block `{name}` has no option `{key}`", seen=", ".join(known) or "it has none", hint=_similar(key, known)
             )
 
 
-def build_block(name: str, channels: int, rank: int, options: dict[str, Any]) -> nn.Module:
+def build_block(name: str, channels: int, rank: int, options: dict[str, Any], init: str) -> nn.Module:
     """One new block.
 
+    Args:
+        name: of the block.
+        channels: C of the values it will gate.
+        rank: their number of spatial dimensions.
+        options: keyword arguments of the block.
+        init: ``identity`` or ``paper``.
+
     Raises:
-        OptionError: no such block or option, or a value that it refuses.
+        OptionError: no such block or option, a value that it refuses, or a start or rank it doesn't have.
     """
+    if init not in INITS:
+        raise OptionError(f"no start is called `{init}`", seen=", ".join(INITS))
     factory = find_block(name)
     check_options(name, options)
     takes_rank = "rank" in inspect.signature(factory).parameters
+    if rank != 2 and not takes_rank:
+        raise OptionError(f"block `{name}` is for two spatial dimensions", seen=f"a value with {rank}")
     try:
-        return factory(channels, **({"rank": rank} if takes_rank else {}), **options)
+        block = factory(channels, **({"rank": rank} if takes_rank else {}), **options)
     except InjectError:
         raise
     except Exception as error:
@@ -153,3 +160,18 @@ def build_block(name: str, channels: int, rank: int, options: dict[str, Any]) ->
             f"block `{name}` can't be built for {channels} channels with {options}",
             seen=f"{type(error).__name__}: {error}",
         ) from error
+    if init == "identity":
+        if not has_identity_start(block):
+            raise OptionError(f"block `{name}` has no identity start", hint="init `paper`: as its authors start it")
+        block.identity_init()  # type: ignore[operator]
+    return block
+
+
+def has_identity_start(block: nn.Module) -> bool:
+    """Whether a block can start as x ↦ x."""
+    return callable(getattr(block, "identity_init", None))
+
+
+def _similar(word: str, known: Iterable[str]) -> str | None:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean `{close[0]}`?" if close else None

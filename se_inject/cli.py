@@ -169,7 +169,7 @@ def blocks(style: str) -> None:
 
     rows = []
     for name, factory in sorted(BLOCKS.items()):
-        block = build_block(name, 256, 2, {})
+        block = build_block(name, 256, 2, {}, "paper")
         about = (factory.__doc__ or "").strip().splitlines()[0]
         rows.append([name, sum(p.numel() for p in block.parameters()), about])
     click.echo(report.table(("block", "params at C = 256", "what it is"), rows, style))
@@ -209,7 +209,7 @@ def _example(inputs: tuple[str, ...], network: nn.Module) -> Any:
 def _plan(network: nn.Module, inputs: tuple[str, ...], options: dict[str, Any]) -> Plan:
     from se_inject.plans import plan
 
-    block_options = {key: options[key] for key in ("reduction", "divisor", "bias", "init")}
+    block_options = {key: options[key] for key in ("reduction", "divisor", "bias")}
     return plan(
         network,
         _example(inputs, network),
@@ -217,6 +217,7 @@ def _plan(network: nn.Module, inputs: tuple[str, ...], options: dict[str, Any]) 
         at=options["at"] or None,
         attended=options["attended"],
         block=options["block"],
+        init=options["init"],
         name=options["name"],
         **block_options,
     )
@@ -233,7 +234,7 @@ def _described(plan: Plan, options: dict[str, Any]) -> str:
 def _verify(network: nn.Module, injected: nn.Module, plan: Plan) -> Any:
     from se_inject.verification import verify
 
-    return verify(network, injected, trace=plan.trace)
+    return verify(network, injected, trace=plan.trace, fresh=True)
 
 
 def _latency(network: nn.Module, injected: nn.Module, plan: Plan) -> Any:

@@ -153,7 +153,7 @@ def cost_of_model(model: nn.Module, trace: Trace) -> tuple[Cost, tuple[str, ...]
 def cost_of_step(step: Step, dtype: torch.dtype = torch.float32) -> CostRow:
     """What one block adds at its site for one example."""
     with torch.device("meta"):
-        block = build_block(step.block, step.channels, step.rank, step.options).to(dtype).eval()
+        block = build_block(step.block, step.channels, step.rank, step.options, step.init).to(dtype).eval()
         value = torch.empty((1, step.channels, *step.size), dtype=dtype)
     with torch.no_grad(), _Counter() as counter:
         block(value)
@@ -174,7 +174,7 @@ def cost_of_steps(model: nn.Module, trace: Trace, steps: Sequence[Step]) -> Cost
     known: dict[Any, CostRow] = {}
     rows = []
     for step in steps:
-        key = (step.block, step.channels, step.rank, step.size, repr(sorted(step.options.items())))
+        key = (step.block, step.channels, step.rank, step.size, step.init, repr(sorted(step.options.items())))
         if key not in known:
             known[key] = cost_of_step(step, _dtype(model))
         row = known[key]

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from se_inject import report
-from se_inject.blocks import build_block, check_options
+from se_inject.blocks import build_block, check_options, has_identity_start
 from se_inject.cost import CostReport, cost_of_steps
 from se_inject.errors import AlreadyInjected, LoadError, OptionError, SiteNotFound, SurgeryError
 from se_inject.inputs import check_supported, inputs_from, observe_model, shapes_of
@@ -168,6 +169,7 @@ def plan(
     attended: bool = False,
     block: str = "se",
     position: str = "standard",
+    init: str | None = None,
     name: str | None = None,
     **block_options: Any,
 ) -> Plan:
@@ -183,8 +185,10 @@ def plan(
         attended: also sites that have attention of their own already.
         block: name of the block.
         position: where the block sits; ``standard``: on the residual branch, or behind the activation.
+        init: ``identity``: the block starts as x ↦ x, so the network's output stays the same bit for bit until it is
+            trained; ``paper``: as its authors start it. None: ``identity`` if the block has it.
         name: attribute that a block gets on its owner; None: ``se``, or ``se_<value>`` if an owner has several.
-        **block_options: the block's, for SE ``reduction=16``, ``divisor=None``, ``bias=True``, ``init="identity"``.
+        **block_options: the block's, for SE ``reduction=16``, ``divisor=None``, ``bias=True``.
 
     Raises:
         NoSites: the network has no place for a block.
@@ -202,8 +206,9 @@ def plan(
     trace = observe_model(model, example_inputs, example_kwargs)
     sites = find_sites(trace)
     chosen, notes = _select(sites, _listed(stages), _listed(at), attended, model)
-    steps = tuple(_step(site, block, block_options, name) for site in chosen)
-    notes = [*trace.notes, *notes, *_widths(steps)]
+    start, odd = _probed(chosen, block, block_options, init)
+    steps = tuple(_step(site, block, block_options, start, name) for site in chosen)
+    notes = [*trace.notes, *notes, *odd]
     args, kwargs = trace.inputs
     shapes = None if kwargs or (listed := shapes_of(args)) is None else tuple(listed)
     if trace.failures:
@@ -269,7 +274,7 @@ def _already(paths: Sequence[str], model: nn.Module) -> AlreadyInjected:
     )
 
 
-def _step(site: Site, block: str, options: dict[str, Any], name: str | None) -> Step:
+def _step(site: Site, block: str, options: dict[str, Any], init: str, name: str | None) -> Step:
     block_name = name if name and site.block_name == "se" else site.block_name.replace("se", name or "se", 1)
     return Step(
         site=site.address,
@@ -279,24 +284,28 @@ def _step(site: Site, block: str, options: dict[str, Any], name: str | None) -> 
         rank=site.rank,
         block=block,
         options=dict(options),
+        init=init,
         block_name=block_name,
         stage=site.stage,
         size=site.size,
     )
 
 
-def _widths(steps: Sequence[Step]) -> list[str]:
-    """Build one block of each size, which refuses bad options before anything else happens; note what is odd."""
-    import torch
-
+def _probed(sites: Sequence[Site], block: str, options: dict[str, Any], init: str | None) -> tuple[str, list[str]]:
+    """Build one block of each size, so that bad options are refused first of all: how it starts, and what is odd."""
     notes = []
-    for channels, rank, block, options in {(s.channels, s.rank, s.block, json.dumps(s.options)) for s in steps}:
+    start = init or "identity"
+    for channels, rank in sorted({(site.channels, site.rank) for site in sites}):
         with torch.device("meta"):
-            built = build_block(block, channels, rank, json.loads(options))
-        reduction = json.loads(options).get("reduction", 16)
-        if getattr(built, "width", None) == 1 and channels > 1 and reduction > channels:
-            notes.append(f"r = {reduction} is more than the {channels} channels of some sites: their bottleneck is 1 wide")
-    return sorted(set(notes))
+            built = build_block(block, channels, rank, options, "paper")
+            if init is None and not has_identity_start(built):
+                start = "paper"
+                notes.append(f"block `{block}` has no identity start: the network's output changes until it is trained")
+            build_block(block, channels, rank, options, start)
+        reduction = options.get("reduction", 16)
+        if getattr(built, "width", None) == 1 and reduction > channels:
+            notes.append(f"r = {reduction:g} is more than the {channels} channels of some sites: the bottleneck is 1 wide")
+    return start, list(dict.fromkeys(notes))
 
 
 def _listed(value: Any) -> list[Any]:

@@ -35,6 +35,7 @@ class Step:
         rank: number of spatial dimensions at the site.
         block: name of the block.
         options: the block's options.
+        init: how the block starts: ``identity`` or ``paper``.
         block_name: the attribute that the block becomes on the owner.
         stage: number of the site's stage.
         size: spatial size of the value in the observed call.
@@ -48,6 +49,7 @@ class Step:
     rank: int
     block: str
     options: dict[str, Any] = field(default_factory=dict)
+    init: str = "identity"
     block_name: str = "se"
     stage: int | None = None
     size: tuple[int, ...] = ()
@@ -280,7 +282,7 @@ def _assert(graph: fx.Graph, condition: fx.Node, answer: bool) -> None:
 
 def _surrounded(owner: nn.Module, model: nn.Module, step: Step) -> nn.Module:
     """A new block with the dtype, device, memory format and mode of the modules around it."""
-    block = build_block(step.block, step.channels, step.rank, step.options)
+    block = build_block(step.block, step.channels, step.rank, step.options, step.init)
     near = next((p for p in (*owner.parameters(), *model.parameters()) if p.is_floating_point()), None)
     if near is not None:
         block = block.to(device=near.device, dtype=near.dtype)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from se_inject.errors import VerificationError
 from se_inject.inputs import observe_model, real_inputs
-from se_inject.surgery import injected_blocks, steps_of
+from se_inject.surgery import Step, injected_blocks, steps_of
 from se_inject.tracing import Trace, describe, preserved
 
 SMALL_SIDE = 64
@@ -66,6 +66,7 @@ def verify(
     example_kwargs: dict[str, Any] | None = None,
     *,
     trace: Trace | None = None,
+    fresh: bool = False,
 ) -> Verdict:
     """Compare an injected network with the one it was made from. Neither is changed.
 
@@ -75,6 +76,8 @@ def verify(
         example_inputs: as for ``plan``.
         example_kwargs: as for ``plan``.
         trace: an observed call of ``before``, if there is one already.
+        fresh: the blocks have just been put in: if they have an identity start they must be identities. Otherwise
+            blocks that have left their start are taken for trained ones, whose output is meant to differ.
 
     Raises:
         TraceError: the network's forward fails on the inputs.
@@ -86,7 +89,7 @@ def verify(
     checks = [
         _kept_state(before, after, blocks),
         _kept_settings(before, after),
-        *_outputs(before, after, blocks, inputs),
+        *_outputs(before, after, blocks, inputs, fresh),
         _gradients(after, blocks, inputs),
     ]
     if any(not torch.isfinite(t).all() for t in before.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()):
@@ -127,7 +130,9 @@ def _copied(value: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, value)
 
 
-def _outputs(before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> list[Check]:
+def _outputs(
+    before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module], inputs: Any, fresh: bool
+) -> list[Check]:
     """Outputs with the blocks as they start, and with every block replaced by an identity."""
     results: dict[tuple[str, str], str] = {}
     modes = ("eval", "train")
@@ -141,8 +146,7 @@ def _outputs(before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module], 
             results["fresh", mode] = _difference(expected, _run(after, inputs, training=mode == "train", seed=1))
             with _without(after, blocks):
                 results["without", mode] = _difference(expected, _run(after, inputs, training=mode == "train", seed=1))
-    fresh = _starts_as_identity(after, blocks)
-    if fresh:
+    if _starts_as_identity(after, blocks, fresh):
         text, passed = _answer([results["fresh", mode] for mode in modes], modes)
         first = Check("same output as before", passed, text)
     else:
@@ -158,15 +162,23 @@ def _answer(results: list[str], modes: tuple[str, ...]) -> tuple[str, bool | Non
     return ("bit-equal in eval and in train" if not any(results) else "; ".join(words)), passed
 
 
-def _starts_as_identity(after: nn.Module, blocks: dict[str, nn.Module]) -> bool:
+def _starts_as_identity(after: nn.Module, blocks: dict[str, nn.Module], fresh: bool) -> bool:
+    """Whether the blocks are meant to be identities: they start so, and nobody has trained them."""
     steps = {step.path: step for step in steps_of(after)}
-    return all(steps[path].options.get("init", "identity") == "identity" and not _trained(block) for path, block in blocks.items())
+    if any(steps[path].init != "identity" for path in blocks):
+        return False
+    return fresh or all(_is_identity(block, steps[path]) for path, block in blocks.items())
 
 
-def _trained(block: nn.Module) -> bool:
-    """Whether the block's last layer has left zero."""
-    last = getattr(block, "fc2", None)
-    return isinstance(last, nn.Module) and any(bool(p.any()) for p in last.parameters())
+def _is_identity(block: nn.Module, step: Step) -> bool:
+    near = next(iter(block.parameters()), torch.zeros(()))
+    x = torch.randn(2, step.channels, *[8] * step.rank, generator=torch.Generator().manual_seed(0)).to(near)
+    mode = block.training
+    try:
+        with torch.no_grad():
+            return bool(torch.equal(block.eval()(x), x))
+    finally:
+        block.train(mode)
 
 
 def _difference(expected: Any, seen: Any) -> str:

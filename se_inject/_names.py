@@ -1,0 +1,178 @@
+"""Names → models: a network of torchvision or timm, or what a user's own code makes.
+
+The code that a name leads to runs: the user named it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+import traceback
+import types
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from se_inject.errors import LoadError
+
+
+class NoSuchFile(LoadError, FileNotFoundError):
+    """The file that was named doesn't exist."""
+
+    exit_code = 2
+
+
+def from_zoo(zoo: str, name: str) -> nn.Module:
+    """Build a network with random weights; nothing is downloaded.
+
+    Args:
+        zoo: a key of ``ZOOS``.
+        name: the network's name there.
+
+    Raises:
+        LoadError: the package is missing or has no such network.
+    """
+    try:
+        names, build = ZOOS[zoo]()
+    except ImportError as error:
+        hint = "pip install 'se-inject[zoo]'"
+        raise LoadError(f"`{zoo}:{name}` needs {zoo}", seen=str(error), hint=hint) from error
+    if name.split(".")[0] not in names:  # `timm:resnet50.a1_in1k` is resnet50 with that one's settings
+        raise LoadError(f"{zoo} has no network `{name}`", hint=did_you_mean(name, names))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return build(name)
+    except Exception as error:
+        raise LoadError(f"{zoo} could not build `{name}`", seen=fact(error)) from error
+
+
+def from_code(place: str, attribute: str) -> nn.Module:
+    """Get a module from the user's own code: an instance, or what a call without arguments returns.
+
+    Args:
+        place: a module's dotted name, or a path that ends in ``.py``.
+        attribute: a name in it, dotted for an attribute of an attribute.
+
+    Raises:
+        NoSuchFile: no such ``.py`` file.
+        LoadError: no such module or attribute, an exception in that code, or no ``nn.Module``.
+    """
+    path = Path(place).resolve() if place.endswith(".py") else None
+    if path and not path.is_file():
+        raise NoSuchFile(f"no file `{place}`")
+    try:
+        with importable(path.parent if path else Path.cwd()):
+            found: Any = _import_file(path) if path else importlib.import_module(place)
+            for part in attribute.split("."):
+                if not hasattr(found, part):
+                    raise LoadError(f"`{place}` has no `{attribute}`", hint=did_you_mean(part, dir(found)))
+                found = getattr(found, part)
+            model = found if isinstance(found, nn.Module) else found()
+    except LoadError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _failure(place, attribute, path, error) from error
+    if not isinstance(model, nn.Module):
+        raise LoadError(f"`{place}:{attribute}` gave a {type(model).__name__}, which is no torch.nn.Module")
+    return model
+
+
+@contextlib.contextmanager
+def importable(directory: Path) -> Iterator[None]:
+    """Import from this directory first, as a script in it would."""
+    entry = str(directory)
+    sys.path.insert(0, entry)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(entry)
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str | None:
+    """A hint with the words that are close to this one."""
+    close = difflib.get_close_matches(word, list(words))
+    return f"did you mean {' or '.join(f'`{name}`' for name in close)}?" if close else None
+
+
+def fact(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _torchvision() -> tuple[list[str], Callable[[str], nn.Module]]:
+    models: Any = importlib.import_module("torchvision.models")
+
+    def build(name: str) -> nn.Module:
+        options = inspect.signature(models.get_model_builder(name)).parameters
+        backbone = {"weights_backbone": None} if "weights_backbone" in options else {}
+        network: nn.Module = models.get_model(name, weights=None, **backbone)
+        return network
+
+    return models.list_models(), build
+
+
+def _timm() -> tuple[list[str], Callable[[str], nn.Module]]:
+    timm: Any = importlib.import_module("timm")
+    return timm.list_models(), lambda name: timm.create_model(name, pretrained=False)
+
+
+ZOOS = {"torchvision": _torchvision, "timm": _timm}
+
+
+def _import_file(path: Path) -> types.ModuleType:
+    """Import a file under its own name, by which a pickle finds it again, or a longer one if taken."""
+    name = path.stem
+    if not name.isidentifier() or _taken(name, path):
+        name = f"{name}_{zlib.crc32(str(path).encode()):08x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _taken(name: str, path: Path) -> bool:
+    if name in sys.modules:
+        return getattr(sys.modules[name], "__file__", None) != str(path)
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != path.parent]
+    spec = importlib.machinery.PathFinder.find_spec(name, elsewhere)
+    return name in sys.stdlib_module_names or (spec is not None and spec.origin is not None)
+
+
+def _failure(place: str, attribute: str, path: Path | None, error: BaseException) -> LoadError:
+    if isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
+        return LoadError(f"no module `{error.name}`", hint="a file is named as `path/to/file.py:callable`")
+    where = _where(error, path)
+    missing = isinstance(error, TypeError) and where is None
+    hint = "it is called without arguments: name a function that passes them" if missing else None
+    return LoadError(f"`{place}:{attribute}` raised {fact(error)}", seen=where, hint=hint)
+
+
+def _where(error: BaseException, path: Path | None) -> str | None:
+    """The line where it went wrong: the last one in the user's file if there is one."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    frames = [frame for frame in frames if "importlib" not in frame.filename]
+    frames = [frame for frame in frames if frame.filename == str(path)] or frames
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None

@@ -1,0 +1,296 @@
+"""Files and names → a model, without running what a file brings along.
+
+A name (``torchvision:resnet50``, ``package.module:callable``, ``net.py:Net``) is the user's own word, and
+its code runs (``_names``). A file is a stranger's: it is recognised by its bytes (``_formats``), and its
+pickle is read by ``_pickles``, which makes only modules of torch, torchvision, timm and this package, tensors
+and plain data, and calls nothing of the file's choosing. ``UntrustedGlobals`` names what it refused;
+``trust`` lets one package out of that rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import torch
+from torch import nn
+
+from se_inject._formats import PICKLES, form_of, unreadable
+from se_inject._names import ZOOS, NoSuchFile, did_you_mean, fact, from_code, from_zoo, importable
+from se_inject._pickles import NETWORKS, Inert, check_names, unpickle
+from se_inject.errors import LoadError, OptionError, UnsupportedModel, UntrustedGlobals
+
+__all__ = ["NoSuchFile", "check_supported", "load", "load_weights_"]
+
+T = TypeVar("T")
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    trust: Sequence[str] = (),
+) -> nn.Module:
+    """Get a model from a file, or by its name.
+
+    Downloads nothing, runs no code out of a file, and leaves training flags as they are.
+
+    Args:
+        source: a file with a whole pickled module; ``torchvision:NAME`` or ``timm:NAME``, built with random
+            weights; ``package.module:callable`` or ``path/to/file.py:callable``, called without arguments.
+        weights: a file to take the weights from, as ``load_weights_`` does.
+        trust: packages whose code a pickle may import and call.
+
+    Raises:
+        NoSuchFile: a file that doesn't exist.
+        UntrustedGlobals: a pickle that refers to other code than it may.
+        LoadError: anything else that gives no model.
+        OptionError: a package that can't be trusted.
+    """
+    trust = _trustworthy([trust] if isinstance(trust, str) else trust)
+    text = os.fspath(source)
+    zoo, _, name = text.partition(":")
+    if os.path.exists(text) or not isinstance(source, str) or not name:
+        model = _from_file(Path(text), trust)
+    elif zoo in ZOOS:
+        model = from_zoo(zoo, name)
+    else:
+        model = from_code(*text.rsplit(":", 1))
+    if weights is not None:
+        load_weights_(model, weights)
+    return model
+
+
+def load_weights_(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load the state dict in a file into a model.
+
+    The file may also be a training checkpoint, or a whole pickled module even of an unknown class: only its
+    tensors are used. A prefix of all keys (``module.``, ``model.``, ``_orig_mod.``) goes if they fit then.
+
+    Args:
+        model: the model; it keeps its dtypes and devices.
+        path: a safetensors file, or what ``torch.save`` wrote.
+
+    Raises:
+        NoSuchFile: a file that doesn't exist.
+        LoadError: no state dict in it, or not exactly the model's keys and shapes; the model is as it was.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        form = form_of(file)
+        if form not in ("safetensors", *PICKLES):
+            raise unreadable(path, form)
+        state = _read(path, lambda: _state_dict(path, file, form))
+    if not _is_state_dict(state):
+        raise LoadError(f"`{path}` holds no state dict")
+    current = model.state_dict()
+    before = {key: value.clone() for key, value in current.items() if isinstance(value, torch.Tensor)}
+    state = _without_prefix(state, current)
+    try:
+        model.load_state_dict(state)
+    except Exception as error:
+        with torch.no_grad():
+            for key, value in before.items():
+                current[key].copy_(value)
+        raise LoadError(
+            f"the weights in `{path}` are not those of a {type(model).__name__}",
+            seen=_differences(before, state) or fact(error),
+            hint="name the architecture and the number of classes that they were trained with",
+        ) from error
+
+
+def check_supported(model: Any) -> None:
+    """Ask whether this is a module whose forward can be edited.
+
+    It goes by the classes alone; whether there is a place for a block is another question.
+
+    Args:
+        model: what a user passed.
+
+    Raises:
+        UnsupportedModel: no module, or one that is or holds a wrapped, compiled, scripted or quantised one.
+    """
+    if not isinstance(model, nn.Module):
+        hint = "pass the network that these weights belong to" if isinstance(model, Mapping) else None
+        raise UnsupportedModel(f"a {type(model).__name__} is no torch.nn.Module", hint=hint)
+    for path, module in model.named_modules():
+        homes = [f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__]
+        for prefix, (what, hint) in _UNSUPPORTED.items():
+            if any(home.startswith(prefix) for home in homes) and not homes[0].endswith("FloatFunctional"):
+                which = f"its `{path}`" if path else "it"
+                raise UnsupportedModel(f"can't edit this model: {which} is {what}", seen=homes[0], hint=hint)
+
+
+_QUANTISED = ("quantised", "inject first, then quantise")
+_UNSUPPORTED = {
+    "torch.nn.parallel.data_parallel.DataParallel": ("wrapped in DataParallel", "pass `model.module`"),
+    "torch.nn.parallel.distributed.": ("wrapped in DistributedDataParallel", "pass `model.module`"),
+    "torch.distributed.fsdp.fully_sharded_data_parallel.": ("wrapped in FSDP", "inject first, then wrap"),
+    "torch._dynamo.eval_frame.OptimizedModule": ("compiled", "pass `model._orig_mod`, compile what you get"),
+    "torch.jit._script.ScriptModule": ("TorchScript", "pass the eager module that was scripted or traced"),
+    "torch.ao.nn.quantized.": _QUANTISED,
+    "torch.ao.nn.intrinsic.quantized.": _QUANTISED,
+}
+
+
+# -- files -------------------------------------------------------------------------------------------------
+
+
+def _from_file(path: Path, trust: Sequence[str]) -> nn.Module:
+    refused: dict[str, str | None] = {}
+    with _opened(path) as file:
+        form = form_of(file)
+        if form not in PICKLES:
+            raise unreadable(path, form)
+        try:
+            with importable(Path.cwd()) if trust else contextlib.nullcontext():
+                found = _read(path, lambda: _inner(unpickle(file, form, trust, refused)))
+        except LoadError:
+            if not refused:
+                raise
+            found = None  # something inert was in the way, and that is the better thing to say
+    if _is_state_dict(found):
+        raise unreadable(path, "state dict")
+    if refused:
+        raise _untrusted(path, refused)
+    if not isinstance(found, nn.Module):
+        raise LoadError(f"`{path}` holds neither a network nor weights")
+    model: nn.Module = found
+    _read(path, lambda: check_names(model))
+    return model
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    if path.is_dir():
+        raise LoadError(f"`{path}` is a directory", hint="pass the file in it that is meant")
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - the error is about opening, not about what is done with it
+    except FileNotFoundError as error:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, siblings)
+        if not hint and path.name == str(path):
+            hint = f"a network has its package in front: `torchvision:{path}`, `timm:{path}`"
+        raise NoSuchFile(f"no file `{path}`", hint=hint) from error
+    except OSError as error:
+        raise LoadError(f"`{path}` can't be opened", seen=str(error)) from error
+    with file:
+        yield file
+
+
+def _read(path: Path, read: Callable[[], T]) -> T:
+    """Run this reader, without a warning; whatever it stumbles over is an error about the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return read()
+    except LoadError:
+        raise
+    except Exception as error:
+        raise LoadError(f"`{path}` is damaged, or not what it seems to be", seen=fact(error)) from error
+
+
+# -- trust -------------------------------------------------------------------------------------------------
+
+_OWN = frozenset(name.split(".")[0] for name in NETWORKS)
+_EXPLAINED = {
+    "torch._dynamo.eval_frame.OptimizedModule": "it was saved compiled: save `model._orig_mod` instead",
+    "torch.fx.graph_module.reduce_graph_module": "a GraphModule is saved as source code: pass what makes it",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "save `model.module` instead",
+}
+
+
+def _trustworthy(trust: Sequence[str]) -> Sequence[str]:
+    for name in trust:
+        top = name.split(".")[0]
+        if top in sys.stdlib_module_names or top in _OWN or not top.isidentifier():
+            raise OptionError(
+                f"`{name}` can't be trusted",
+                seen="a file could make its functions do harm" if top.isidentifier() else "no package name",
+                hint="name your own package, the one that defines the model's classes",
+            )
+    return trust
+
+
+def _untrusted(path: Path, refused: Mapping[str, str | None]) -> LoadError:
+    for name, why in refused.items():
+        if why is not None:
+            hint = "install the version that the model was saved with, or go to its directory"
+            return LoadError(f"`{path}` needs `{name}`, which can't be imported", seen=why, hint=hint)
+    packages = sorted({name.split(".")[0] for name in refused})
+    weights = f"its tensors alone are taken by `FILE.py:CLASS --weights {path}`"
+    hint = next((_EXPLAINED[name] for name in refused if name in _EXPLAINED), "")
+    if "__main__" in packages:
+        hint = f"its class is defined in the script that saved it, and found only there; {weights}"
+    elif not hint and any(package in sys.stdlib_module_names or package in _OWN for package in packages):
+        hint = f"that could do harm, so it can't be allowed; {weights}"
+    elif not hint:
+        trust = " ".join(f"--trust {package}" for package in packages)
+        hint = f"if you trust its maker, `{trust}` imports that code and lets the file call it; {weights}"
+    return UntrustedGlobals(f"`{path}` refers to code that it may not use: {_listed(refused)}", hint=hint)
+
+
+# -- weights -----------------------------------------------------------------------------------------------
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network")
+_AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema")
+_PREFIXES = ("module.", "model.", "_orig_mod.")
+
+
+def _state_dict(path: Path, file: IO[bytes], form: str) -> Any:
+    if form == "safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    inner = _inner(unpickle(file, form, (), {}))
+    return inner.state_dict() if isinstance(inner, nn.Module) else inner
+
+
+def _inner(found: Any) -> Any:
+    """The module or state dict in what a file holds, or None."""
+    is_module = isinstance(found, nn.Module) and not (type(found) is Inert and not found.state_dict())
+    if is_module or _is_state_dict(found):
+        return found
+    candidates = [found.get(key) for key in (*_WRAPPERS, *_AVERAGES)] if isinstance(found, Mapping) else []
+    return next((inner for inner in map(_inner, candidates) if inner is not None), None)
+
+
+def _is_state_dict(found: Any) -> bool:
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        return False
+    tensors = [key for key, value in found.items() if isinstance(value, torch.Tensor)]
+    return bool(tensors) and all(key in tensors or key.endswith("_extra_state") for key in found)
+
+
+def _without_prefix(state: Mapping[str, Any], current: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict without those prefixes of all its keys that keep them from fitting."""
+    candidates = [state]
+    keys = [key for key in state if key != "n_averaged"]  # torch's AveragedModel has it beside `module.`
+    while prefix := next((p for p in _PREFIXES if keys and all(key.startswith(p) for key in keys)), None):
+        candidates.append({key.removeprefix(prefix): candidates[-1][key] for key in keys})
+        keys = list(candidates[-1])
+    return max(candidates, key=lambda candidate: len(candidate.keys() & current.keys()))
+
+
+def _differences(current: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    kinds = {
+        "missing": [key for key in current if key not in state],
+        "unexpected": [key for key in state if key not in current],
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
+            for key, value in current.items()
+            if key in state and state[key].shape != value.shape
+        ],
+    }
+    return "; ".join(f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys)
+
+
+def _listed(names: Iterable[str], most: int = 4) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"`{name}`" for name in names[:most]) + more

@@ -1,0 +1,503 @@
+"""Loading: what comes back is what was saved, what is no model says so, and no file runs anything."""
+
+import argparse
+import functools
+import gzip
+import inspect
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+import se_inject as si
+from se_inject import _pickles, checkpoints
+from se_inject.checkpoints import NoSuchFile, check_supported, load, load_weights_
+from se_inject.errors import LoadError, OptionError, UnsupportedModel, UntrustedGlobals
+from tests.common import build, randomise
+
+NET = """
+import torch
+from torch import nn
+
+from sibling import WIDTH
+
+
+class Net(nn.Module):
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3)
+        self.bn = nn.BatchNorm2d(width)
+        self.act = nn.functional.relu
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+
+def wide():
+    return Net(16)
+
+
+def needs(width):
+    return Net(width)
+
+
+def broken():
+    return 1 / 0
+
+
+def leaves():
+    raise SystemExit("bye")
+
+
+class Nested:
+    make = Net
+
+
+ready = Net(5)
+number = lambda: 3
+"""
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    """A directory with the user's own code, as current directory; what it imports is forgotten afterwards."""
+    (tmp_path / "mine.py").write_text(NET)
+    (tmp_path / "sibling.py").write_text("WIDTH = 8\n")
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path / "mine.py"
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def small():
+    return randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+
+
+def assert_same(loaded, model):
+    assert type(loaded) is type(model)
+    assert [(name, type(module), module.training) for name, module in loaded.named_modules()] == [
+        (name, type(module), module.training) for name, module in model.named_modules()
+    ]
+    states = loaded.state_dict(), model.state_dict()
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+
+
+# -- by name -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("torchvision:resnet18", "ResNet"),
+        ("torchvision:fcn_resnet50", "FCN"),
+        ("torchvision:ssdlite320_mobilenet_v3_large", "SSD"),
+        ("torchvision:googlenet", "GoogLeNet"),
+        ("torchvision:r3d_18", "VideoResNet"),
+        ("timm:test_resnet", "ResNet"),
+        ("timm:test_resnet.r160_in1k", "ResNet"),
+    ],
+)
+def test_networks_by_name(name, kind, monkeypatch):
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: pytest.fail("a download"))
+    model = load(name)
+    assert type(model).__name__ == kind
+    assert model.training
+
+
+@pytest.mark.parametrize(("name", "hint"), [("torchvision:resnet5", "resnet50"), ("timm:seresnet5O", "seresnet50")])
+def test_unknown_network(name, hint):
+    with pytest.raises(LoadError, match="has no network") as caught:
+        load(name)
+    assert f"`{hint}`" in caught.value.hint
+
+
+def test_timm_name_that_would_download():
+    with pytest.raises(LoadError, match="has no network"):
+        load("timm:hf-hub:timm/resnet18")
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
+def test_zoo_is_not_installed(name, monkeypatch):
+    for module in ("torchvision.models", "timm"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(LoadError, match="needs") as caught:
+        load(name)
+    assert caught.value.hint == "pip install 'se-inject[zoo]'"
+
+
+@pytest.mark.parametrize("place", ["mine.py", "./mine.py", "mine"])
+@pytest.mark.parametrize(("attribute", "width"), [("Net", 8), ("wide", 16), ("ready", 5), ("Nested.make", 8)])
+def test_models_from_code(net, place, attribute, width):
+    path = list(sys.path)
+    model = load(f"{place}:{attribute}")
+    assert (type(model).__name__, model.conv.out_channels) == ("Net", width)
+    assert "class Net" in inspect.getsource(type(model))
+    assert_same(pickle.loads(pickle.dumps(model)), model)
+    assert sys.path == path
+
+
+def test_code_is_imported_once(net):
+    assert type(load("mine.py:Net")) is type(load("mine.py:wide")) is type(load("mine:Net"))
+
+
+@pytest.mark.parametrize("name", ["random.py", "torch.py", "not-a-name.py"])
+def test_file_with_a_name_that_is_taken(net, name):
+    net.with_name(name).write_text(NET)
+    before = set(sys.modules), random, torch
+    model = load(f"{name}:Net")
+    assert sys.modules[type(model).__module__].__file__ == str(net.with_name(name))
+    assert (sys.modules["random"], sys.modules["torch"]) == before[1:]
+    assert_same(pickle.loads(pickle.dumps(model)), model)
+
+
+@pytest.mark.parametrize(
+    ("source", "message", "seen", "hint"),
+    [
+        ("mine.py:Nett", "has no `Nett`", None, "`Net`"),
+        ("mine:Nested.mke", "has no `Nested.mke`", None, "`make`"),
+        ("mine.py:broken", "raised ZeroDivisionError: division by zero", "mine.py:27", None),
+        ("mine:broken", "raised ZeroDivisionError: division by zero", "mine.py:27", None),
+        ("mine.py:leaves", "raised SystemExit: bye", "mine.py:31", None),
+        ("mine.py:needs", "raised TypeError: needs.. missing 1 required", None, "without arguments"),
+        ("mine.py:number", "gave a int, which is no torch.nn.Module", None, None),
+        ("typo.py:Net", "raised SyntaxError", "typo.py:2", None),
+        ("lost.py:Net", "raised ModuleNotFoundError: No module named 'nowhere'", "lost.py:1", None),
+        ("nowhere:Net", "no module `nowhere`", None, "file.py:callable"),
+        ("mine.sub:Net", "no module `mine.sub`", None, "file.py:callable"),
+        (":Net", "raised ValueError", None, None),
+    ],
+)
+def test_code_that_gives_no_model(net, source, message, seen, hint):
+    net.with_name("typo.py").write_text("x = 1\ny = = 2\n")
+    net.with_name("lost.py").write_text("import nowhere\n")
+    with pytest.raises(LoadError, match=message) as caught:
+        load(source)
+    assert seen is None or caught.value.seen.endswith(seen)
+    assert hint is None or hint in caught.value.hint
+    assert "typo" not in sys.modules
+
+
+# -- whole modules -----------------------------------------------------------------------------------------
+
+WRITERS = {
+    "zip": torch.save,
+    "protocol 5": functools.partial(torch.save, pickle_protocol=5),
+    "legacy": functools.partial(torch.save, _use_new_zipfile_serialization=False),
+    "plain": lambda model, path: path.write_bytes(pickle.dumps(model)),
+    "plain 2": lambda model, path: path.write_bytes(pickle.dumps(model, protocol=2)),
+}
+NETWORKS = [
+    "torchvision:resnet18",
+    "torchvision:mobilenet_v3_small",
+    "torchvision:regnet_y_400mf",
+    "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn",
+    "torchvision:ssdlite320_mobilenet_v3_large",
+    "torchvision:quantized_mobilenet_v2",
+    "torchvision:raft_small",
+    "timm:efficientnet_b0",
+    "timm:ghostnet_100",
+    "timm:fasternet_t0",
+    "timm:regnety_004",
+    "timm:dla34",
+    "timm:test_nfnet",
+    "timm:test_vit",
+    "timm:test_convnext",
+]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_whole_networks_come_back(name, tmp_path):
+    options = {"weights_backbone": None} if name.startswith(("torchvision:faster", "torchvision:ssd")) else {}
+    if options:
+        model = randomise(torchvision.models.get_model(name.partition(":")[2], weights=None, **options))
+    else:
+        model = randomise(build(name))
+    next(iter(model.children())).eval()
+    torch.save(model, tmp_path / "model.pt")
+    assert_same(load(tmp_path / "model.pt"), model)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_format(writer, tmp_path):
+    vit = torchvision.models.VisionTransformer(16, 8, 1, 2, 8, 16)  # holds a functools.partial
+    for model in (small().eval(), randomise(build("torchvision:mobilenet_v3_small")), randomise(vit)):
+        WRITERS[writer](model, tmp_path / "model")
+        loaded = load(tmp_path / "model")
+        assert_same(loaded, model)
+        image = torch.rand(2, 3, 16, 16)
+        assert torch.equal(loaded.eval()(image), model.eval()(image))
+
+
+def test_attributes_come_back(tmp_path):
+    model = small()
+    model.extra = {"tensor": torch.arange(3), "size": torch.Size([1, 2]), "dtype": torch.bfloat16, "raw": b"\0\xff"}
+    model.more = [nn.functional.relu, nn.functional.gelu, torch.relu, slice(1, 2), {1, 2}, torch.device("cpu"), nn.ReLU]
+    model[0].weight.note = "an attribute of a parameter"
+    model.register_buffer("hidden", torch.ones(2), persistent=False)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = load(tmp_path / "model.pt")
+    assert torch.equal(loaded.extra.pop("tensor"), model.extra.pop("tensor"))
+    assert (loaded.extra, loaded.more) == (model.extra, model.more)
+    assert loaded[0].weight.note == "an attribute of a parameter"
+    assert torch.equal(loaded.hidden, torch.ones(2))
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_injected_models_come_back(writer, tmp_path):
+    model = randomise(build("torchvision:resnet18")).eval()
+    injected = si.inject(model, torch.rand(1, 3, 64, 64), stages=[3, 4], init="paper")
+    WRITERS[writer](injected, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert_same(loaded, injected)
+    image = torch.rand(2, 3, 64, 64)
+    assert torch.equal(loaded(image), injected(image))
+    assert_same(si.eject_(loaded), model)
+
+
+def test_module_in_a_checkpoint(tmp_path):
+    model = small()
+    torch.save({"epoch": 3, "model": model, "optimizer": {}}, tmp_path / "last.pt")
+    assert_same(load(tmp_path / "last.pt"), model)
+
+
+def test_load_with_weights(tmp_path):
+    trained = randomise(build("torchvision:resnet18"), seed=5)
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    assert_same(load("torchvision:resnet18", weights=tmp_path / "weights.pt"), trained)
+
+
+def test_a_file_may_have_a_colon_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(small(), "timm:resnet50")
+    assert isinstance(load("timm:resnet50"), nn.Sequential)
+
+
+# -- files that are no model -------------------------------------------------------------------------------
+
+
+def write_zip(path, entries):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+
+def write_truncated(path):
+    torch.save(small(), path)
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+def write_tar(path):
+    path.with_name("inside").write_bytes(b"something")
+    with tarfile.open(path, "w") as archive:
+        archive.add(path.with_name("inside"))
+
+
+def write_exported(path):
+    with open(path, "wb") as file:
+        torch.export.save(torch.export.export(small().eval(), (torch.rand(1, 3, 8, 8),)), file)
+
+
+def write_scripted(path):
+    stream = io.BytesIO()
+    write_zip(path, {})
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(small().eval(), torch.rand(1, 3, 8, 8)), stream)
+    path.write_bytes(stream.getvalue())
+
+
+ONNX = b"\x08\x0a\x12\x07pytorch\x1a\x052.14.0" + bytes(20)
+NO_MODELS = {
+    "empty": (lambda path: path.write_bytes(b""), "an empty file", None),
+    "text": (lambda path: path.write_text("just words\n"), "a text file", ":callable"),
+    "html": (lambda path: path.write_text("<!DOCTYPE html><p>404"), "a web page", "fetch it again"),
+    "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git LFS", "git lfs pull"),
+    "bytes": (lambda path: path.write_bytes(bytes(range(128, 256))), "no format", None),
+    "gzip": (lambda path: path.write_bytes(gzip.compress(b"x" * 99)), "gzip", "decompress"),
+    "tar": (write_tar, "a tar archive", None),
+    "other zip": (lambda path: write_zip(path, {"a.txt": "hello"}), "zip archive", None),
+    "empty zip": (lambda path: write_zip(path, {}), "zip archive", None),
+    "truncated": (write_truncated, "truncated or damaged", None),
+    "cut pickle": (lambda path: path.write_bytes(pickle.dumps(small())[:200]), "is damaged", None),
+    "onnx": (lambda path: path.write_bytes(ONNX), "an ONNX file", "eager module"),
+    "exported": (write_exported, "an exported program", "eager module"),
+    "scripted": (write_scripted, "a TorchScript archive", "eager module"),
+    "safetensors": (lambda path: save_file(small().state_dict(), path), "weights", "--weights"),
+    "state dict": (lambda path: torch.save(small().state_dict(), path), "weights", "--weights"),
+    "old state dict": (lambda path: WRITERS["legacy"](small().state_dict(), path), "weights", "--weights"),
+    "checkpoint": (lambda path: torch.save({"epoch": 1, "state_dict": small().state_dict()}, path), "weights", "--weights"),
+    "a list": (lambda path: torch.save([1, 2], path), "neither a network nor weights", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NO_MODELS)
+def test_no_model(what, tmp_path):
+    write, message, hint = NO_MODELS[what]
+    path = tmp_path / "model.pt"
+    write(path)
+    with pytest.raises(LoadError, match=message) as caught:
+        load(path)
+    assert caught.value.exit_code == 1
+    assert str(path) in caught.value.message
+    assert hint is None or hint in caught.value.hint
+
+
+def test_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet.pt").touch()
+    for source, hint in (("resent.pt", "`resnet.pt`"), ("resnet50", "`torchvision:resnet50`"), ("a/b/c.pt", None)):
+        with pytest.raises(NoSuchFile, match=f"no file `{source}`") as caught:
+            load(source)
+        assert isinstance(caught.value, FileNotFoundError)
+        assert caught.value.exit_code == 2
+        assert hint is None or hint in str(caught.value)
+    for call in (lambda: load("net.py:Net"), lambda: load_weights_(small(), "gone.pt")):
+        with pytest.raises(NoSuchFile):
+            call()
+
+
+def test_directory(tmp_path):
+    with pytest.raises(LoadError, match="is a directory"):
+        load(tmp_path)
+
+
+def test_every_truncation_is_an_error_about_the_file(tmp_path):
+    path = tmp_path / "model.pt"
+    for writer in ("zip", "legacy", "plain"):
+        WRITERS[writer](small(), path)
+        whole = path.read_bytes()
+        for end in random.Random(0).sample(range(len(whole) - 1), 60):
+            path.write_bytes(whole[:end])
+            with pytest.raises(LoadError):
+                load(path)
+
+
+# -- hostile files -----------------------------------------------------------------------------------------
+# Each payload, unpickled by the standard library, creates the file HIT in the current directory; the test makes
+# sure of that first. Opcodes are written by hand: `c` GLOBAL, `R` REDUCE, `b` BUILD, `i` INST, `o` OBJ, `\x81` NEWOBJ.
+
+HIT = "hit"
+TOUCH = f"open('{HIT}', 'w').close()"
+
+
+class Reduced:
+    """Pickles as a call of ``function`` with these arguments, and maybe a state."""
+
+    def __init__(self, function, *args, state=None):
+        self.call = (function, args, state) if state else (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+class Stated:
+    """Runs code when it is given its state."""
+
+    def __setstate__(self, state):
+        exec(state["code"])
+
+    def __getstate__(self):
+        return {"code": TOUCH}
+
+
+def touch(*args, **kwargs):
+    open(HIT, "w").close()
+
+
+def text(value):
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def pickled(value, protocol=2):
+    return pickle.dumps(value, protocol)
+
+
+PAYLOADS = {
+    "os.system": lambda: pickled(Reduced(os.system, f"touch {HIT}")),
+    "subprocess": lambda: pickled(Reduced(subprocess.call, ["touch", HIT])),
+    "open": lambda: pickled(Reduced(open, HIT, "w")),
+    "exec": lambda: pickled(Reduced(exec, TOUCH)),
+    "eval, protocol 4": lambda: pickled(Reduced(eval, TOUCH), 4),
+    "partial": lambda: pickled(Reduced(functools.partial(eval, TOUCH).__call__)),
+    "partial by state": lambda: pickled(
+        Reduced(map, Reduced(functools.partial, exec, state=(exec, (TOUCH,), {}, {})), [{}])
+    )[:-1] + b"\x85cbuiltins\nlist\nq\xfa0h\xfah\xf9R." if False else pickled(Reduced(list, Reduced(map, exec, [TOUCH]))),
+    "getattr chain": lambda: b"\x80\x02cbuiltins\ngetattr\ncos\npath\n" + text("os") + b"\x86Rq\x000"
+    + b"cbuiltins\ngetattr\nh\x00" + text("system") + b"\x86R" + text(f"touch {HIT}") + b"\x85R.",
+    "INST": lambda: b"(" + text(f"touch {HIT}") + b"ios\nsystem\n.",
+    "OBJ": lambda: b"(cos\nsystem\n" + text(f"touch {HIT}") + b"o.",
+    "state": lambda: pickled(Stated()),
+    "a name with dots": lambda: b"\x80\x04\x8c\x08builtins\x8c\x0dexec.__call__\x93" + text(TOUCH) + b"\x85R.",
+    "through torch": lambda: b"\x80\x02ctorch.serialization\nos\nq\x000cbuiltins\ngetattr\nh\x00" + text("system")
+    + b"\x86R" + text(f"touch {HIT}") + b"\x85R.",
+    "torch.save": lambda: pickled(Reduced(torch.save, 1, HIT)),
+    "torch.from_file": lambda: b"\x80\x02cbuiltins\ngetattr\nctorch._C\n_VariableFunctionsClass\n" + text("from_file")
+    + b"\x86R" + text(HIT) + b"\x88K\x04\x87R.",
+    "torch's type rebuilder": lambda: b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\nexec\nctorch\nTensor\n"
+    + text(TOUCH) + b"\x85NtR.",
+    "a storage in a storage": lambda: pickled(
+        Reduced(torch.storage._load_from_bytes, legacy(pickled(Reduced(exec, TOUCH))))
+    ),
+    "a list that appends": lambda: b"\x80\x02cbuiltins\nexec\n" + text(TOUCH) + b"\x85R]a.",
+}  # fmt: skip
+
+
+def legacy(payload):
+    stream = io.BytesIO()
+    torch.save([], stream, _use_new_zipfile_serialization=False)
+    data = stream.getvalue()
+    return data.replace(pickled([]), payload, 1)
+
+
+def archived(payload):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("archive/data.pkl", payload)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/version", "3\n")
+    return stream.getvalue()
+
+
+CONTAINERS = {"zip": archived, "legacy": legacy, "plain": lambda payload: payload}
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_no_payload_runs(name, container, room):
+    payload = PAYLOADS[name]()
+    with contextlib_suppress():
+        pickle.loads(payload)
+    assert os.path.exists(HIT), "the payload itself is broken"
+    os.remove(HIT)
+    path = room / "model.pt"
+    path.write_bytes(CONTAINERS[container](payload))
+    with pytest.raises(LoadError) as caught:
+        load(path)
+    with pytest.raises(LoadError):
+        load_weights_(small(), path)
+    assert not os.path.exists(HIT)
+    if not payload.startswith(b"("):  # protocol 0 and 1 are not recognised as pickles outside an archive
+        assert isinstance(caught.value, UntrustedGlobals)
