@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import pickle
 import zipfile
 from os import PathLike
 from typing import IO
@@ -48,7 +49,7 @@ def form_of(file: IO[bytes]) -> str:
         form = _archive(file)
         file.seek(0)
         return form
-    if head[:1] == b"\x80":
+    if head[:1] == b"\x80" and head[1:2] <= bytes([pickle.HIGHEST_PROTOCOL]):
         return "legacy" if _LEGACY_MAGIC in head[:32] else "plain"
     if head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= size:
         return "safetensors"
@@ -71,7 +72,7 @@ def _archive(file: IO[bytes]) -> str:
     try:
         # What torch.load will see; Python's zipfile could see something else in a crafted file.
         names = torch._C.PyTorchFileReader(file).get_all_records()
-    except RuntimeError:
+    except (RuntimeError, OSError):
         return "archive" if zipfile.is_zipfile(file) else "broken archive"
     if "constants.pkl" in names:
         return "torchscript"

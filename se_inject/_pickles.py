@@ -179,11 +179,12 @@ class _Unpickler(pickle._Unpickler):
         listed = full in _LISTED
         if full in ("builtins.getattr", "torch.storage._load_from_bytes"):
             return self._may_call(self._attribute if name == "getattr" else self._storage)
-        if not (trusted or listed or within(full, NETWORKS) or module in ("torch", "torch._C._nn")):
+        known = listed or within(full, NETWORKS) or module in ("torch", "torch._C._nn")
+        if not trusted and ("." in name or not known):
             return self._refuse(full)
         try:
             found: Any = importlib.import_module(module)
-            for part in name.split(".") if trusted else [name]:
+            for part in name.split("."):
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
             return self._refuse(full, str(error))

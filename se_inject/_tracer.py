@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Scope, TracerBase
 
@@ -235,6 +236,8 @@ class OwnerTracer(TracerBase):
         try:
             if kind == "call_method":
                 value = getattr(real_args[0], target)(*real_args[1:], **real_kwargs)
+            elif target is F.batch_norm and self.observer.result.how == "meta":
+                value = torch.empty_like(real_args[0])  # as `Observer._known_result` has it
             else:
                 value = target(*real_args, **real_kwargs)
         finally:

@@ -174,7 +174,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     except FileNotFoundError as error:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings)
-        if not hint and path.name == str(path):
+        if not path.suffix and path.name == str(path):
             hint = f"a network has its package in front: `torchvision:{path}`, `timm:{path}`"
         raise NoSuchFile(f"no file `{path}`", hint=hint) from error
     except OSError as error:

@@ -143,7 +143,7 @@ def _inject(
 def sites(model: str, weights: Path | None, trust: tuple[str, ...], inputs: tuple[str, ...], style: str, as_json: bool, verbose: bool) -> None:
     """List the stages of MODEL, where blocks can go. Nothing is changed or written."""
     from se_inject.inputs import observe_model
-    from se_inject.sites import find_sites
+    from se_inject.finding import find_sites
 
     network = _load(model, weights, trust, None)
     trace = observe_model(network, _example(inputs, network))

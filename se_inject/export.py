@@ -324,8 +324,9 @@ def _export_one(network: _Network, target: Path, path: Path, format: str) -> Exp
     if format != "pt":
         how += ", dynamic batch" if dynamic else f", batch fixed at {network.batch}"
         notes += [] if dynamic else [f"batch fixed at {network.batch}: {network.fixed or failures[-1]}"]
-    if any(tensor.numel() and not tensor.isfinite().any() for _, tensor in network.answers[network.batch]):
-        notes.append("an output of the network itself holds no finite number: comparing it says nothing")
+    for name, tensor in network.answers[network.batch]:
+        if lost := tensor.numel() - int(tensor.isfinite().sum()):
+            notes.append(f"{lost} of {tensor.numel()} numbers in the network's own `{name}` are not finite")
     files = sorted(path.parent.iterdir())
     notes += [f"its weights are in `{file.name}`: keep the two together" for file in files if file != path]
     size = sum(file.stat().st_size for file in files)

@@ -15,8 +15,9 @@ from se_inject import report
 from se_inject.blocks import build_block, check_options, has_identity_start
 from se_inject.cost import CostReport, cost_of_steps
 from se_inject.errors import AlreadyInjected, LoadError, OptionError, SiteNotFound, SurgeryError
+from se_inject.finding import find_sites
 from se_inject.inputs import check_supported, inputs_from, observe_model, shapes_of
-from se_inject.sites import Site, Sites, find_sites
+from se_inject.sites import Site, Sites
 from se_inject.surgery import Step, inject_, steps_of
 from se_inject.tracing import Trace
 

@@ -132,7 +132,7 @@ def sites_data(sites: Sites) -> dict[str, Any]:
 
 
 def _stride(stride: tuple[float, ...]) -> str:
-    values = [f"{value:.3g}" for value in stride]
+    values = [str(round(value)) for value in stride]
     return values[0] if len(set(values)) == 1 else "×".join(values) or "–"
 
 

@@ -30,7 +30,7 @@ CONVOLUTIONS = frozenset(
 ) | {"convolution", "deform_conv2d"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OwnerGraph:
     """One module's forward as a graph, children as leaves.
 
@@ -138,12 +138,30 @@ class Observer:
                 if path not in self.result.graphs and path not in self.result.failures:
                     return self._run_traced(module, path, args, kwargs)
                 return _CALL(module, *args, **kwargs)
-            output = _CALL(module, *args, **kwargs)
+            output = self._known_result(module, args) if len(args) == 1 and not kwargs else None
+            if output is None:
+                output = _CALL(module, *args, **kwargs)
             if isinstance(module, nn.modules.conv._ConvNd) and isinstance(output, Tensor):
                 self._count_convolution(output, module.weight, transposed=module.transposed, x=args[0] if args else output)
             return output
         finally:
             self.tracer = outer
+
+    def _known_result(self, module: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
+        """What batch norm returns on the meta device, where torch takes two milliseconds to find out; else None."""
+        x = args[0]
+        if (
+            self.result.how != "meta"
+            or type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or type(x) is not Tensor
+            or x.dim() < 2
+            or x.shape[1] != module.num_features
+        ):
+            return None
+        module._check_input_dim(x)
+        return torch.empty_like(x)
 
     def _run_traced(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module with its forward traced, or as it is if it can't be: then say why."""
