@@ -1,6 +1,6 @@
 """Put SE blocks into a network of your own, look at what they cost, and write it to a file.
 
-    python examples/own_module.py
+python examples/own_module.py
 """
 
 import tempfile

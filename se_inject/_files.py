@@ -105,7 +105,8 @@ def no_space(error: BaseException | None) -> bool:
     """Whether the exception, or one it came from, says that the disk or the quota is full."""
     full = (errno.ENOSPC, errno.EDQUOT)
     while error is not None:
-        if isinstance(error, OSError) and error.errno in full:
+        short = "requested and" in str(error)  # numpy's way to say it, without a number
+        if isinstance(error, OSError) and (error.errno in full or short):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -83,7 +83,7 @@ def from_code(place: str, attribute: str) -> nn.Module:
     except (Exception, SystemExit) as error:
         raise _failure(place, attribute, path, error) from error
     if not isinstance(model, nn.Module):
-        raise LoadError(f"`{place}:{attribute}` gave a {type(model).__name__}, which is no torch.nn.Module")
+        raise LoadError(f"`{place}:{attribute}` gave no torch.nn.Module", seen=f"{type(model).__name__}")
     return model
 
 

@@ -89,9 +89,7 @@ REFERENCES = frozenset(
         "torchvision.ops.boxes.box_iou",
     ]
 )
-ACTIVATIONS = frozenset(
-    ["relu", "sigmoid", "tanh", "selu", "celu", "rrelu", "prelu", "softmax", "log_softmax"]
-)
+ACTIVATIONS = frozenset(["relu", "sigmoid", "tanh", "selu", "celu", "rrelu", "prelu", "softmax", "log_softmax"])
 
 _LISTED = BUILDERS | DATA | REFERENCES
 _QUOTES = frozenset("\"'\\")
@@ -145,9 +143,7 @@ def check_names(model: nn.Module) -> None:
         for names in (state, state["_modules"], state["_parameters"], state["_buffers"]):
             for name in names:
                 if not isinstance(name, str) or not name.isprintable() or _QUOTES.intersection(name):
-                    raise LoadError(
-                        "a module in this file has an attribute that is no name", seen=repr(name)[:80]
-                    )
+                    raise LoadError("a module in this file has an attribute that is no name", seen=repr(name)[:80])
         children = [m for m in state["_modules"].values() if m is not None and id(m) not in found]
         found.update(map(id, children))
         todo += children

@@ -11,12 +11,12 @@ from torch import nn
 from se_inject.checkpoints import load, load_weights_
 from se_inject.cost import CostReport
 from se_inject.errors import InjectError
-from se_inject.export import Exported
-from se_inject.export import export as _export
+from se_inject.exporting import Exported
+from se_inject.exporting import export as _export
+from se_inject.finding import find_sites as _find_sites
 from se_inject.inputs import example_of, observe_model
 from se_inject.plans import Plan, inject, plan, plan_of
 from se_inject.sites import Site, Sites
-from se_inject.finding import find_sites as _find_sites
 from se_inject.surgery import eject_, injected_blocks
 from se_inject.verification import Verdict, verify
 

@@ -127,7 +127,9 @@ def check_options(name: str, options: dict[str, Any]) -> None:
     for key in options:
         if key not in known:
             raise OptionError(
-                f"block `{name}` has no option `{key}`", seen=", ".join(known) or "it has none", hint=_similar(key, known)
+                f"block `{name}` has no option `{key}`",
+                seen=", ".join(known) or "it has none",
+                hint=_similar(key, known),
             )
 
 

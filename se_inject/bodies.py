@@ -34,7 +34,10 @@ _NAMESPACES: dict[str, Any] = {
     "operator": operator,
     "math": math,
 }
-_OWN_MODULES = {"torch.nn.functional": ("torch.nn.functional", "torch._jit_internal"), "torch.functional": ("torch.functional",)}
+_OWN_MODULES = {
+    "torch.nn.functional": ("torch.nn.functional", "torch._jit_internal"),
+    "torch.functional": ("torch.functional",),
+}
 _BUILTINS: dict[str, Callable[..., Any]] = {"getattr": getattr, "round": round, "assert": torch._assert}
 _FORBIDDEN = frozenset({"from_file", "call", "attrgetter", "itemgetter", "methodcaller", "handle_torch_function"})
 _OPERATOR_NAMESPACES = frozenset({"aten", "prims", "torchvision"})
@@ -150,10 +153,12 @@ def graph_from(rows: Any) -> fx.Graph:
     try:
         for name, op, target, args, kwargs in rows:
             real = checked.get(op, str)(target)
-            if op not in checked and op not in ("placeholder", "output") or not str(name).isidentifier():
+            if (op not in checked and op not in ("placeholder", "output")) or not str(name).isidentifier():
                 raise LoadError("an edited forward in this file is not a graph", seen=f"a node `{name}` of kind `{op}`")
             arguments, keywords = _decode(args, nodes), _decode(kwargs, nodes)
-            if real is getattr and (len(arguments) != 2 or str(arguments[1]).startswith("_") or not hasattr(torch.Tensor, str(arguments[1]))):
+            if real is getattr and (
+                len(arguments) != 2 or str(arguments[1]).startswith("_") or not hasattr(torch.Tensor, str(arguments[1]))
+            ):
                 raise LoadError("an edited forward in this file reads an attribute that tensors don't have")
             nodes[name] = graph.create_node(op, real, arguments, keywords, name=name)
         graph.lint()
@@ -218,7 +223,7 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
 # -- classes -----------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def generated_class(original: type, body: str) -> type:
     """The subclass of ``original`` whose forward is this body; one for each pair, shared by equal owners.
 
@@ -260,7 +265,9 @@ def _renamed(function: Any, name: str) -> Any:
     """The same function under another name: TorchScript compiles a method under the name its function has."""
     if not inspect.isfunction(function):
         return function
-    twin = types.FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    twin = types.FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
     twin.__kwdefaults__ = function.__kwdefaults__
     twin.__annotations__ = dict(function.__annotations__)
     return twin

@@ -57,6 +57,8 @@ def load(
     zoo, _, name = text.partition(":")
     if os.path.exists(text) or not isinstance(source, str) or not name:
         model = _from_file(Path(text), trust)
+    elif "://" in text:
+        raise LoadError(f"`{text}` is on the web, and nothing is downloaded", hint="download it, and pass the file")
     elif zoo in ZOOS:
         model = from_zoo(zoo, name)
     else:
@@ -117,7 +119,7 @@ def check_supported(model: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         hint = "pass the network that these weights belong to" if isinstance(model, Mapping) else None
-        raise UnsupportedModel(f"a {type(model).__name__} is no torch.nn.Module", hint=hint)
+        raise UnsupportedModel(f"no torch.nn.Module, but {type(model).__name__}", hint=hint)
     for path, module in model.named_modules():
         homes = [f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__]
         for prefix, (what, hint) in _UNSUPPORTED.items():
@@ -201,7 +203,8 @@ _OWN = frozenset(name.split(".")[0] for name in NETWORKS)
 _EXPLAINED = {
     "torch._dynamo.eval_frame.OptimizedModule": "it was saved compiled: save `model._orig_mod` instead",
     "torch.fx.graph_module.reduce_graph_module": "a GraphModule is saved as source code: pass what makes it",
-    "torch.nn.parallel.distributed.DistributedDataParallel": "save `model.module` instead",
+    "torch.nn.parallel.distributed.": "it was saved wrapped: save `model.module` instead",
+    "torch.ao.nn.quantized.": "it is quantised: inject first, then quantise",
 }
 
 
@@ -224,7 +227,7 @@ def _untrusted(path: Path, refused: Mapping[str, str | None]) -> LoadError:
             return LoadError(f"`{path}` needs `{name}`, which can't be imported", seen=why, hint=hint)
     packages = sorted({name.split(".")[0] for name in refused})
     weights = f"its tensors alone are taken by `FILE.py:CLASS --weights {path}`"
-    hint = next((_EXPLAINED[name] for name in refused if name in _EXPLAINED), "")
+    hint = next((why for start, why in _EXPLAINED.items() for name in refused if name.startswith(start)), "")
     if "__main__" in packages:
         hint = f"its class is defined in the script that saved it, and found only there; {weights}"
     elif not hint and any(package in sys.stdlib_module_names or package in _OWN for package in packages):

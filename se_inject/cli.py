@@ -37,8 +37,6 @@ class _MainCommandGroup(click.Group):
         self.commands["inject"].format_options(ctx, formatter)
 
 
-
-
 @click.group(cls=_MainCommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="se-inject")
 def cli() -> None:
@@ -57,9 +55,24 @@ def cli() -> None:
 def _network_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say which network, shared by all commands."""
     for option in (
-        click.option("--input", "inputs", multiple=True, metavar="SHAPE", help="Shape of an input, 3x224x224; once for each input. Inferred if left out."),
-        click.option("--trust", multiple=True, metavar="PACKAGE", help="Allow this package's classes in a pickled MODEL: its code is imported and run."),
-        click.option("--weights", type=click.Path(path_type=Path), help="State dict to load into MODEL: .pt, .pth or .safetensors."),
+        click.option(
+            "--input",
+            "inputs",
+            multiple=True,
+            metavar="SHAPE",
+            help="Shape of an input, 3x224x224; once for each input. Inferred if left out.",
+        ),
+        click.option(
+            "--trust",
+            multiple=True,
+            metavar="PACKAGE",
+            help="Allow this package's classes in a pickled MODEL: its code is imported and run.",
+        ),
+        click.option(
+            "--weights",
+            type=click.Path(path_type=Path),
+            help="State dict to load into MODEL: .pt, .pth or .safetensors.",
+        ),
         click.argument("model"),
     ):
         command = option(command)
@@ -68,25 +81,64 @@ def _network_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @cli.command(short_help="Put blocks into MODEL (the main command).")
 @_network_options
-@click.option("--stages", metavar="LIST", help="Stages: numbers (3,4), ranges (2-4) or paths (layer3). All if left out.")
+@click.option(
+    "--stages", metavar="LIST", help="Stages: numbers (3,4), ranges (2-4) or paths (layer3). All if left out."
+)
 @click.option("--at", multiple=True, metavar="PATTERN", help="Sites by address: a glob ('layer3.*') or re:EXPRESSION.")
 @click.option("--attended", is_flag=True, help="Also sites that have attention of their own already.")
 @click.option("--block", default="se", show_default=True, help="Block to put in; see `se-inject blocks`.")
-@click.option("--r", "--reduction", "reduction", type=float, default=16, show_default=True, help="Reduction ratio: the bottleneck is C // r wide.")
+@click.option(
+    "--position",
+    type=click.Choice(["standard", "pre", "post", "identity", "conv3x3"]),
+    default="standard",
+    show_default=True,
+    help="Where the block sits relative to a residual unit.",
+)
+@click.option(
+    "--r",
+    "--reduction",
+    "reduction",
+    type=float,
+    default=16,
+    show_default=True,
+    help="Reduction ratio: the bottleneck is C // r wide.",
+)
 @click.option("--divisor", type=int, help="Round the bottleneck to a multiple of this; timm uses 8.")
 @click.option("--bias/--no-bias", default=True, show_default=True, help="Biases in the two layers of the block.")
-@click.option("--init", type=click.Choice(["identity", "paper"]), default="identity", show_default=True, help="identity: the network's output stays the same bit for bit until it is trained. paper: a plain sigmoid gate.")
+@click.option(
+    "--init",
+    type=click.Choice(["identity", "paper"]),
+    default="identity",
+    show_default=True,
+    help="identity: the network's output stays the same bit for bit until it is trained. paper: a plain sigmoid gate.",
+)
 @click.option("--name", help="Attribute that a block becomes on its owner.  [default: se]")
-@click.option("-o", "--output", "outputs", multiple=True, type=click.Path(path_type=Path), help="File to write: .onnx, .torchscript, .pt2 or .pt; may be repeated. If left out: <model>-se.pt.")
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="File to write: .onnx, .torchscript, .pt2 or .pt; may be repeated. If left out: <model>-se.pt.",
+)
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--dry-run", is_flag=True, help="Plan and report only.")
 @click.option("--latency", is_flag=True, help="Measure both networks in turns.")
 @click.option("--device", help="Device of the exported network: cpu or cuda.")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Number format of the exported network.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Number format of the exported network."
+)
 @click.option("--memory-format", type=click.Choice(["channels_last"]), help="Memory format of the exported network.")
 @click.option("--opset", type=int, help="ONNX opset.")
 @click.option("--seed", type=int, help="Seed for random weights, of the blocks and of a network built by name.")
-@click.option("--format", "style", type=click.Choice(report.FORMATS), default="text", show_default=True, help="Format of the tables.")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(report.FORMATS),
+    default="text",
+    show_default=True,
+    help="Format of the tables.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Every site, not only every stage.")
 def inject(**options: Any) -> None:
@@ -110,7 +162,11 @@ def _inject(
     for note in plan.notes:
         say(f"note: {note}")
     cost = plan.cost()
-    data: dict[str, Any] = {"model": type(network).__name__, "plan": [step.to_data() for step in plan.steps], "notes": list(plan.notes)}
+    data: dict[str, Any] = {
+        "model": type(network).__name__,
+        "plan": [step.to_data() for step in plan.steps],
+        "notes": list(plan.notes),
+    }
     data["cost"] = report.cost_data(cost)
     say(f"{len(plan)} {options['block'].upper()} blocks {_described(plan, options)}\n")
     if not as_json:
@@ -137,13 +193,28 @@ def _inject(
 
 @cli.command(short_help="List the stages of MODEL; -v: every site and every refusal.")
 @_network_options
-@click.option("--format", "style", type=click.Choice(report.FORMATS), default="text", show_default=True, help="Format of the tables.")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(report.FORMATS),
+    default="text",
+    show_default=True,
+    help="Format of the tables.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Every site, and every refusal with its reason.")
-def sites(model: str, weights: Path | None, trust: tuple[str, ...], inputs: tuple[str, ...], style: str, as_json: bool, verbose: bool) -> None:
+def sites(
+    model: str,
+    weights: Path | None,
+    trust: tuple[str, ...],
+    inputs: tuple[str, ...],
+    style: str,
+    as_json: bool,
+    verbose: bool,
+) -> None:
     """List the stages of MODEL, where blocks can go. Nothing is changed or written."""
-    from se_inject.inputs import observe_model
     from se_inject.finding import find_sites
+    from se_inject.inputs import observe_model
 
     network = _load(model, weights, trust, None)
     trace = observe_model(network, _example(inputs, network))
@@ -162,7 +233,14 @@ def sites(model: str, weights: Path | None, trust: tuple[str, ...], inputs: tupl
 
 
 @cli.command(short_help="List the blocks that can be put in.")
-@click.option("--format", "style", type=click.Choice(report.FORMATS), default="text", show_default=True, help="Format of the table.")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(report.FORMATS),
+    default="text",
+    show_default=True,
+    help="Format of the table.",
+)
 def blocks(style: str) -> None:
     """List the blocks, with their parameters at 256 channels."""
     from se_inject.blocks import BLOCKS, build_block
@@ -218,6 +296,7 @@ def _plan(network: nn.Module, inputs: tuple[str, ...], options: dict[str, Any]) 
         attended=options["attended"],
         block=options["block"],
         init=options["init"],
+        position=options["position"],
         name=options["name"],
         **block_options,
     )
@@ -227,7 +306,9 @@ def _described(plan: Plan, options: dict[str, Any]) -> str:
     stages = sorted({step.stage for step in plan.steps if step.stage is not None})
     where = f"in stage{'s' * (len(stages) != 1)} {', '.join(map(str, stages))}" if stages else "outside of the stages"
     bias = "with biases" if options["bias"] else "without biases"
-    start = "identity start (gate 2·σ, last layer zero)" if options["init"] == "identity" else "the paper's start (gate σ)"
+    start = (
+        "identity start (gate 2·σ, last layer zero)" if options["init"] == "identity" else "the paper's start (gate σ)"
+    )
     return f"{where}: r = {options['reduction']:g}, {bias}, {start}"
 
 
@@ -252,7 +333,7 @@ def _latency(network: nn.Module, injected: nn.Module, plan: Plan) -> Any:
 def _export(injected: nn.Module, targets: tuple[Path, ...], plan: Plan, force: bool, options: dict[str, Any]) -> Any:
     import torch
 
-    from se_inject.export import export_all
+    from se_inject.exporting import export_all
     from se_inject.inputs import real_inputs
 
     parameter = next((p for p in injected.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -311,5 +392,3 @@ def main() -> None:
     except InjectError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-
-

@@ -135,7 +135,9 @@ class _Counter(TorchDispatchMode):
             self.macs += flop_registry[packet](*args, **(kwargs or {}), out_val=output) // 2
         else:
             self.elementwise += max(tensor.numel() for tensor in (*tensors, *results))
-            if not func.name().startswith("aten::") or any(word in name for word in ("fft", "grid_sampler", "rnn", "lstm")):
+            if not func.name().startswith("aten::") or any(
+                word in name for word in ("fft", "grid_sampler", "rnn", "lstm")
+            ):
                 self.unknown.add(func.name())
         self.bytes += sum(t.numel() * t.element_size() for t in (*tensors, *results) if not isinstance(t, nn.Parameter))
         return output
@@ -185,7 +187,11 @@ def cost_of_steps(model: nn.Module, trace: Trace, steps: Sequence[Step]) -> Cost
 
 
 def measure_latency(
-    before: Callable[..., Any], after: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float = 5.0
+    before: Callable[..., Any],
+    after: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    seconds: float = 5.0,
 ) -> Latency:
     """Time two networks in turns on the same inputs, for about so many seconds.
 

@@ -45,7 +45,7 @@ def find_sites(trace: Trace) -> Sites:
     Returns:
         the sites that nothing holds back chosen, the others in ``all_sites``.
     """
-    finder = _Finder(trace)
+    finder = Finder(trace)
     sites = staged(finder.sites())
     refused = (*(Refusal(path or "(the network)", reason) for path, reason in trace.failures.items()), *finder.refused)
     chosen = tuple(site for site in sites if site.stage is not None and site.held_back is None)
@@ -53,7 +53,7 @@ def find_sites(trace: Trace) -> Sites:
     return Sites(chosen, refused, sites, tuple(first.shape[2:]) if first is not None else ())
 
 
-class _Finder:
+class Finder:
     """One pass over the one-level graphs for each rule, children before their parents."""
 
     def __init__(self, trace: Trace) -> None:
@@ -98,15 +98,15 @@ class _Finder:
             if len(operands) != 2:
                 continue
             common = _common(operands)
-            depths = [self._depth(owner, operand, common) for operand in operands]
             where = child_path(owner.path, labels(owner.graph)[node])
             if not common:
                 if any(convolutions(behind) for operand in operands for behind in _behind(operand)):
                     self._refuse(where, "its operands do not start from one value: it joins, it does not skip")
                 continue
-            if depths[0] == depths[1]:
+            parts = self._parts(owner, operands, common)
+            if parts is None:
                 continue  # branches of equal depth are a join
-            branch, shortcut = operands if depths[0] > depths[1] else reversed(operands)
+            branch, shortcut = parts
             inside = _behind(branch) - _behind(shortcut)
             own = _behind(shortcut) - common
             if any(map(_slices_channels, own)) and not any(map(_slices_channels, inside)):
@@ -115,15 +115,36 @@ class _Finder:
             around = any(inside & {other} for other, _, _ in found) or self._hold_units(owner, inside | own)
             value = self._unscaled(owner, branch)
             found.append((node, inside, NESTED if around else None))
-            self._add(owner, value, "residual", inside | own, found[-1][2])
+            self._add(owner, value, "residual", inside | own, found[-1][2], node)
         self._mark(owner, [nodes for _, nodes, held in found if held is None])
+
+    def split(self, owner: OwnerGraph, join: fx.Node) -> tuple[fx.Node, fx.Node | None, set[fx.Node]]:
+        """Branch and shortcut of an addition that is a residual unit's, and the values that both start from."""
+        operands = self._operands(owner, join, "add")
+        common = _common(operands)
+        branch, shortcut = self._parts(owner, operands, common) or (join, None)
+        return branch, shortcut, common
+
+    def _parts(
+        self, owner: OwnerGraph, operands: list[fx.Node], common: set[fx.Node]
+    ) -> tuple[fx.Node, fx.Node] | None:
+        """The branch and the shortcut: with more convolutions on the shortest way, and with fewer."""
+        one, other = operands
+        depths = [self._depth(owner, operand, common) for operand in operands]
+        return None if depths[0] == depths[1] else (one, other) if depths[0] > depths[1] else (other, one)
+
+    def behind(self, node: fx.Node) -> set[fx.Node]:
+        """A node and every tensor it was computed from."""
+        return _behind(node)
 
     def _units_without_shortcut(self, graphs: list[OwnerGraph]) -> None:
         """A block of the same class as a residual unit, near one, that has no addition: gate what it returns."""
         kin: dict[str, set[type]] = {}
         for site in self.found.values():
             if site.held_back != NESTED:
-                kind = original_class(self.trace.model.get_submodule(site.unit if site.unit == site.owner else site.owner))
+                kind = original_class(
+                    self.trace.model.get_submodule(site.unit if site.unit == site.owner else site.owner)
+                )
                 for near in (_parent(site.unit), _parent(_parent(site.unit))):
                     kin.setdefault(near, set()).add(kind)
         for owner in graphs:
@@ -131,7 +152,11 @@ class _Finder:
             if not owner.path or owner.path in self.around or _any_prefix(owner.path, self.units):
                 continue
             result = returned(owner.graph)
-            if original_class(owner.module) not in near or result is None or not any(map(convolutions, _behind(result))):
+            if (
+                original_class(owner.module) not in near
+                or result is None
+                or not any(map(convolutions, _behind(result)))
+            ):
                 continue
             if self._add(owner, self._unscaled(owner, result), "residual", _behind(result), None):
                 self._mark(owner, [_behind(result)])
@@ -143,9 +168,14 @@ class _Finder:
         joins: list[tuple[fx.Node, str, set[fx.Node]]] = []
         taken = set(self.inside.get(owner.path, ()))
         for node in reversed(owner.graph.nodes):
-            kind = self._operation(owner, node)
+            kind = self.kind(owner, node)
             operands = self._operands(owner, node, kind)
-            if kind not in ("add", "cat") or len(operands) < 2 or node in taken or (kind == "cat" and not _joins_channels(node)):
+            if (
+                kind not in ("add", "cat")
+                or len(operands) < 2
+                or node in taken
+                or (kind == "cat" and not _joins_channels(node))
+            ):
                 continue
             common = _common(operands)
             inside = set().union(*map(_behind, operands)) - common
@@ -153,7 +183,9 @@ class _Finder:
             if not common or max(depths) < 1 or (kind == "add" and len(set(depths)) > 1):
                 continue
             size = node.meta["val"].shape[2:].numel()
-            if any(0 < behind.meta["val"].shape[2:].numel() < size for behind in inside if behind.meta["val"].dim() > 2):
+            if any(
+                0 < behind.meta["val"].shape[2:].numel() < size for behind in inside if behind.meta["val"].dim() > 2
+            ):
                 where = child_path(owner.path, labels(owner.graph)[node])
                 self._refuse(where, "it joins values that came from different resolutions")
                 continue
@@ -167,7 +199,7 @@ class _Finder:
                 if any(map(convolutions, after)) and result.meta["val"].shape[2:] == node.meta["val"].shape[2:]:
                     value = result
             held = NESTED if self._hold_units(owner, inside) else None
-            if self._add(owner, self._activated(owner, value), kind, inside, held) and held is None:
+            if self._add(owner, self.activated(owner, value), kind, inside, held, node) and held is None:
                 self._mark(owner, [inside])
 
     def _mark(self, owner: OwnerGraph, inner: list[set[fx.Node]]) -> None:
@@ -182,11 +214,13 @@ class _Finder:
         self.units.update(child_path(owner.path, str(node.target)) for node in nodes if node.op == "call_module")
 
     def _hold_units(self, owner: OwnerGraph, nodes: Iterable[fx.Node]) -> bool:
-        return any(node.op == "call_module" and child_path(owner.path, str(node.target)) in self.around for node in nodes)
+        return any(
+            node.op == "call_module" and child_path(owner.path, str(node.target)) in self.around for node in nodes
+        )
 
     def _operands(self, owner: OwnerGraph, node: fx.Node, kind: str) -> list[fx.Node]:
         """The tensors that an addition or concatenation puts together, if they are of one form (N, C, …)."""
-        if kind not in ("add", "cat") or self._operation(owner, node) != kind:
+        if kind not in ("add", "cat") or self.kind(owner, node) != kind:
             return []
         values = node.meta.get("val")
         arguments = node.args[:2] if kind == "add" else node.args[0] if node.args else node.kwargs.get("tensors", ())
@@ -242,7 +276,7 @@ class _Finder:
         running: set[fx.Node] = set()
         inside = self.inside.get(owner.path, set())
         for node in owner.graph.nodes:
-            kind = self._operation(owner, node)
+            kind = self.kind(owner, node)
             continues = any(source in running for source in node.all_input_nodes)
             if node in inside:
                 continue
@@ -284,7 +318,7 @@ class _Finder:
         return first and second
 
     def _convolves(self, owner: OwnerGraph, node: fx.Node) -> bool:
-        return self._operation(owner, node) == "conv"
+        return self.kind(owner, node) == "conv"
 
     def _form(self, owner: OwnerGraph, node: fx.Node) -> tuple[bool, bool]:
         """Whether a convolution is depthwise, and whether it is pointwise."""
@@ -300,18 +334,20 @@ class _Finder:
         inner = self.trace.graphs.get(path)
         if inner is None:
             return False
-        kinds = {self._operation(inner, node) for node in inner.graph.nodes if node.op.startswith("call")}
+        kinds = {self.kind(inner, node) for node in inner.graph.nodes if node.op.startswith("call")}
         value = returned(inner.graph)
-        return "act" in kinds and "conv" not in kinds and value is not None and not any(map(convolutions, _behind(value)))
+        return (
+            "act" in kinds and "conv" not in kinds and value is not None and not any(map(convolutions, _behind(value)))
+        )
 
     def _goes_on(self, owner: OwnerGraph, node: fx.Node) -> bool:
         """Whether the run of convolutions continues behind this value."""
-        kinds = {self._operation(owner, user) for user in node.users}
+        kinds = {self.kind(owner, user) for user in node.users}
         return bool(kinds & {"norm", "act", "conv", "pass", "pool"})
 
     # -- common --------------------------------------------------------------------------------------------
 
-    def _operation(self, owner: OwnerGraph, node: fx.Node) -> str:
+    def kind(self, owner: OwnerGraph, node: fx.Node) -> str:
         return operation(self.trace, owner.path, node)
 
     def _unscaled(self, owner: OwnerGraph, value: fx.Node) -> fx.Node:
@@ -324,11 +360,11 @@ class _Finder:
                 return value
             value = source
 
-    def _activated(self, owner: OwnerGraph, value: fx.Node) -> fx.Node:
+    def activated(self, owner: OwnerGraph, value: fx.Node) -> fx.Node:
         """A value after the normalisation and activation that follow it in the same graph."""
         while len(value.users) == 1:
             user = next(iter(value.users))
-            kind = self._operation(owner, user)
+            kind = self.kind(owner, user)
             if kind not in ("norm", "act") and not (
                 kind == "module" and self._activates(child_path(owner.path, str(user.target)))
             ):
@@ -343,14 +379,23 @@ class _Finder:
             value = value.args[0]
         return value
 
-    def _add(self, owner: OwnerGraph, value: fx.Node, kind: str, nodes: Iterable[fx.Node], held: str | None) -> bool:
+    def _add(
+        self,
+        owner: OwnerGraph,
+        value: fx.Node,
+        kind: str,
+        nodes: Iterable[fx.Node],
+        held: str | None,
+        join: fx.Node | None = None,
+    ) -> bool:
         """Take a value as a site, unless it is refused or known; ``nodes`` are those where attention may be."""
         site = self._site(owner, value, kind)
         if site is None or site.address in self.found:
             return False
         if held is None and any(is_gating(node) or node.meta.get("counts", (0, 0, 0))[2] for node in nodes):
             held = ATTENDED
-        self.found[site.address] = replace(site, held_back=held)
+        label = None if join is None else labels(owner.graph)[join]
+        self.found[site.address] = replace(site, held_back=held, graph=owner.path, join=label)
         return True
 
     def _site(self, owner: OwnerGraph, value: fx.Node, kind: str) -> Site | None:
@@ -365,9 +410,11 @@ class _Finder:
             return None
         if value.op == "placeholder":
             return self._refuse(address, "its value is an input of the module")
-        path, written = self._written_back(owner, value, label)
+        path, written = self.written_back(owner, value, label)
         if written is None and path != owner.path and self.trace.calls.get(path, 0) > 1:
-            return self._refuse(address, f"`{path}` is called {self.trace.calls[path]} times: its output is not one value")
+            return self._refuse(
+                address, f"`{path}` is called {self.trace.calls[path]} times: its output is not one value"
+            )
         unit = owner.path
         if kind == "conv":
             unit = path if written is None else address
@@ -385,7 +432,7 @@ class _Finder:
             unit=unit,
         )
 
-    def _written_back(self, owner: OwnerGraph, value: fx.Node, label: str) -> tuple[str, str | None]:
+    def written_back(self, owner: OwnerGraph, value: fx.Node, label: str) -> tuple[str, str | None]:
         """Which module's forward is edited to gate a value, and the value's label there; None: what it returns."""
         path, module = owner.path, owner.module
         while isinstance(module, nn.Sequential) and value.op == "call_module":
@@ -403,9 +450,10 @@ class _Finder:
 
     def _is_long(self, owner: OwnerGraph) -> bool:
         """Whether one forward holds many units, so that each is a unit of its own."""
-        return sum(self._operation(owner, node) in ("add", "cat") for node in owner.graph.nodes) > 2 and len(
-            [child for child in owner.module.children() if not isinstance(child, nn.Sequential)]
-        ) > 12
+        return (
+            sum(self.kind(owner, node) in ("add", "cat") for node in owner.graph.nodes) > 2
+            and len([child for child in owner.module.children() if not isinstance(child, nn.Sequential)]) > 12
+        )
 
     def _refuse(self, address: str, reason: str) -> None:
         self.refused.append(Refusal(address or "(the network)", reason))

@@ -32,7 +32,9 @@ def observe_model(model: nn.Module, example_inputs: Any = None, example_kwargs: 
     """
     check_supported(model)
     if example_inputs is not None or example_kwargs:
-        args = example_inputs if isinstance(example_inputs, tuple) else () if example_inputs is None else (example_inputs,)
+        args = (
+            example_inputs if isinstance(example_inputs, tuple) else () if example_inputs is None else (example_inputs,)
+        )
         return observe(model, args, example_kwargs)
     failures: list[TraceError] = []
     shapes = inferred_shapes(model)

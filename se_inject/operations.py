@@ -80,11 +80,7 @@ def child_path(owner: str, target: str) -> str:
 
 def is_data(argument: object) -> bool:
     """Whether an argument is a node whose value is a tensor made from the owner's inputs."""
-    return (
-        isinstance(argument, fx.Node)
-        and isinstance(argument.meta.get("val"), Tensor)
-        and not is_constant(argument)
-    )
+    return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), Tensor) and not is_constant(argument)
 
 
 def is_constant(node: fx.Node) -> bool:
@@ -141,5 +137,3 @@ def labels(graph: fx.Graph) -> dict[fx.Node, str]:
             seen[name] = seen.get(name, 0) + 1
             result[node] = name if seen[name] == 1 else f"{name}#{seen[name]}"
     return result
-
-

@@ -17,11 +17,11 @@ from se_inject.cost import CostReport, cost_of_steps
 from se_inject.errors import AlreadyInjected, LoadError, OptionError, SiteNotFound, SurgeryError
 from se_inject.finding import find_sites
 from se_inject.inputs import check_supported, inputs_from, observe_model, shapes_of
+from se_inject.positions import POSITIONS, Place, place_of
 from se_inject.sites import Site, Sites
 from se_inject.surgery import Step, inject_, steps_of
 from se_inject.tracing import Trace
 
-POSITIONS = ("standard",)
 VERSION = 1
 
 
@@ -87,16 +87,17 @@ class Plan:
         found = {site.address: site for site in find_sites(trace).all_sites}
         for number, step in enumerate(self.steps, 1):
             site = found.get(step.site)
-            if site is None or (site.owner, site.value) != (step.owner, step.value):
+            place = None if site is None else place_of(trace, site, step.position)
+            if site is None or place is None or (place.owner, place.value) != (step.owner, step.value):
                 raise SurgeryError(
                     f"step {number} of the plan puts a block at `{step.site}`",
                     seen=f"the network ({type(model).__name__}) has no such site",
                     hint="plan again on this network: `se-inject MODEL --dry-run`",
                 )
-            if (site.channels, site.rank) != (step.channels, step.rank):
+            if (place.channels, len(place.size)) != (step.channels, step.rank):
                 raise SurgeryError(
                     f"step {number} of the plan expects {step.channels} channels at `{step.site}`",
-                    seen=f"{site.channels} channels and {site.rank} dimensions",
+                    seen=f"{place.channels} channels and {len(place.size)} dimensions",
                     hint="the plan was made for another network",
                 )
         return replace(self, trace=trace)
@@ -185,7 +186,8 @@ def plan(
         at: globs (``"layer3.*"``) or ``re:`` expressions on site addresses, instead of or besides stages.
         attended: also sites that have attention of their own already.
         block: name of the block.
-        position: where the block sits; ``standard``: on the residual branch, or behind the activation.
+        position: where the block sits relative to a residual unit: ``standard``, ``pre``, ``post``, ``identity`` or
+            ``conv3x3``; other kinds of site have only ``standard``.
         init: ``identity``: the block starts as x ↦ x, so the network's output stays the same bit for bit until it is
             trained; ``paper``: as its authors start it. None: ``identity`` if the block has it.
         name: attribute that a block gets on its owner; None: ``se``, or ``se_<value>`` if an owner has several.
@@ -207,8 +209,10 @@ def plan(
     trace = observe_model(model, example_inputs, example_kwargs)
     sites = find_sites(trace)
     chosen, notes = _select(sites, _listed(stages), _listed(at), attended, model)
-    start, odd = _probed(chosen, block, block_options, init)
-    steps = tuple(_step(site, block, block_options, start, name) for site in chosen)
+    places = [(site, place_of(trace, site, position)) for site in chosen]
+    start, odd = _probed([place for _, place in places], block, block_options, init)
+    draft = Step("", "", None, 0, 0, block, dict(block_options), start, position=position)
+    steps = tuple(_step(draft, site, place, name) for site, place in places)
     notes = [*trace.notes, *notes, *odd]
     args, kwargs = trace.inputs
     shapes = None if kwargs or (listed := shapes_of(args)) is None else tuple(listed)
@@ -275,28 +279,26 @@ def _already(paths: Sequence[str], model: nn.Module) -> AlreadyInjected:
     )
 
 
-def _step(site: Site, block: str, options: dict[str, Any], init: str, name: str | None) -> Step:
-    block_name = name if name and site.block_name == "se" else site.block_name.replace("se", name or "se", 1)
-    return Step(
+def _step(draft: Step, site: Site, place: Place, name: str | None) -> Step:
+    return replace(
+        draft,
         site=site.address,
-        owner=site.owner,
-        value=site.value,
-        channels=site.channels,
-        rank=site.rank,
-        block=block,
-        options=dict(options),
-        init=init,
-        block_name=block_name,
+        owner=place.owner,
+        value=place.value,
+        channels=place.channels,
+        rank=len(place.size),
+        block_name=site.block_name.replace("se", name or "se", 1),
         stage=site.stage,
-        size=site.size,
+        size=place.size,
+        readers=place.readers,
     )
 
 
-def _probed(sites: Sequence[Site], block: str, options: dict[str, Any], init: str | None) -> tuple[str, list[str]]:
+def _probed(places: Sequence[Place], block: str, options: dict[str, Any], init: str | None) -> tuple[str, list[str]]:
     """Build one block of each size, so that bad options are refused first of all: how it starts, and what is odd."""
     notes = []
     start = init or "identity"
-    for channels, rank in sorted({(site.channels, site.rank) for site in sites}):
+    for channels, rank in sorted({(place.channels, len(place.size)) for place in places}):
         with torch.device("meta"):
             built = build_block(block, channels, rank, options, "paper")
             if init is None and not has_identity_start(built):
@@ -305,7 +307,9 @@ def _probed(sites: Sequence[Site], block: str, options: dict[str, Any], init: st
             build_block(block, channels, rank, options, start)
         reduction = options.get("reduction", 16)
         if getattr(built, "width", None) == 1 and reduction > channels:
-            notes.append(f"r = {reduction:g} is more than the {channels} channels of some sites: the bottleneck is 1 wide")
+            notes.append(
+                f"r = {reduction:g} is more than the {channels} channels of some sites: the bottleneck is 1 wide"
+            )
     return start, list(dict.fromkeys(notes))
 
 
@@ -318,5 +322,3 @@ def _listed(value: Any) -> list[Any]:
     if not result or any(item == "" for item in result):
         raise SiteNotFound("an empty choice of sites matches nothing", hint="leave it out to choose all stages")
     return result
-
-

@@ -25,7 +25,9 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "t
         buffer = io.StringIO()
         csv.writer(buffer, lineterminator="\n").writerows([headers, *rows])
         return buffer.getvalue().rstrip("\n")
-    kinds = ["left" if all(not isinstance(row[i], int | float) for row in rows) else "right" for i in range(len(headers))]
+    kinds = [
+        "left" if all(not isinstance(row[i], int | float) for row in rows) else "right" for i in range(len(headers))
+    ]
     shown = [[_cell(value) for value in row] for row in rows]
     return tabulate(
         shown,

@@ -41,6 +41,8 @@ class Site:
         held_back: why the site is left out unless it is asked for; None if it is not.
         block_name: the attribute its block gets on the owner.
         blocks: paths of blocks of ours that gate this value already.
+        graph: path of the module in whose forward the site was found.
+        join: label, in that forward, of the addition or concatenation the site belongs to; None if there is none.
     """
 
     address: str
@@ -56,6 +58,8 @@ class Site:
     held_back: str | None = None
     block_name: str = "se"
     blocks: tuple[str, ...] = ()
+    graph: str = ""
+    join: str | None = None
 
     @property
     def rank(self) -> int:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from se_inject.bodies import generated_class, graph_data, rebuild
 from se_inject._tracer import Untraceable
 from se_inject.blocks import build_block
+from se_inject.bodies import generated_class, graph_data
 from se_inject.errors import InjectError, SurgeryError
 from se_inject.operations import labels, returned
 from se_inject.tracing import OwnerGraph, Trace
@@ -39,7 +39,8 @@ class Step:
         block_name: the attribute that the block becomes on the owner.
         stage: number of the site's stage.
         size: spatial size of the value in the observed call.
-        position: where the block sits; only ``standard``, at the value itself.
+        position: where the block sits relative to its unit.
+        readers: labels of the nodes that read the gated value; None: all that read the value.
     """
 
     site: str
@@ -54,6 +55,7 @@ class Step:
     stage: int | None = None
     size: tuple[int, ...] = ()
     position: str = "standard"
+    readers: tuple[str, ...] | None = None
 
     @property
     def path(self) -> str:
@@ -62,12 +64,14 @@ class Step:
 
     def to_data(self) -> dict[str, Any]:
         """The step as a dict that JSON can hold."""
-        return {**asdict(self), "size": list(self.size)}
+        readers = None if self.readers is None else list(self.readers)
+        return {**asdict(self), "size": list(self.size), "readers": readers}
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Step:
         """The step again from what ``to_data`` gave."""
-        return cls(**{**data, "size": tuple(data["size"])})
+        readers = None if data.get("readers") is None else tuple(data["readers"])
+        return cls(**{**data, "size": tuple(data["size"]), "readers": readers})
 
 
 @dataclass
@@ -210,7 +214,9 @@ def _write_graphs(body: dict[str, Any], trace: Trace, path: str, steps: list[Ste
     """Fill in the edited graphs, for eval and, where the owner looks at its mode, for training."""
     owner = trace.graphs.get(path)
     if owner is None:
-        raise SurgeryError(f"the forward of `{path}` can't be edited", seen=trace.failures.get(path, "it was not called"))
+        raise SurgeryError(
+            f"the forward of `{path}` can't be edited", seen=trace.failures.get(path, "it was not called")
+        )
     try:
         body["eval"] = graph_data(_edited(owner, owner.graph, steps))
         if owner.reads_training:
@@ -247,7 +253,10 @@ def _edited(owner: OwnerGraph, graph: fx.Graph, steps: list[Step]) -> fx.Graph:
         value = mapping[result] if step.value is None and result is not None else names.get(step.value or "")
         if value is None:
             raise SurgeryError(f"its forward has no value `{step.value}` in training mode")
-        _gate(copy, value, step.block_name)
+        if step.readers is None:
+            _gate(copy, value, step.block_name)
+        else:
+            _gate_for(copy, value, step.block_name, [names[reader] for reader in step.readers])
     if graph is owner.graph:
         for node, answer in owner.guards:
             _assert(copy, mapping[node], answer)
@@ -268,16 +277,29 @@ def _gate(graph: fx.Graph, value: fx.Node, block_name: str) -> None:
     return None
 
 
+def _gate_for(graph: fx.Graph, value: fx.Node, block_name: str, readers: list[fx.Node]) -> None:
+    """Let only these nodes read the gated value."""
+    with graph.inserting_before(readers[0]):
+        gated = graph.call_module(block_name, (value,))
+    gated.meta["block"] = True
+    for reader in readers:
+        reader.replace_input_with(value, gated)
+
+
 def _assert(graph: fx.Graph, condition: fx.Node, answer: bool) -> None:
     with graph.inserting_after(condition):
         if answer:
-            graph.call_function(torch._assert, (condition, "the input's shape takes another branch than the one edited"))
+            graph.call_function(
+                torch._assert, (condition, "the input's shape takes another branch than the one edited")
+            )
         else:
             import operator
 
             negated = graph.call_function(operator.not_, (condition,))
             with graph.inserting_after(negated):
-                graph.call_function(torch._assert, (negated, "the input's shape takes another branch than the one edited"))
+                graph.call_function(
+                    torch._assert, (negated, "the input's shape takes another branch than the one edited")
+                )
 
 
 def _surrounded(owner: nn.Module, model: nn.Module, step: Step) -> nn.Module:
@@ -292,6 +314,3 @@ def _surrounded(owner: nn.Module, model: nn.Module, step: Step) -> nn.Module:
     ):
         block = block.to(memory_format=last)  # type: ignore[call-overload]
     return block.train(owner.training)
-
-
-

@@ -25,9 +25,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from se_inject._tracer import OwnerTracer, Untraceable, ValueProxy, holds_tensor
 from se_inject.errors import TraceError
 
-CONVOLUTIONS = frozenset(
-    f"conv{transpose}{rank}d" for transpose in ("", "_transpose") for rank in (1, 2, 3)
-) | {"convolution", "deform_conv2d"}
+CONVOLUTIONS = frozenset(f"conv{transpose}{rank}d" for transpose in ("", "_transpose") for rank in (1, 2, 3)) | {
+    "convolution",
+    "deform_conv2d",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +115,9 @@ class Observer:
         if name in CONVOLUTIONS and isinstance(value, Tensor):
             weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
             if isinstance(weight, Tensor):
-                self._count_convolution(value, weight, transposed="transpose" in str(name), x=args[0] if args else value)
+                self._count_convolution(
+                    value, weight, transposed="transpose" in str(name), x=args[0] if args else value
+                )
         node.meta["counts"] = [now - then for now, then in zip(self.counts(), before, strict=True)]
 
     def _count_convolution(self, output: Tensor, weight: Tensor, *, transposed: bool, x: Tensor) -> None:
@@ -142,7 +145,9 @@ class Observer:
             if output is None:
                 output = _CALL(module, *args, **kwargs)
             if isinstance(module, nn.modules.conv._ConvNd) and isinstance(output, Tensor):
-                self._count_convolution(output, module.weight, transposed=module.transposed, x=args[0] if args else output)
+                self._count_convolution(
+                    output, module.weight, transposed=module.transposed, x=args[0] if args else output
+                )
             return output
         finally:
             self.tracer = outer
@@ -183,7 +188,14 @@ class Observer:
                 self.tracer = None
                 return module.forward(*args, **kwargs)
             self.result.graphs[path] = graph = OwnerGraph(
-                path, module, tracer.graph, tracer.constants, tracer.guards, tracer.reads_training, (args, kwargs), type(module)
+                path,
+                module,
+                tracer.graph,
+                tracer.constants,
+                tracer.guards,
+                tracer.reads_training,
+                (args, kwargs),
+                type(module),
             )
             self._gates += gates_in(graph.graph)
             return output
@@ -316,7 +328,10 @@ def _swapped(module: nn.Module, how: str) -> Iterator[Callable[[Any], Any]]:
     """Stand-ins for all parameters and buffers, and the function that makes the inputs match them."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if how == "real":
-        state = {name: tensor.detach().clone() if name not in dict(module.named_parameters()) else tensor.detach() for name, tensor in tensors.items()}
+        state = {
+            name: tensor.detach().clone() if name not in dict(module.named_parameters()) else tensor.detach()
+            for name, tensor in tensors.items()
+        }
         device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
         with _reparametrize_module(module, state, tie_weights=True):
             yield lambda inputs: tree_map_only(Tensor, lambda t: t.detach().to(device, copy=True), inputs)
@@ -342,7 +357,11 @@ def is_leaf(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return True
     forward = type(module).forward
-    return getattr(forward, "__module__", "").startswith("torch.") and forward is not nn.Sequential.forward and not isinstance(module, fx.GraphModule)
+    return (
+        getattr(forward, "__module__", "").startswith("torch.")
+        and forward is not nn.Sequential.forward
+        and not isinstance(module, fx.GraphModule)
+    )
 
 
 def gates_in(graph: fx.Graph) -> int:
@@ -398,7 +417,9 @@ def sources(node: fx.Node) -> set[fx.Node]:
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> str:
     """Inputs in words: ``1 input of 1×3×224×224``."""
-    shapes = [("×".join(map(str, t.shape)) or "a number") for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
+    shapes = [
+        ("×".join(map(str, t.shape)) or "a number") for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)
+    ]
     return f"{len(shapes)} input{'s' * (len(shapes) != 1)} of {', '.join(shapes)}" if shapes else "no tensor at all"
 
 

@@ -92,7 +92,11 @@ def verify(
         *_outputs(before, after, blocks, inputs, fresh),
         _gradients(after, blocks, inputs),
     ]
-    if any(not torch.isfinite(t).all() for t in before.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()):
+    if any(
+        not torch.isfinite(t).all()
+        for t in before.state_dict().values()
+        if isinstance(t, Tensor) and t.is_floating_point()
+    ):
         notes.append("warning: the network's weights hold NaN or infinite values")
     return Verdict(tuple(checks), tuple(notes))
 
@@ -150,7 +154,9 @@ def _outputs(
         text, passed = _answer([results["fresh", mode] for mode in modes], modes)
         first = Check("same output as before", passed, text)
     else:
-        first = Check("same output as before", None, "the blocks are not at their identity start: outputs are meant to differ")
+        first = Check(
+            "same output as before", None, "the blocks are not at their identity start: outputs are meant to differ"
+        )
     text, passed = _answer([results["without", mode] for mode in modes], modes)
     return [first, Check("same output without the blocks", passed, text)]
 
@@ -273,7 +279,9 @@ def _setting(module: nn.Module, name: str) -> Any:
 
 def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> Check:
     """One backward pass of a random projection of the outputs, towards the new parameters only."""
-    named = {f"{path}.{name}": p for path, block in blocks.items() for name, p in block.named_parameters() if p.requires_grad}
+    named = {
+        f"{path}.{name}": p for path, block in blocks.items() for name, p in block.named_parameters() if p.requires_grad
+    }
     called: set[str] = set()
     hooks = [block.register_forward_hook(lambda *_, path=path: called.add(path)) for path, block in blocks.items()]
     try:
@@ -300,7 +308,9 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
         for path in blocks
         if any(name.startswith(path + ".") for name in named)
         and not any(
-            grad is not None and bool(grad.any()) for name, grad in zip(named, grads, strict=False) if name.startswith(path + ".")
+            grad is not None and bool(grad.any())
+            for name, grad in zip(named, grads, strict=False)
+            if name.startswith(path + ".")
         )
     ]
     if silent:

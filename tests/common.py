@@ -1,5 +1,7 @@
 """What several test files need: networks by name, weights that hide nothing, outputs as a flat list."""
 
+import inspect
+
 import timm
 import torch
 import torchvision
@@ -13,7 +15,7 @@ def build(name):
     if library == "timm":
         return timm.create_model(short)
     options = {"init_weights": True} if short in ("googlenet", "inception_v3") else {}
-    if "_resnet" in short and short.split("_")[0] in ("fcn", "deeplabv3"):
+    if "weights_backbone" in inspect.signature(torchvision.models.get_model_builder(short)).parameters:
         options["weights_backbone"] = None
     return torchvision.models.get_model(short, weights=None, **options)
 
@@ -26,7 +28,10 @@ def randomise(model, seed=0):
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
                 module.running_mean.normal_(0, 0.1, generator=generator)
                 module.running_var.uniform_(0.5, 1.5, generator=generator)
-            if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
+            if (
+                isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm)
+                and module.weight is not None
+            ):
                 module.weight.uniform_(0.5, 1.5, generator=generator)
                 if module.bias is not None:
                     module.bias.normal_(0, 0.1, generator=generator)

@@ -115,7 +115,9 @@ def in_net(*values, count=2, before=None, **expected):
         refused = {f"{path}.{name}".strip("."): reason for path in paths for name, reason in refused.items()}
         probes = expected.pop("probes", {})
         expected["probes"] = {
-            f"{path}.{value}": probe if probe is None or not isinstance(probe[0], str) else (f"{path}.{probe[0]}", probe[1])
+            f"{path}.{value}": probe
+            if probe is None or not isinstance(probe[0], str)
+            else (f"{path}.{probe[0]}", probe[1])
             for path in paths
             for value, probe in probes.items()
         }
@@ -233,7 +235,11 @@ class LayerScaled(nn.Module):
     def __init__(self):
         super().__init__()
         self.block = nn.Sequential(
-            nn.Conv2d(C, C, 7, padding=3, groups=C), nn.GroupNorm(1, C), nn.Conv2d(C, 16, 1), nn.GELU(), nn.Conv2d(16, C, 1)
+            nn.Conv2d(C, C, 7, padding=3, groups=C),
+            nn.GroupNorm(1, C),
+            nn.Conv2d(C, 16, 1),
+            nn.GELU(),
+            nn.Conv2d(16, C, 1),
         )
         self.layer_scale = nn.Parameter(torch.full((C, 1, 1), 1e-6))
         self.stochastic_depth = StochasticDepth(0.4, "row")
@@ -404,7 +410,6 @@ class ViewOverwritten(Parts):
         flat = out.view(out.shape[0], -1)
         flat.clamp_(min=-1.0)
         return out + x
-
 
 
 @hazard("conv1.1", "relu_", "tanh", probes={"relu_": (F.relu_, None), "tanh": (torch.tanh, None)}, in_place=True)
@@ -1010,7 +1015,9 @@ def hook_values(net):
         block.bn2.register_forward_hook(halve)
 
 
-HookOnSequential = in_net("bn2", before=hook_sequential)(type("HookOnSequential", (Basic,), {"__doc__": "A container's hook."}))
+HookOnSequential = in_net("bn2", before=hook_sequential)(
+    type("HookOnSequential", (Basic,), {"__doc__": "A container's hook."})
+)
 HookOnBlock = in_net("bn2", before=hook_blocks)(type("HookOnBlock", (Basic,), {"__doc__": "A block's pre-hook."}))
 HookOnValue = in_net("bn2", before=hook_values)(type("HookOnValue", (Basic,), {"__doc__": "A hook changes the value."}))
 
@@ -1199,7 +1206,12 @@ class Softplus(nn.Module):
 def hand_written_sequential():
     """No class of the author's at all: the gates have to go on leaves."""
     return nn.Sequential(
-        nn.Conv2d(3, C, 3, padding=1), nn.BatchNorm2d(C), nn.ReLU(inplace=True), nn.Conv2d(C, C, 3), nn.SiLU(), nn.Flatten()
+        nn.Conv2d(3, C, 3, padding=1),
+        nn.BatchNorm2d(C),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(C, C, 3),
+        nn.SiLU(),
+        nn.Flatten(),
     )
 
 
@@ -1207,7 +1219,12 @@ def hand_written_sequential():
 def convolutions_without_activation():
     """The value is batch norm's."""
     return nn.Sequential(
-        nn.Conv2d(3, C, 3, padding=1), nn.BatchNorm2d(C), nn.Conv2d(C, C, 3), nn.BatchNorm2d(C), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        nn.Conv2d(3, C, 3, padding=1),
+        nn.BatchNorm2d(C),
+        nn.Conv2d(C, C, 3),
+        nn.BatchNorm2d(C),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
     )
 
 
@@ -1316,7 +1333,8 @@ class UnpacksShape(Parts):
 
 
 @in_net(
-    refused={"": "Python number"}, raises=("NoSites", "no convolutional stage"),
+    refused={"": "Python number"},
+    raises=("NoSites", "no convolutional stage"),
 )
 class SizeAsInt(Parts):
     """``int(x.shape[2])``."""
@@ -1409,7 +1427,9 @@ def under_autocast(net):
 
 
 @in_net(
-    "bn2", count=1, variants={"under autocast": under_autocast},
+    "bn2",
+    count=1,
+    variants={"under autocast": under_autocast},
 )
 class KeepsPrecision(Parts):
     """An island of full precision: ``autocast(enabled=False)`` matters only to those who train with autocast."""

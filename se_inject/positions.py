@@ -1,0 +1,144 @@
+"""Where a block sits relative to a residual unit y = ReLU(F(x) + S(x)) (Hu et al., section 6.5 and figure 5).
+
+* ``standard``: ReLU(SE(F(x)) + S(x)), at the site itself
+* ``pre``: ReLU(F(SE(x)) + S(x)), only the branch reads the gated x
+* ``post``: SE(ReLU(F(x) + S(x))), after the addition and its activation
+* ``identity``: ReLU(F(x) + SE(S(x))), after the projection if there is one
+* ``conv3x3``: inside F, behind the last spatial convolution, its normalisation and activation
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from se_inject.errors import OptionError
+from se_inject.finding import Finder
+from se_inject.operations import child_path, is_data, labels, returned
+from se_inject.sites import Site
+from se_inject.tracing import OwnerGraph, Trace
+
+POSITIONS = ("standard", "pre", "post", "identity", "conv3x3")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block goes for one site and position.
+
+    Args:
+        owner: path of the module whose forward is edited.
+        value: label of the gated value there; None: what the module returns.
+        readers: labels of the nodes that read the gated value; None: all that read the value.
+        channels: C of the value.
+        size: its spatial size.
+    """
+
+    owner: str
+    value: str | None
+    readers: tuple[str, ...] | None
+    channels: int
+    size: tuple[int, ...]
+
+
+def place_of(trace: Trace, site: Site, position: str) -> Place:
+    """The place for a site at a position.
+
+    Raises:
+        OptionError: no such position, or none for this site.
+    """
+    if position not in POSITIONS:
+        raise OptionError(f"no position is called `{position}`", seen=", ".join(POSITIONS))
+    if position == "standard":
+        return Place(site.owner, site.value, None, site.channels, site.size)
+    if site.kind != "residual":
+        raise OptionError(
+            f"position `{position}` is one of residual units", seen=f"`{site.address}` is a {site.kind} site"
+        )
+    return _Unit(trace, site).place(position)
+
+
+class _Unit:
+    """The parts of one residual unit in its owner's graph."""
+
+    def __init__(self, trace: Trace, site: Site) -> None:
+        self.site = site
+        self.finder = Finder(trace)
+        self.owner = trace.graphs[site.graph]
+        self.names = labels(self.owner.graph)
+        self.join = next((node for node, label in self.names.items() if label == site.join), None)
+        self.common: set[fx.Node] = {node for node in self.owner.graph.nodes if node.op == "placeholder"}
+        self.shortcut: fx.Node | None = None
+        result = returned(self.owner.graph)
+        if self.join is not None:
+            self.branch, self.shortcut, self.common = self.finder.split(self.owner, self.join)
+        elif result is not None:
+            self.branch = result
+
+    def place(self, position: str) -> Place:
+        if position == "pre":
+            return self._pre()
+        if position == "post":
+            whole = self.join if self.join is not None else self.branch
+            return self._at(self.owner, self.finder.activated(self.owner, whole))
+        if position == "identity":
+            if self.shortcut is None or self.join is None:
+                raise self._none("has no shortcut")
+            return self._at(self.owner, self.shortcut, (self.join,))
+        found = self._spatial(self.owner, self.inside)
+        if found is None:
+            raise self._none("has no spatial convolution in its branch")
+        return self._at(*found)
+
+    @property
+    def inside(self) -> list[fx.Node]:
+        """The branch's nodes, in order."""
+        behind = self.finder.behind(self.branch) - self.common
+        if self.shortcut is not None:
+            behind -= self.finder.behind(self.shortcut)
+        return [node for node in self.owner.graph.nodes if node in behind]
+
+    def _pre(self) -> Place:
+        inside = set(self.inside)
+        starts = {
+            source for node in inside for source in node.all_input_nodes if source in self.common and is_data(source)
+        }
+        if len(starts) != 1:
+            raise self._none(f"has a branch that starts from {len(starts)} values")
+        (start,) = starts
+        return self._at(self.owner, start, tuple(user for user in start.users if user in inside))
+
+    def _spatial(self, owner: OwnerGraph, nodes: list[fx.Node]) -> tuple[OwnerGraph, fx.Node] | None:
+        """The value behind the last spatial convolution among these nodes, in whatever module it is."""
+        for node in reversed(nodes):
+            if self.finder.kind(owner, node) == "conv" and self._is_spatial(owner, node):
+                return owner, self.finder.activated(owner, node)
+            inner = self.finder.trace.graphs.get(child_path(owner.path, str(node.target)))
+            if node.op == "call_module" and inner is not None:
+                found = self._spatial(inner, list(inner.graph.nodes))
+                if found is not None and found[0] is inner and found[1] is returned(inner.graph):
+                    return owner, self.finder.activated(owner, node)
+                if found is not None:
+                    return found
+        return None
+
+    def _is_spatial(self, owner: OwnerGraph, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.finder.trace.model.get_submodule(child_path(owner.path, str(node.target)))
+            return isinstance(module, nn.modules.conv._ConvNd) and any(extent > 1 for extent in module.kernel_size)
+        weight = node.args[1] if len(node.args) > 1 else None
+        return isinstance(weight, fx.Node) and weight.meta["val"][0, 0].numel() > 1
+
+    def _at(self, owner: OwnerGraph, value: fx.Node, readers: tuple[fx.Node, ...] | None = None) -> Place:
+        tensor = value.meta["val"]
+        names = labels(owner.graph)
+        if readers is None:
+            path, label = self.finder.written_back(owner, value, names[value])
+            if path != owner.path and self.finder.trace.calls.get(path, 0) > 1:
+                raise self._none(f"needs the output of `{path}`, which is called {self.finder.trace.calls[path]} times")
+            return Place(path, label, None, tensor.shape[1], tuple(tensor.shape[2:]))
+        told = tuple(names[reader] for reader in readers)
+        return Place(owner.path, names[value], told, tensor.shape[1], tuple(tensor.shape[2:]))
+
+    def _none(self, reason: str) -> OptionError:
+        return OptionError(f"`{self.site.unit}` {reason}", hint="choose other sites, or position `standard`")

@@ -1,0 +1,244 @@
+"""Every network of torchvision and timm: can it be planned, and is what comes out the same network?
+
+    python tests/census/run.py            # all of it, on two cores in about two hours; resumable
+    python tests/census/run.py --only 'timm:resnet*'
+    python tests/census/run.py --table    # only write the tables anew
+
+Each network runs in a process of its own with limits on time and memory. Planning is done for every name, on the
+meta device. The numeric checks are done with random weights (normalisation statistics and affine parameters random
+as well) for the smallest network of each set of module classes; the others say which one stands in for them.
+A network counts as a CNN if at least half of its MACs are convolutions. Results: `results.jsonl`, one line for each
+network, and `table.md`.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+import timm  # noqa: E402 - the project's own tests folder comes first
+import torch  # noqa: E402
+import torchvision  # noqa: E402
+
+import se_inject as si  # noqa: E402
+from se_inject.errors import InjectError, NoSites  # noqa: E402
+from se_inject.inputs import observe_model, real_inputs  # noqa: E402
+from tests.common import build, randomise  # noqa: E402
+
+SECONDS = {"plan": 120, "check": 240}
+GIGABYTES = 10
+ONNX_PARAMETERS = 30_000_000
+
+
+def names():
+    yield from (f"torchvision:{name}" for name in torchvision.models.list_models())
+    yield from (f"timm:{name}" for name in timm.list_models())
+
+
+def example_of(name, network):
+    """Inputs for networks that need more than one image; None where se-inject infers them."""
+    family = type(network).__module__
+    if "optical_flow" in family:
+        return torch.empty(2, 3, 128, 128, device="meta"), torch.empty(2, 3, 128, 128, device="meta")
+    if "detection" in family:
+        return ([torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(0)) for _ in range(2)],)
+    if "video" in family:
+        side = 224 if "mvit" in name or "s3d" in name or "swin" in name else 112
+        return (torch.empty(2, 3, 16, side, side, device="meta"),)
+    return None
+
+
+def plan_one(name):
+    """Plan on the meta device: what is found, and how long it takes."""
+    detection = name.startswith("torchvision:") and any(word in name for word in ("rcnn", "retinanet", "ssd", "fcos"))
+    with torch.device("cpu" if detection else "meta"):
+        network = build(name).eval()
+    classes = sorted({f"{type(m).__module__}.{type(m).__qualname__}" for m in network.modules()})
+    row = {
+        "params": sum(p.numel() for p in network.parameters()),
+        "classes": classes,
+        "family": type(network).__module__,
+    }
+    start = time.perf_counter()
+    trace = observe_model(network, example_of(name, network))
+    observed = time.perf_counter() - start
+    found = si.find_sites(network, example_of(name, network))
+    row |= {"how": trace.how, "seconds": round(observed, 3), "refused": [[r.address, r.reason] for r in found.refused]}
+    row["untraced"] = [[path, reason] for path, reason in trace.failures.items()]
+    row["sites"] = Counter(site.kind for site in found.all_sites if site.stage is not None)
+    row["held_back"] = Counter(site.held_back for site in found.all_sites if site.held_back)
+    row["stages"] = [[stage.path, [round(s) for s in stage.stride], len(stage.sites)] for stage in found.table]
+    if not detection:
+        from se_inject.cost import cost_of_model
+
+        total = cost_of_model(network, trace)[0].macs
+        batch = next(t.shape[0] for t in torch.utils._pytree.tree_leaves(trace.inputs) if isinstance(t, torch.Tensor))
+        row["conv_share"] = round(min(1.0, trace.macs / batch / max(total, 1)), 3)
+    else:
+        row["conv_share"] = 1.0
+    return row
+
+
+def check_one(name):
+    """Inject everywhere with random weights and compare."""
+    torch.manual_seed(0)
+    network = randomise(build(name)).eval()
+    inputs = example_of(name, network)
+    try:
+        plan = si.plan(network, inputs, attended=True)
+    except NoSites as error:
+        return {"checked": None, "why": error.message}
+    injected = plan.apply(network)
+    verdict = si.verify(network, injected, inputs, fresh=True)
+    row = {"blocks": len(plan), "checks": {check.name: [check.passed, check.detail] for check in verdict.checks}}
+    keys = list(network.state_dict())
+    si.eject_(injected)
+    same = list(injected.state_dict()) == keys and all(
+        type(one) is type(other) for one, other in zip(network.modules(), injected.modules(), strict=True)
+    )
+    same &= all(
+        torch.equal(a, b) or bool(a.isnan().any())
+        for a, b in zip(network.state_dict().values(), injected.state_dict().values(), strict=True)
+    )
+    row["ejected"] = same
+    if row_params(network) < ONNX_PARAMETERS and inputs is None:
+        row |= onnx_one(network, plan)
+    row["checked"] = verdict.passed and same
+    return row
+
+
+def row_params(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def onnx_one(network, plan):
+    """Export the injected network and run it in ONNX Runtime, gates not at one; the plain one if that fails."""
+    injected = plan.apply(network)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in si.injected_parameters(injected):
+            parameter.normal_(0, 0.1, generator=generator)
+    args, kwargs = real_inputs(plan.trace.inputs, batch=2, device=torch.device("cpu"), dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            exported = si.export(injected, Path(folder) / "net.onnx", args)
+            return {"onnx": max(check.max_rel_error for check in exported.checks)}
+        except InjectError as error:
+            try:
+                si.export(network, Path(folder) / "plain.onnx", args)
+                return {"onnx": f"failed: {str(error)[:200]}"}
+            except InjectError:
+                return {"onnx": "the network itself can't be exported"}
+
+
+def in_process(task, name, seconds):
+    """Run a task in a forked process with limits; its result, or why there is none."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+        resource.setrlimit(resource.RLIMIT_DATA, (GIGABYTES << 30, GIGABYTES << 30))
+        try:
+            result = task(name)
+        except InjectError as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        except BaseException as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            result = {
+                "crash": f"{type(error).__name__}: {str(error)[:300]} ({place.filename.rpartition('/')[2]}:{place.lineno})"
+            }
+        with os.fdopen(write, "w") as pipe:
+            json.dump(result, pipe)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return (
+        json.loads(text)
+        if text
+        else {"crash": f"killed by signal {status & 127}: over {seconds} s of CPU or {GIGABYTES} GB"}
+    )
+
+
+def read_results(path):
+    rows = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            rows[row["name"]] = rows.get(row["name"], {}) | row
+    return rows
+
+
+def representatives(rows):
+    """For every name the smallest network with the same set of module classes."""
+    groups = {}
+    for name, row in rows.items():
+        if "classes" in row:
+            groups.setdefault((name.partition(":")[0], tuple(row["classes"])), []).append((row["params"], name))
+    return {name: min(group)[1] for group in groups.values() for _, name in group}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="*")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--again", action="store_true", help="also those that have a result")
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--part", default="0/1", help="share the work: 0/2 and 1/2 in two processes")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    part, parts = map(int, options.part.split("/"))
+    rows = read_results(options.results)
+    chosen = [name for name in names() if fnmatch.fnmatch(name, options.only)]
+    if not options.table:
+        with options.results.open("a") as file:
+
+            def keep(name, row):
+                rows[name] = rows.get(name, {}) | row
+                file.write(json.dumps({"name": name, **row}) + "\n")
+                file.flush()
+
+            for number, name in enumerate(chosen):
+                if number % parts == part and (
+                    options.again or not {"stages", "error", "crash"} & set(rows.get(name, {}))
+                ):
+                    row = in_process(plan_one, name, SECONDS["plan"])
+                    keep(name, row)
+                    print(
+                        f"plan {number + 1}/{len(chosen)} {name}: {row.get('sites') or row.get('error') or row.get('crash')}",
+                        flush=True,
+                    )
+            stand_ins = representatives(rows)
+            todo = sorted(
+                {stand_ins[name] for name in chosen if name in stand_ins}, key=lambda name: rows[name]["params"]
+            )
+            todo = [name for name in todo if rows[name].get("sites") and rows[name].get("conv_share", 0) > 0]
+            for number, name in enumerate(todo):
+                if number % parts == part and (
+                    options.again or "checked" not in rows[name] and "check_crash" not in rows[name]
+                ):
+                    row = in_process(check_one, name, SECONDS["check"])
+                    row = {("check_" + key if key in ("error", "crash") else key): value for key, value in row.items()}
+                    keep(name, row)
+                    print(
+                        f"check {number + 1}/{len(todo)} {name}: {row.get('checked', row)} {row.get('onnx', '')}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()
