@@ -67,24 +67,44 @@ def from_code(place: str, attribute: str) -> nn.Module:
         NoSuchFile: no such ``.py`` file.
         LoadError: no such module or attribute, an exception in that code, or no ``nn.Module``.
     """
-    path = Path(place).resolve() if place.endswith(".py") else None
+    found = named(place, attribute)
+    try:
+        model = found if isinstance(found, nn.Module) else found()
+    except (Exception, SystemExit) as error:
+        raise _failure(place, attribute, _file_of(place), error) from error
+    if not isinstance(model, nn.Module):
+        raise LoadError(f"`{place}:{attribute}` gave no torch.nn.Module", seen=f"{type(model).__name__}")
+    return model
+
+
+def named(place: str, attribute: str) -> Any:
+    """What a name in the user's own code stands for, without calling it.
+
+    Args:
+        place: a module's dotted name, or a path that ends in ``.py``.
+        attribute: a name in it, dotted for an attribute of an attribute.
+
+    Raises:
+        NoSuchFile: no such ``.py`` file.
+        LoadError: no such module or attribute, or an exception in that code.
+    """
+    path = _file_of(place)
     if path and not path.is_file():
         raise NoSuchFile(f"no file `{place}`")
     try:
         with importable(path.parent if path else Path.cwd()):
             found: Any = _import_file(path) if path else importlib.import_module(place)
-            for part in attribute.split("."):
-                if not hasattr(found, part):
-                    raise LoadError(f"`{place}` has no `{attribute}`", hint=did_you_mean(part, dir(found)))
-                found = getattr(found, part)
-            model = found if isinstance(found, nn.Module) else found()
-    except LoadError:
-        raise
     except (Exception, SystemExit) as error:
         raise _failure(place, attribute, path, error) from error
-    if not isinstance(model, nn.Module):
-        raise LoadError(f"`{place}:{attribute}` gave no torch.nn.Module", seen=f"{type(model).__name__}")
-    return model
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise LoadError(f"`{place}` has no `{attribute}`", hint=did_you_mean(part, dir(found)))
+        found = getattr(found, part)
+    return found
+
+
+def _file_of(place: str) -> Path | None:
+    return Path(place).resolve() if place.endswith(".py") else None
 
 
 @contextlib.contextmanager

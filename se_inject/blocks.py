@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from se_inject.errors import InjectError, OptionError
+from se_inject._names import named
+from se_inject.errors import InjectError, OptionError, PluginError
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -95,26 +98,129 @@ class SqueezeExcitation(nn.Module):
         return f"gate={'sigmoid' if self.gain == 1 else '2·sigmoid'}"
 
 
-BLOCKS: dict[str, Callable[..., nn.Module]] = {"se": SqueezeExcitation}
+GROUP = "se_inject.blocks"
+"""The entry-point group in which packages announce their blocks."""
 INITS = ("identity", "paper")
 """How a block starts: as x ↦ x, by its ``identity_init``; or as its authors have it."""
+FILLED_IN = ("rank", "size")
+"""Parameters of a block that it gets from its site: number of spatial dimensions, and the spatial size."""
+Factory = Callable[..., nn.Module]
+_registered: dict[str, Factory] = {"se": SqueezeExcitation}
 
 
-def find_block(name: str) -> Callable[..., nn.Module]:
-    """The block with this name.
+def register_block(name: str) -> Callable[[Factory], Factory]:
+    """Decorate a block to make it known by name in this process.
+
+    A block is a callable whose first argument is the number of channels, with keywords for the rest, which returns a
+    module that maps a tensor to one of the same shape. Optional keywords ``rank`` and ``size`` are filled in from the
+    site; a method ``identity_init()`` on the module makes it start as x ↦ x.
+
+    Raises:
+        OptionError: the name is taken, or no name.
+    """
+    if not name or ":" in name or name in block_names():
+        raise OptionError(
+            f"`{name}` can't be the name of a block", seen="it is taken" if name in block_names() else None
+        )
+
+    def register(factory: Factory) -> Factory:
+        _registered[name] = factory
+        return factory
+
+    return register
+
+
+def block_names() -> dict[str, str]:
+    """Every block's name, and where it comes from: ``se_inject``, a package, or ``registered``."""
+    names = {
+        name: "se_inject" if factory is SqueezeExcitation else "registered" for name, factory in _registered.items()
+    }
+    for point in importlib.metadata.entry_points(group=GROUP):
+        names.setdefault(point.name, point.dist.name if point.dist is not None else point.module)
+    return names
+
+
+@functools.cache
+def find_block(name: str) -> Factory:
+    """The block with this name: registered, announced by a package, or ``package.module:Class``, ``file.py:Class``.
 
     Raises:
         OptionError: there is none.
+        PluginError: there is one, and it can't be imported.
+        LoadError: no such module, file or class.
     """
-    if name not in BLOCKS:
-        raise OptionError(f"no block is called `{name}`", seen=", ".join(sorted(BLOCKS)), hint=_similar(name, BLOCKS))
-    return BLOCKS[name]
+    if name in _registered:
+        return _registered[name]
+    for point in importlib.metadata.entry_points(group=GROUP, name=name):
+        try:
+            factory: Factory = point.load()
+        except Exception as error:
+            raise PluginError(
+                f"block `{name}` of {block_names()[name]} can't be imported",
+                seen=f"{type(error).__name__}: {error}",
+                hint="the fault is that package's; the other blocks are not affected",
+            ) from error
+        return factory
+    if ":" in name:
+        place, _, attribute = name.rpartition(":")
+        return named(place, attribute)  # type: ignore[no-any-return]
+    known = block_names()
+    raise OptionError(f"no block is called `{name}`", seen=", ".join(sorted(known)), hint=_similar(name, known))
 
 
 def block_options(name: str) -> dict[str, inspect.Parameter]:
-    """The options a block takes: its factory's parameters but the first (the channels) and ``rank``."""
-    parameters = list(inspect.signature(find_block(name)).parameters.values())[1:]
-    return {parameter.name: parameter for parameter in parameters if parameter.name != "rank"}
+    """The options a block takes: its factory's parameters but the first (the channels) and those filled in."""
+    parameters = list(_parameters(name).values())[1:]
+    return {parameter.name: parameter for parameter in parameters if parameter.name not in FILLED_IN}
+
+
+def parsed_options(name: str, settings: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` texts as options of a block, each of the type its default has.
+
+    Raises:
+        OptionError: no such option, or a value of another type.
+    """
+    result: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise OptionError(f"`{text}` sets nothing", hint="write it as key=value")
+        check_options(name, {key: value})
+        result[key] = _parsed(key, value, block_options(name)[key])
+    return result
+
+
+def _parsed(key: str, text: str, parameter: inspect.Parameter) -> Any:
+    told = str(
+        parameter.annotation if parameter.annotation is not parameter.empty else type(parameter.default).__name__
+    )
+    words = {"true": True, "yes": True, "false": False, "no": False}
+    if text.lower() == "none" and ("None" in told or parameter.default is None):
+        return None
+    if "bool" in told and text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        if kind.__name__ in told or parameter.default is None:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    if any(kind in told for kind in ("int", "float", "bool")) and "str" not in told:
+        raise OptionError(
+            f"option `{key}` can't be `{text}`", seen=f"it is of type {told.replace('<class ', '').strip('<>')}"
+        )
+    return text
+
+
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
+    factory = find_block(name)
+    try:
+        parameters = dict(inspect.signature(factory).parameters)
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"block `{name}` is no callable with a signature", seen=str(error)) from error
+    if not parameters:
+        raise PluginError(f"block `{name}` takes no argument", hint="its first argument is the number of channels")
+    return parameters
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:
@@ -133,40 +239,67 @@ def check_options(name: str, options: dict[str, Any]) -> None:
             )
 
 
-def build_block(name: str, channels: int, rank: int, options: dict[str, Any], init: str) -> nn.Module:
+def build_block(name: str, channels: int, size: Sequence[int], options: dict[str, Any], init: str) -> nn.Module:
     """One new block.
 
     Args:
         name: of the block.
         channels: C of the values it will gate.
-        rank: their number of spatial dimensions.
+        size: their spatial size.
         options: keyword arguments of the block.
         init: ``identity`` or ``paper``.
 
     Raises:
         OptionError: no such block or option, a value that it refuses, or a start or rank it doesn't have.
+        PluginError: the block can't be built.
     """
     if init not in INITS:
         raise OptionError(f"no start is called `{init}`", seen=", ".join(INITS))
     factory = find_block(name)
     check_options(name, options)
-    takes_rank = "rank" in inspect.signature(factory).parameters
-    if rank != 2 and not takes_rank:
-        raise OptionError(f"block `{name}` is for two spatial dimensions", seen=f"a value with {rank}")
+    filled = {"rank": len(size), "size": tuple(size)}
+    parameters = _parameters(name)
+    if len(size) != 2 and "rank" not in parameters:
+        raise OptionError(f"block `{name}` is for two spatial dimensions", seen=f"a value with {len(size)}")
     try:
-        block = factory(channels, **({"rank": rank} if takes_rank else {}), **options)
+        block = factory(channels, **{key: value for key, value in filled.items() if key in parameters}, **options)
     except InjectError:
         raise
     except Exception as error:
-        raise OptionError(
-            f"block `{name}` can't be built for {channels} channels with {options}",
+        raise PluginError(
+            f"block `{name}` can't be built for {channels} channels with {options or 'no options'}",
             seen=f"{type(error).__name__}: {error}",
         ) from error
+    if not isinstance(block, nn.Module):
+        raise PluginError(f"block `{name}` is no nn.Module", seen=f"it returned a {type(block).__name__}")
     if init == "identity":
         if not has_identity_start(block):
             raise OptionError(f"block `{name}` has no identity start", hint="init `paper`: as its authors start it")
         block.identity_init()  # type: ignore[operator]
     return block
+
+
+def check_block(name: str, block: nn.Module, channels: int, size: Sequence[int]) -> None:
+    """Whether a block maps a value to one of the same shape and dtype, on its own device.
+
+    Raises:
+        PluginError: it fails, or changes the shape or dtype.
+    """
+    near = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
+    value = torch.zeros((2, channels, *size), device=near.device, dtype=near.dtype)
+    try:
+        with torch.no_grad():
+            result = block.eval()(value)
+    except Exception as error:
+        raise PluginError(
+            f"block `{name}` fails on a value of {tuple(value.shape)}",
+            seen=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+        ) from error
+    if not isinstance(result, Tensor) or (result.shape, result.dtype) != (value.shape, value.dtype):
+        told = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        raise PluginError(
+            f"block `{name}` must return what it was given: {tuple(value.shape)} {value.dtype}", seen=told
+        )
 
 
 def has_identity_start(block: nn.Module) -> bool:

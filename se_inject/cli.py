@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -95,22 +97,26 @@ def _network_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Where the block sits relative to a residual unit.",
 )
 @click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the block; `se-inject blocks NAME` tells which.",
+)
+@click.option(
     "--r",
     "--reduction",
     "reduction",
     type=float,
-    default=16,
-    show_default=True,
-    help="Reduction ratio: the bottleneck is C // r wide.",
+    help="Reduction ratio: the bottleneck is C // r wide.  [default: 16]",
 )
 @click.option("--divisor", type=int, help="Round the bottleneck to a multiple of this; timm uses 8.")
-@click.option("--bias/--no-bias", default=True, show_default=True, help="Biases in the two layers of the block.")
+@click.option("--bias/--no-bias", default=None, help="Biases in the two layers of the block.  [default: bias]")
 @click.option(
     "--init",
     type=click.Choice(["identity", "paper"]),
-    default="identity",
-    show_default=True,
-    help="identity: the network's output stays the same bit for bit until it is trained. paper: a plain sigmoid gate.",
+    help="identity: the network's output stays the same bit for bit until it is trained. paper: a plain sigmoid gate. "
+    " [default: identity]",
 )
 @click.option("--name", help="Attribute that a block becomes on its owner.  [default: se]")
 @click.option(
@@ -168,7 +174,7 @@ def _inject(
         "notes": list(plan.notes),
     }
     data["cost"] = report.cost_data(cost)
-    say(f"{len(plan)} {options['block'].upper()} blocks {_described(plan, options)}\n")
+    say(_described(plan) + "\n")
     if not as_json:
         click.echo(report.cost_text(cost, style, by_site=verbose))
         if style == "text":
@@ -241,16 +247,29 @@ def sites(
     show_default=True,
     help="Format of the table.",
 )
-def blocks(style: str) -> None:
-    """List the blocks, with their parameters at 256 channels."""
-    from se_inject.blocks import BLOCKS, build_block
+@click.argument("name", required=False)
+def blocks(style: str, name: str | None) -> None:
+    """List the blocks, with their parameters at 256 channels; with a NAME, print that block's card."""
+    from se_inject.blocks import block_names, build_block, find_block
 
-    rows = []
-    for name, factory in sorted(BLOCKS.items()):
-        block = build_block(name, 256, 2, {}, "paper")
-        about = (factory.__doc__ or "").strip().splitlines()[0]
-        rows.append([name, sum(p.numel() for p in block.parameters()), about])
-    click.echo(report.table(("block", "params at C = 256", "what it is"), rows, style))
+    if name is not None:
+        click.echo(inspect.getdoc(find_block(name)) or f"block `{name}` has no card")
+        return
+    rows: list[list[Any]] = []
+    for known, origin in sorted(block_names().items()):
+        try:
+            block = build_block(known, 256, (14, 14), {}, "paper")
+            about = (inspect.getdoc(find_block(known)) or "").split("\n")[0]
+            rows.append([known, sum(p.numel() for p in block.parameters()), has_identity(block), about, origin])
+        except InjectError as error:
+            rows.append([known, None, None, f"broken: {error.message}", origin])
+    click.echo(report.table(("block", "params at C = 256", "identity start", "what it is", "from"), rows, style))
+
+
+def has_identity(block: nn.Module) -> bool:
+    from se_inject.blocks import has_identity_start
+
+    return has_identity_start(block)
 
 
 class _Talk:
@@ -287,7 +306,10 @@ def _example(inputs: tuple[str, ...], network: nn.Module) -> Any:
 def _plan(network: nn.Module, inputs: tuple[str, ...], options: dict[str, Any]) -> Plan:
     from se_inject.plans import plan
 
-    block_options = {key: options[key] for key in ("reduction", "divisor", "bias")}
+    from se_inject.blocks import parsed_options
+
+    given = {key: options[key] for key in ("reduction", "divisor", "bias") if options[key] is not None}
+    block_options = given | parsed_options(options["block"], options["settings"])
     return plan(
         network,
         _example(inputs, network),
@@ -302,14 +324,27 @@ def _plan(network: nn.Module, inputs: tuple[str, ...], options: dict[str, Any]) 
     )
 
 
-def _described(plan: Plan, options: dict[str, Any]) -> str:
+def _described(plan: Plan) -> str:
+    """The plan in one line: how many blocks of which kind, where, with what options and start."""
     stages = sorted({step.stage for step in plan.steps if step.stage is not None})
     where = f"in stage{'s' * (len(stages) != 1)} {', '.join(map(str, stages))}" if stages else "outside of the stages"
-    bias = "with biases" if options["bias"] else "without biases"
-    start = (
-        "identity start (gate 2·σ, last layer zero)" if options["init"] == "identity" else "the paper's start (gate σ)"
+    step = plan.steps[0]
+    options = {"reduction": 16, "bias": True} | step.options if step.block == "se" else step.options
+    told = [f"{'r' if key == 'reduction' else key} = {_plain(value)}" for key, value in options.items()]
+    start = "identity start" if step.init == "identity" else "the paper's start"
+    position = [f"position {step.position}"] if step.position != "standard" else []
+    blocks = f"{len(plan)} {step.block.upper() if step.block == 'se' else step.block} block{'s' * (len(plan) != 1)}"
+    return f"{blocks} {where}: {', '.join([*position, *told, start])}"
+
+
+def _plain(value: Any) -> str:
+    return (
+        f"{value:g}"
+        if isinstance(value, float)
+        else ("yes" if value else "no")
+        if isinstance(value, bool)
+        else str(value)
     )
-    return f"{where}: r = {options['reduction']:g}, {bias}, {start}"
 
 
 def _verify(network: nn.Module, injected: nn.Module, plan: Plan) -> Any:
@@ -392,3 +427,9 @@ def main() -> None:
     except InjectError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if os.environ.get("SE_INJECT_TRACEBACK"):
+            raise
+        click.echo(f"error: this should not have happened: {type(error).__name__}: {error}", err=True)
+        click.echo("\nhint: please report it with what SE_INJECT_TRACEBACK=1 prints; nothing was written", err=True)
+        sys.exit(1)

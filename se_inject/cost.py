@@ -155,7 +155,7 @@ def cost_of_model(model: nn.Module, trace: Trace) -> tuple[Cost, tuple[str, ...]
 def cost_of_step(step: Step, dtype: torch.dtype = torch.float32) -> CostRow:
     """What one block adds at its site for one example."""
     with torch.device("meta"):
-        block = build_block(step.block, step.channels, step.rank, step.options, step.init).to(dtype).eval()
+        block = build_block(step.block, step.channels, step.size, step.options, step.init).to(dtype).eval()
         value = torch.empty((1, step.channels, *step.size), dtype=dtype)
     with torch.no_grad(), _Counter() as counter:
         block(value)

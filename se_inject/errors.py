@@ -8,6 +8,7 @@
     ├── SiteNotFound      (LookupError)    a stage or pattern that matches nothing
     ├── OptionError       (ValueError)     an option no block or plan can have
     │   └── AlreadyInjected                the site holds one of our blocks already
+    ├── PluginError       (RuntimeError)   a block of somebody else's fails or breaks the contract
     ├── UnsupportedModel  (TypeError)      a wrapped, compiled, scripted or quantised module
     ├── SurgeryError      (RuntimeError)   a plan that does not fit the model it is applied to
     ├── VerificationError (RuntimeError)   a check on the result failed
@@ -73,6 +74,10 @@ class AlreadyInjected(OptionError):
     """The chosen sites hold a block of ours already."""
 
     exit_code = 1
+
+
+class PluginError(InjectError, RuntimeError):
+    """A plug-in's block can't be imported or built, or doesn't do what a block must."""
 
 
 class UnsupportedModel(InjectError, TypeError):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from se_inject import report
-from se_inject.blocks import build_block, check_options, has_identity_start
+from se_inject.blocks import build_block, check_block, check_options, has_identity_start
 from se_inject.cost import CostReport, cost_of_steps
 from se_inject.errors import AlreadyInjected, LoadError, OptionError, SiteNotFound, SurgeryError
 from se_inject.finding import find_sites
@@ -298,13 +298,13 @@ def _probed(places: Sequence[Place], block: str, options: dict[str, Any], init: 
     """Build one block of each size, so that bad options are refused first of all: how it starts, and what is odd."""
     notes = []
     start = init or "identity"
-    for channels, rank in sorted({(place.channels, len(place.size)) for place in places}):
+    for channels, size in sorted({(place.channels, place.size) for place in places}):
         with torch.device("meta"):
-            built = build_block(block, channels, rank, options, "paper")
+            built = build_block(block, channels, size, options, "paper")
             if init is None and not has_identity_start(built):
                 start = "paper"
                 notes.append(f"block `{block}` has no identity start: the network's output changes until it is trained")
-            build_block(block, channels, rank, options, start)
+            check_block(block, build_block(block, channels, size, options, start), channels, size)
         reduction = options.get("reduction", 16)
         if getattr(built, "width", None) == 1 and reduction > channels:
             notes.append(

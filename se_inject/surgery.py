@@ -304,7 +304,7 @@ def _assert(graph: fx.Graph, condition: fx.Node, answer: bool) -> None:
 
 def _surrounded(owner: nn.Module, model: nn.Module, step: Step) -> nn.Module:
     """A new block with the dtype, device, memory format and mode of the modules around it."""
-    block = build_block(step.block, step.channels, step.rank, step.options, step.init)
+    block = build_block(step.block, step.channels, step.size, step.options, step.init)
     near = next((p for p in (*owner.parameters(), *model.parameters()) if p.is_floating_point()), None)
     if near is not None:
         block = block.to(device=near.device, dtype=near.dtype)

@@ -540,6 +540,64 @@ def test_allowed_packages_are_not_called(function, args, path, monkeypatch):
     assert not called
 
 
+@pytest.mark.parametrize("code", [b"(K\x03K\x04K\x01itorch.nn\nConv2d\n.", b"(ctorch.nn\nConv2d\nK\x03K\x04K\x01o."])
+def test_old_opcodes_call_no_class(code, path, monkeypatch):
+    assert isinstance(pickle.loads(PROTO + code), nn.Conv2d)
+    called = []
+    monkeypatch.setattr(nn.Conv2d, "__init__", lambda *args: called.append(args))
+    path.write_bytes(PROTO + code)
+    with pytest.raises(LoadError):
+        load(path)
+    assert not called
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.from_file,
+        torch.load,
+        torch.nn.functional.handle_torch_function,
+        torch.nn.init.normal_,
+        timm.create_model,
+        timm.models.load_checkpoint,
+        torchvision.models.get_model,
+        os.system,
+        small().load_state_dict,
+    ],
+)
+def test_functions_that_a_network_may_not_hold(function, path):
+    model = small()
+    model.function = function
+    torch.save(model, path)
+    with pytest.raises(UntrustedGlobals, match=function.__name__):
+        load(path)
+
+
+def test_class_from_elsewhere_in_an_allowed_package(path, monkeypatch):
+    class Foreign(nn.Module):
+        pass
+
+    monkeypatch.setattr(torchvision.models, "Foreign", Foreign, raising=False)
+    path.write_bytes(PROTO + b"ctorchvision.models\nForeign\n)\x81.")
+    with pytest.raises(UntrustedGlobals, match=r"`torchvision\.models\.Foreign`"):
+        load(path)
+
+
+def test_function_from_elsewhere_in_an_allowed_module(path):
+    path.write_bytes(PROTO + b"ctorch.nn.functional\nhandle_torch_function\n.")
+    with pytest.raises(UntrustedGlobals, match=r"`torch\.nn\.functional\.handle_torch_function`"):
+        load(path)
+
+
+def test_no_torchscript_in_place_of_a_storage(path, monkeypatch):
+    write_scripted(path)
+    payload = pickled(torch.storage._load_from_bytes, path.read_bytes())
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("an archive was loaded"))
+    path.write_bytes(payload)
+    with pytest.raises(LoadError, match="an archive in place of a storage"):
+        load(path)
+
+
 def test_all_that_is_refused_is_named(path):
     torch.save([Reduced(os.system, "true"), Reduced(exec, ""), Stated(), small()], path)
     with pytest.raises(UntrustedGlobals, match=r"`posix.system`, `builtins.exec`, `.*\.Stated`"):
