@@ -165,7 +165,8 @@ def check_supported(model: object) -> None:
                 seen=f"a {type(module).__name__}{where}",
                 hint="pass the eager network it was made from",
             )
-        if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch."):
+        quantised = ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch.")
+        if quantised and type(module).__name__ != "FloatFunctional":
             raise UnsupportedModel(
                 "a quantised network can't take a trainable block",
                 seen=f"a {type(module).__name__}{where}",
