@@ -67,11 +67,12 @@ def from_code(place: str, attribute: str) -> nn.Module:
         NoSuchFile: no such ``.py`` file.
         LoadError: no such module or attribute, an exception in that code, or no ``nn.Module``.
     """
-    found = named(place, attribute)
+    found, path = named(place, attribute), _file_of(place)
     try:
-        model = found if isinstance(found, nn.Module) else found()
+        with importable(path.parent if path else Path.cwd()):  # for imports inside the callable
+            model = found if isinstance(found, nn.Module) else found()
     except (Exception, SystemExit) as error:
-        raise _failure(place, attribute, _file_of(place), error) from error
+        raise _failure(place, attribute, path, error) from error
     if not isinstance(model, nn.Module):
         raise LoadError(f"`{place}:{attribute}` gave no torch.nn.Module", seen=f"{type(model).__name__}")
     return model

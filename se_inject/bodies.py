@@ -39,7 +39,9 @@ _OWN_MODULES = {
     "torch.functional": ("torch.functional",),
 }
 _BUILTINS: dict[str, Callable[..., Any]] = {"getattr": getattr, "round": round, "assert": torch._assert}
-_FORBIDDEN = frozenset({"from_file", "call", "attrgetter", "itemgetter", "methodcaller", "handle_torch_function"})
+_FORBIDDEN = frozenset(
+    {"from_file", "save", "load", "call", "attrgetter", "itemgetter", "methodcaller", "handle_torch_function"}
+)
 _OPERATOR_NAMESPACES = frozenset({"aten", "prims", "torchvision"})
 _FORBIDDEN_METHODS = frozenset(
     {
@@ -88,9 +90,10 @@ def function_named(name: str) -> Callable[..., Any]:
         return _BUILTINS[name]
     space, _, short = name.partition(":")
     found: Any = None
-    if space == "ops" and short.split(".")[0] in _OPERATOR_NAMESPACES and "__" not in short:
+    parts = short.split(".")
+    if space == "ops" and parts[0] in _OPERATOR_NAMESPACES and "__" not in short and not _FORBIDDEN & set(parts):
         found = torch.ops
-        for part in short.split("."):
+        for part in parts:
             found = getattr(found, part, None)
     elif space in _NAMESPACES:
         found = _function_in(space, short)
@@ -120,8 +123,16 @@ def _method(name: Any) -> str:
 
 
 def _path(name: Any) -> str:
-    if not isinstance(name, str) or any(part.startswith("__") for part in name.split(".")):
+    """A dotted path: what fx writes into source text must not be able to end the text it stands in."""
+    parts = name.split(".") if isinstance(name, str) else [""]
+    if any(not part.isprintable() or not part or part.startswith("__") or set(part) & set("\"'\\") for part in parts):
         raise LoadError(f"an edited forward in this file refers to `{name}`, which is no submodule")
+    return name  # type: ignore[no-any-return]
+
+
+def _parameter(name: Any) -> str:
+    if not isinstance(name, str) or not name.lstrip("*").isidentifier():
+        raise LoadError(f"an edited forward in this file has a parameter `{name}`, which is no name")
     return name
 
 
@@ -149,17 +160,26 @@ def graph_from(rows: Any) -> fx.Graph:
     """
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
-    checked = {"call_function": function_named, "call_method": _method, "call_module": _path, "get_attr": _path}
+    checked: dict[str, Callable[[Any], Any]] = {
+        "call_function": function_named,
+        "call_method": _method,
+        "call_module": _path,
+        "get_attr": _path,
+        "placeholder": _parameter,
+        "output": _parameter,
+    }
     try:
         for name, op, target, args, kwargs in rows:
-            real = checked.get(op, str)(target)
-            if (op not in checked and op not in ("placeholder", "output")) or not str(name).isidentifier():
+            if op not in checked or not str(name).isidentifier():
                 raise LoadError("an edited forward in this file is not a graph", seen=f"a node `{name}` of kind `{op}`")
+            real = checked[op](target)
             arguments, keywords = _decode(args, nodes), _decode(kwargs, nodes)
             if real is getattr and (
                 len(arguments) != 2 or str(arguments[1]).startswith("_") or not hasattr(torch.Tensor, str(arguments[1]))
             ):
                 raise LoadError("an edited forward in this file reads an attribute that tensors don't have")
+            if (op == "placeholder" and arguments) or not all(map(str.isidentifier, keywords)):
+                raise LoadError("an edited forward in this file has arguments that are no names")
             nodes[name] = graph.create_node(op, real, arguments, keywords, name=name)
         graph.lint()
     except LoadError:

@@ -221,6 +221,7 @@ def sites(
     """List the stages of MODEL, where blocks can go. Nothing is changed or written."""
     from se_inject.finding import find_sites
     from se_inject.inputs import observe_model
+    from se_inject.sites import ATTENDED
 
     network = _load(model, weights, trust, None)
     trace = observe_model(network, _example(inputs, network))
@@ -233,7 +234,10 @@ def sites(
         click.echo(report.stages_text(found, style))
         if verbose:
             click.echo("\n" + report.sites_text(found, style))
-        elif found.refused:
+        attended = sum(site.held_back == ATTENDED for site in found.all_sites)
+        if attended:
+            click.echo(f"{attended} sites already have attention and are left out unless --attended is given", err=True)
+        if found.refused and not verbose:
             click.echo(f"{len(found.refused)} places refused: -v lists them", err=True)
     found.everything(attended=True)
 
@@ -304,9 +308,8 @@ def _example(inputs: tuple[str, ...], network: nn.Module) -> Any:
 
 
 def _plan(network: nn.Module, inputs: tuple[str, ...], options: dict[str, Any]) -> Plan:
-    from se_inject.plans import plan
-
     from se_inject.blocks import parsed_options
+    from se_inject.plans import plan
 
     given = {key: options[key] for key in ("reduction", "divisor", "bias") if options[key] is not None}
     block_options = given | parsed_options(options["block"], options["settings"])

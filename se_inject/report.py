@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 if TYPE_CHECKING:
-    from se_inject.cost import Cost, CostReport, Latency
+    from se_inject.cost import Cost, CostReport, CostRow, Latency
     from se_inject.plans import Plan
     from se_inject.sites import Sites
     from se_inject.verification import Verdict
@@ -158,20 +158,27 @@ def plan_text(plan: Plan) -> str:
 
 def cost_text(report: CostReport, style: str = "text", *, by_site: bool = False) -> str:
     """What is added per stage (or per site), and before, added and after in total."""
-    headers = ("stage", "blocks", "params", "MACs", "element-wise", "bytes")
+    headers = ("stage", "blocks", "C → width", "params", "MACs", "element-wise", "bytes")
     rows: list[list[Any]] = []
     for stage, cost in report.stages.items():
         blocks = [row for row in report.rows if row.stage == stage]
-        rows.append([stage if stage is not None else "–", len(blocks), *_figures(cost)])
-    rows.append(["added", len(report.rows), *_figures(report.added)])
-    rows.append(["before", None, *_figures(report.before)])
-    rows.append(["after", None, *_figures(report.after)])
+        rows.append([stage if stage is not None else "–", len(blocks), _widths(blocks), *_figures(cost)])
+    rows.append(["added", len(report.rows), None, *_figures(report.added)])
+    rows.append(["before", None, None, *_figures(report.before)])
+    rows.append(["after", None, None, *_figures(report.after)])
     text = table(headers, rows, style)
     if by_site or style == "csv":
         lines = [[row.site, row.stage, row.channels, row.width, *_figures(row.cost)] for row in report.rows]
-        sites = table(("site", "stage", "channels", "width", *headers[2:]), lines, style)
+        sites = table(("site", "stage", "channels", "width", *headers[3:]), lines, style)
         text = sites if style == "csv" else f"{sites}\n\n{text}"
     return text
+
+
+def _widths(rows: Sequence[CostRow]) -> str:
+    """The channels of some blocks and the widths of their bottlenecks, as built."""
+    pairs = dict.fromkeys((row.channels, row.width) for row in rows)
+    told = [f"{channels} → {width}" if width is not None else str(channels) for channels, width in pairs]
+    return ", ".join(told) if len(told) <= 2 else f"{told[0]}, …, {told[-1]}"
 
 
 def cost_lines(report: CostReport) -> list[str]:

@@ -36,15 +36,18 @@ class Hazard:
         inputs: the forward's arguments for a batch size: a tuple, or a tuple and a dict.
         sites: addresses of the sites that a plan takes, in the order of data.
         refused: address → a part of the reason.
+        held: address → a part of the reason why the site is not taken by itself.
         raises: name of the error that planning or applying ends in, and a part of its text.
         at: the patterns that choose sites; None: what a plan takes by itself.
         probes: site's address → what yields its value: the path of a module or a function, and which of its calls
             (None: each). By default the address is the module's path. None: it can't be told from outside.
         in_place: the gated value is what all see who hold that tensor, under any name.
         variants: other ways to use the network. An injected one does the same as the original, or raises.
+        must: ways to use the network in which an injected one does the same as the original.
         recomputes: path of a module that the backward pass calls again.
         seeds: with how many seeds training is compared.
         infer: no example is given to ``plan``.
+        trains: whether the original itself can be trained.
         pickles: whether the original itself can be pickled.
         json: whether the plan of another instance needs no inputs.
         dtype: of the weights.
@@ -55,14 +58,17 @@ class Hazard:
     inputs: Callable[[int], Any]
     sites: tuple[str, ...] = ()
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    held: dict[str, str] = dataclasses.field(default_factory=dict)
     raises: tuple[str, str] | None = None
     at: str | None = None
     probes: dict[str, tuple[Any, int | None] | None] = dataclasses.field(default_factory=dict)
     in_place: bool = False
     variants: dict[str, Callable[[nn.Module], Any]] = dataclasses.field(default_factory=dict)
+    must: dict[str, Callable[[nn.Module], Any]] = dataclasses.field(default_factory=dict)
     recomputes: str | None = None
     seeds: int = 1
     infer: bool = False
+    trains: bool = True
     pickles: bool = True
     json: bool = True
     dtype: torch.dtype = torch.float32
@@ -99,10 +105,11 @@ def hazard(*sites, inputs=image, **expected):
     return register
 
 
-def in_net(*values, count=2, before=None, **expected):
+def in_net(*values, count=2, before=None, plain=False, **expected):
     """Put a block into the table: ``count`` of them in a ``Net``.
 
-    ``values`` are its sites relative to the block, and so are the addresses in ``refused``, ``probes`` and ``recomputes``.
+    ``values`` are its sites relative to the block, and so are the addresses in ``refused``, ``held``, ``probes`` and
+    ``recomputes``. ``plain``: there are no units, so that the stem's plain convolution is a site.
     """
 
     def register(block):
@@ -110,7 +117,8 @@ def in_net(*values, count=2, before=None, **expected):
             return Net(*[block() for _ in range(count)], before=before)
 
         paths = [f"blocks.{index}" for index in range(count)]
-        sites = [f"{path}.{value}" for path in paths for value in values]
+        sites = ["stem.2"] * plain + [f"{path}.{value}" for path in paths for value in values]
+        held = {f"{path}.{value}": reason for path in paths for value, reason in expected.pop("held", {}).items()}
         refused = expected.pop("refused", {})
         refused = {f"{path}.{name}".strip("."): reason for path in paths for name, reason in refused.items()}
         probes = expected.pop("probes", {})
@@ -123,7 +131,7 @@ def in_net(*values, count=2, before=None, **expected):
         }
         if "recomputes" in expected:
             expected["recomputes"] = f"{paths[0]}.{expected['recomputes']}"
-        _enter(block.__name__, build, image, sites, {**expected, "refused": refused})
+        _enter(block.__name__, build, image, sites, {**expected, "refused": refused, "held": held})
         return block
 
     return register
@@ -274,7 +282,7 @@ class OptionABlock(nn.Module):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
 
 
-@in_net("outer.bn2", count=1, refused={"add": "other residual units"})
+@in_net("outer.bn2", count=1)
 class Nested(nn.Module):
     """A residual unit around a residual unit."""
 
@@ -370,12 +378,17 @@ class AddFunction(Parts):
 
 
 @in_net("bn2")
-class AddIntoInput(Parts):
-    """The block overwrites its own input."""
+class AddIntoShortcut(Parts):
+    """The branch is added into the shortcut, in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn0 = nn.BatchNorm2d(C)
 
     def forward(self, x):
-        x += self.branch(x)
-        return x
+        identity = self.bn0(x)
+        identity += self.branch(x)
+        return identity
 
 
 @in_net("bn2")
@@ -389,7 +402,7 @@ class ValueReadAfterIAdd(Parts):
         return F.relu(out) + 0.5 * kept
 
 
-@in_net("relu_", count=1, probes={"relu_": (F.relu_, None)}, in_place=True)
+@in_net("relu_", count=1, probes={"relu_": (F.relu_, None)}, in_place=True, trains=False)
 class AliasReadAfterIAdd(Parts):
     """The value is an in-place ReLU's result: two names for one tensor, which is overwritten under one, read by the other."""
 
@@ -598,7 +611,9 @@ class VarKeywords(Parts):
 
     def forward(self, x, **options):
         out = self.branch(x) * options.get("scale", 1.0)
-        return out + options.get("shift", 0.0) + x
+        if "shift" in options:
+            out = out + options["shift"]
+        return out + x
 
 
 @called("relu", variants=[(("tanh",), {})])
@@ -609,7 +624,12 @@ class StringArgument(Parts):
         return getattr(torch, act)(self.branch(x) + x)
 
 
-@hazard("blocks.0.bn2", "blocks.1.bn2", variants={"another size": lambda net: net(*image(2, 24))})
+@hazard(
+    "blocks.0.view",
+    "blocks.1.view",
+    probes={"blocks.0.view": (Tensor.view, 1), "blocks.1.view": (Tensor.view, 2)},
+    must={"another size": lambda net: net(*image(2, 24))},
+)
 class SizeArguments(nn.Module):
     """A parent tells its blocks the size of the image as plain numbers."""
 
@@ -654,7 +674,7 @@ class FunctionalDropPath(Parts):
         return out + x
 
 
-@in_net("bn2", seeds=6)
+@in_net(plain=True, refused={"": "random"}, seeds=6)
 class LayerDropTorch(Parts):
     """Stochastic depth by a coin outside of the graph: a graph would keep one side of the coin."""
 
@@ -664,7 +684,7 @@ class LayerDropTorch(Parts):
         return self.branch(x) + x
 
 
-@in_net("bn2", seeds=6)
+@in_net(plain=True, refused={"": "random"}, seeds=6)
 class LayerDropPython(Parts):
     """The same with Python's coin."""
 
@@ -674,7 +694,7 @@ class LayerDropPython(Parts):
         return self.branch(x) + x
 
 
-@in_net("bn2", seeds=6)
+@in_net(plain=True, refused={"": "random"}, seeds=6)
 class LayerDropScaled(Parts):
     """A random number, not a random branch: ``shake-shake`` with Python's generator."""
 
@@ -699,7 +719,7 @@ class AuxiliaryOutput(nn.Module):
         return x
 
 
-@hazard("stem.1", "block")
+@hazard("stem.1", "block.act")
 class AuxiliaryOutputOfBlock(nn.Module):
     """A module returns a tuple in training and its one value in eval; a gate on what it returns must know."""
 
@@ -776,8 +796,8 @@ class CallsForwardDirectly(Parts):
 
 
 @in_net("bn2")
-class OwnBatchNorm(Parts):
-    """The forward itself keeps running statistics, in buffers it overwrites in place."""
+class OwnStatistics(Parts):
+    """The forward itself keeps running statistics in training, in a buffer it overwrites in place."""
 
     def __init__(self):
         super().__init__()
@@ -785,12 +805,11 @@ class OwnBatchNorm(Parts):
 
     def forward(self, x):
         if self.training:
-            with torch.no_grad():
-                self.mean.mul_(0.9).add_(x.mean([0, 2, 3]), alpha=0.1)
+            self.mean.mul_(0.9).add_(x.detach().mean([0, 2, 3]), alpha=0.1)
         return self.branch(x) + x - self.mean.view(1, -1, 1, 1)
 
 
-@in_net(refused={"": "stores"})
+@in_net(plain=True, refused={"": "stores"})
 class ReassignsBuffer(Parts):
     """The forward puts another tensor in its buffer's place."""
 
@@ -801,6 +820,21 @@ class ReassignsBuffer(Parts):
     def forward(self, x):
         self.seen = self.seen + 1
         return self.branch(x) + x / self.seen
+
+
+@in_net(plain=True, refused={"": "grad"})
+class WithoutGradInTraining(Parts):
+    """``torch.no_grad()`` around a part of the training branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(C))
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(x.mean([0, 2, 3]), alpha=0.1)
+        return self.branch(x) + x - self.mean.view(1, -1, 1, 1)
 
 
 @in_net("bn2")
@@ -880,8 +914,8 @@ def returning(name, make):
 ReturnsDict = hazard("bn2")(returning("ReturnsDict", lambda x, y: {"features": x, "logits": y}))
 ReturnsList = hazard("bn2")(returning("ReturnsList", lambda x, y: [x, [y, None]]))
 ReturnsTuple = hazard("bn2")(returning("ReturnsTuple", lambda x, y: (x, (y, 3))))
-ReturnsNamed = hazard("bn2")(returning("ReturnsNamed", Named))
-ReturnsData = hazard("bn2")(returning("ReturnsData", Data))
+ReturnsNamed = hazard(refused={"(the network)": "Named"})(returning("ReturnsNamed", Named))
+ReturnsData = hazard(refused={"(the network)": "Data"})(returning("ReturnsData", Data))
 
 
 class Within(nn.Module):
@@ -910,13 +944,13 @@ def read_item(output):
     return output["features"] * output["logits"][..., None, None]
 
 
-@hazard("backbone.bn2", "block.bn2", "bn")
+@hazard("block.bn2", "bn", refused={"backbone": "Named"})
 def named_output_read():
     """A namedtuple on its way from a child to its parent."""
     return Within(ReturnsNamed(), read_named)
 
 
-@hazard("backbone.bn2", "block.bn2", "bn")
+@hazard("block.bn2", "bn", refused={"backbone": "Data"})
 def data_output_read():
     """A dataclass on its way from a child to its parent."""
     return Within(ReturnsData(), read_data)
@@ -1043,7 +1077,7 @@ def channels_last():
     return Net(Basic()).to(memory_format=torch.channels_last)
 
 
-@in_net(refused={"add": "form (N, C"}, count=1)
+@in_net(plain=True, refused={"fc2": "form (N, C"}, count=1)
 class NHWCResidual(nn.Module):
     """The sum is taken with the channels last in the shape: its second dimension is the image's height."""
 
@@ -1059,7 +1093,7 @@ class NHWCResidual(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-@in_net(refused={"add": "form (N, C"}, count=1)
+@in_net(plain=True, refused={"fc2": "form (N, C"}, count=1)
 class TokenResidual(nn.Module):
     """Tokens (N, L, C) with a convolution in the branch: the second dimension is no channel."""
 
@@ -1215,9 +1249,9 @@ def hand_written_sequential():
     )
 
 
-@hazard("1", "3")
+@hazard(raises=("NoSites", "no convolutional stage"))
 def convolutions_without_activation():
-    """The value is batch norm's."""
+    """Only activated convolutions are sites of the plain kind."""
     return nn.Sequential(
         nn.Conv2d(3, C, 3, padding=1),
         nn.BatchNorm2d(C),
@@ -1332,10 +1366,7 @@ class UnpacksShape(Parts):
         return self.branch(shuffled) + x
 
 
-@in_net(
-    refused={"": "Python number"},
-    raises=("NoSites", "no convolutional stage"),
-)
+@in_net(plain=True, refused={"": "Python number"})
 class SizeAsInt(Parts):
     """``int(x.shape[2])``."""
 
@@ -1390,7 +1421,7 @@ class DependsOnDataInferred(DependsOnData):
     """The same, with no example given."""
 
 
-@in_net(count=1, refused={"": "depends on the data"})
+@in_net(plain=True, count=1, refused={"": "depends on the data"})
 class BlockDependsOnData(Parts):
     """The data decide within the block."""
 
@@ -1401,7 +1432,7 @@ class BlockDependsOnData(Parts):
         return out + x
 
 
-@in_net(count=1, refused={"": "grad"})
+@in_net(plain=True, count=1, refused={"": "grad"})
 class PartlyWithoutGrad(Parts):
     """``torch.no_grad()`` around a part: dropped, it would change the gradients."""
 
@@ -1411,7 +1442,7 @@ class PartlyWithoutGrad(Parts):
         return self.branch(x) + x * gate
 
 
-@in_net(count=1, refused={"": "autocast"})
+@in_net(plain=True, count=1, refused={"": "autocast"})
 class Autocasts(Parts):
     """``torch.autocast`` around a part, on the CPU."""
 
@@ -1468,7 +1499,7 @@ class Negate(nn.Module):
         return Negated.apply(x)
 
 
-@in_net(count=1, refused={"": "autograd function"})
+@in_net(plain=True, count=1, refused={"": "autograd function"})
 class AutogradFunction(Parts):
     """An autograd function in the forward."""
 
@@ -1488,7 +1519,7 @@ class AutogradFunctionInChild(Parts):
         return self.branch(self.act(x)) + x
 
 
-@in_net(count=1, refused={"": "self.last"})
+@in_net(plain=True, count=1, refused={"": "self.last"})
 class Remembers(Parts):
     """The forward leaves something behind."""
 
@@ -1497,7 +1528,7 @@ class Remembers(Parts):
         return self.branch(x) + x
 
 
-@in_net(count=1, refused={"": "stores"})
+@in_net(plain=True, count=1, refused={"": "stores"})
 class Collects(Parts):
     """The forward appends to a list: an edited one would not, and looking must not either."""
 
@@ -1511,15 +1542,15 @@ class Collects(Parts):
         return out + x
 
 
-@in_net("bn2", count=1, recomputes="conv1")
+@in_net(plain=True, count=1, refused={"": "checkpoint"}, recomputes="conv1")
 class Checkpointed(Parts):
-    """Activation checkpointing inside of the forward: an edited one has to keep it."""
+    """Activation checkpointing inside of the forward: a graph can't hold it."""
 
     def forward(self, x):
         return checkpoint(self.branch, x, use_reentrant=False) + x
 
 
-@in_net("bn2", recomputes="conv1")
+@in_net(plain=True, refused={"": "checkpoint"}, recomputes="conv1")
 class CheckpointedInTraining(Parts):
     """The same in training only."""
 
@@ -1601,7 +1632,7 @@ class MovesToDevice(Parts):
         self.register_buffer("shift", torch.randn(1, C, 1, 1))
 
     def forward(self, x):
-        return self.branch(x) + self.shift.to(x.device, x.dtype) + x.to(self.shift.device)
+        return self.branch(x) + (x.to(self.shift.device) - self.shift.to(x.device, x.dtype))
 
 
 @in_net("bn2")
@@ -1615,7 +1646,7 @@ class AsksForDevice(Parts):
         return out + x
 
 
-@in_net(count=1, refused={"": "neither an input nor an attribute"})
+@in_net(plain=True, count=1, refused={"": "neither an input nor an attribute"})
 class MadeOnDevice(Parts):
     """A tensor made on the input's device."""
 
@@ -1817,3 +1848,31 @@ class CollidingNames(nn.Module):
         x = self.stem(x)
         x = x + self.bn[1](self.conv1(x))
         return x + self.bn_1(self.conv2(x))
+
+
+@in_net("bn2")
+class FirstArgumentHasAnotherName(Parts):
+    """``self`` is a custom, no keyword."""
+
+    def forward(module, x):
+        return module.branch(x) + x
+
+
+@in_net(plain=True, count=1, refused={"": "autocast"})
+class AutocastDecorated(Parts):
+    """The whole forward is decorated with ``torch.autocast``."""
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def forward(self, x):
+        return self.bn2(self.conv2(x)) + x
+
+
+@in_net("bn2", count=1)
+class AsksWhetherInputNeedsGrad(Parts):
+    """A branch by ``x.requires_grad``, which no observed input has and every stem's output does."""
+
+    def forward(self, x):
+        out = self.branch(x)
+        if x.requires_grad:
+            out = out * 0.5
+        return out + x

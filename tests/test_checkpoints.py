@@ -55,6 +55,12 @@ def wide():
     return Net(16)
 
 
+def late():
+    from other import WIDTH
+
+    return Net(WIDTH)
+
+
 def needs(width):
     return Net(width)
 
@@ -81,6 +87,7 @@ def net(tmp_path, monkeypatch):
     """A directory with the user's own code, as current directory; what it imports is forgotten afterwards."""
     (tmp_path / "mine.py").write_text(NET)
     (tmp_path / "sibling.py").write_text("WIDTH = 8\n")
+    (tmp_path / "other.py").write_text("WIDTH = 6\n")
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)
     yield tmp_path / "mine.py"
@@ -147,7 +154,9 @@ def test_zoo_is_not_installed(name, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["mine.py", "./mine.py", "mine"])
-@pytest.mark.parametrize(("attribute", "width"), [("Net", 8), ("wide", 16), ("ready", 5), ("Nested.make", 8)])
+@pytest.mark.parametrize(
+    ("attribute", "width"), [("Net", 8), ("wide", 16), ("late", 6), ("ready", 5), ("Nested.make", 8)]
+)
 def test_models_from_code(net, place, attribute, width):
     path = list(sys.path)
     model = load(f"{place}:{attribute}")
@@ -176,9 +185,9 @@ def test_file_with_a_name_that_is_taken(net, name):
     [
         ("mine.py:Nett", "has no `Nett`", None, "`Net`"),
         ("mine:Nested.mke", "has no `Nested.mke`", None, "`make`"),
-        ("mine.py:broken", "raised ZeroDivisionError: division by zero", "mine.py:28", None),
-        ("mine:broken", "raised ZeroDivisionError: division by zero", "mine.py:28", None),
-        ("mine.py:leaves", "raised SystemExit: bye", "mine.py:32", None),
+        ("mine.py:broken", "raised ZeroDivisionError: division by zero", "mine.py:34", None),
+        ("mine:broken", "raised ZeroDivisionError: division by zero", "mine.py:34", None),
+        ("mine.py:leaves", "raised SystemExit: bye", "mine.py:38", None),
         ("mine.py:needs", "raised TypeError: needs.. missing 1 required", None, "without arguments"),
         ("mine.py:number", "gave no torch.nn.Module", "int", None),
         ("typo.py:Net", "raised SyntaxError", "typo.py:2", None),
@@ -656,7 +665,6 @@ class Injected:
         return bodies.rebuild, (nn.ReLU, json.dumps(self.body)), vars(nn.ReLU())
 
 
-@pytest.mark.xfail(strict=True, reason="bodies.graph_from doesn't check these yet")
 @pytest.mark.parametrize("name", ROWS)
 def test_no_edited_forward_runs_code(name, path):
     torch.save(Injected(ROWS[name]), path)
