@@ -8,6 +8,7 @@ checks it instead of assuming it.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import operator
@@ -142,6 +143,37 @@ def holds_tensor(argument: Any) -> bool:
     return isinstance(argument, tuple | list) and any(holds_tensor(item) for item in argument)
 
 
+def snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A module's attributes, and copies of the plain lists, dicts and sets among them."""
+    attributes = dict(module.__dict__)
+    return attributes, {key: copy.copy(value) for key, value in attributes.items() if type(value) in (dict, list, set)}
+
+
+def restore(module: nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> list[str]:
+    """Put back what ``snapshot`` saved, and return the names of the attributes that had changed."""
+    attributes, contents = state
+    now = module.__dict__
+    changed = [key for key, value in now.items() if key not in attributes or attributes[key] is not value]
+    if changed or len(now) != len(attributes):
+        now.clear()
+        now.update(attributes)
+    for key, content in contents.items():
+        value = attributes[key]
+        if len(value) != len(content) or not _same_items(value, content):
+            changed.append(key)
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+    return changed
+
+
+def _same_items(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return all(other.get(key, other) is value for key, value in one.items())
+    if isinstance(one, list):
+        return all(a is b for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
 class OwnerTracer(TracerBase):
     """The tracer of one owner. It creates nodes, and the values that belong to them.
 
@@ -204,16 +236,14 @@ class OwnerTracer(TracerBase):
                     keywords[name] = argument
                 else:
                     inputs.append(argument)
-        before = dict(self.owner.__dict__)
+        before = snapshot(self.owner)
         try:
             result = forward(self.owner, *inputs, **keywords)
             self.create_node("output", "output", (self.create_arg(result),), {})
         finally:
-            stored = [key for key, value in self.owner.__dict__.items() if before.get(key, before) is not value]
-            self.owner.__dict__.clear()
-            self.owner.__dict__.update(before)
+            stored = restore(self.owner, before)
         if stored:
-            raise Untraceable(f"its forward stores `self.{stored[0]}`")
+            raise Untraceable(f"its forward changes `self.{stored[0]}`")
         return values_of(result)
 
     def _placeholder(self, name: str, value: Any) -> ValueProxy:

@@ -23,9 +23,9 @@ from torch import nn
 from se_inject._formats import PICKLES, form_of, unreadable
 from se_inject._names import ZOOS, NoSuchFile, did_you_mean, fact, from_code, from_zoo, importable
 from se_inject._pickles import NETWORKS, Inert, check_names, unpickle
-from se_inject.errors import LoadError, OptionError, UnsupportedModel, UntrustedGlobals
+from se_inject.errors import LoadError, OptionError, UntrustedGlobals
 
-__all__ = ["NoSuchFile", "check_supported", "load", "load_weights_"]
+__all__ = ["NoSuchFile", "load", "load_weights_"]
 
 T = TypeVar("T")
 
@@ -104,40 +104,6 @@ def load_weights_(model: nn.Module, path: str | os.PathLike[str]) -> None:
             seen=_differences(before, state) or fact(error),
             hint="name the architecture and the number of classes that they were trained with",
         ) from error
-
-
-def check_supported(model: Any) -> None:
-    """Ask whether this is a module whose forward can be edited.
-
-    It goes by the classes alone; whether there is a place for a block is another question.
-
-    Args:
-        model: what a user passed.
-
-    Raises:
-        UnsupportedModel: no module, or one that is or holds a wrapped, compiled, scripted or quantised one.
-    """
-    if not isinstance(model, nn.Module):
-        hint = "pass the network that these weights belong to" if isinstance(model, Mapping) else None
-        raise UnsupportedModel(f"no torch.nn.Module, but {type(model).__name__}", hint=hint)
-    for path, module in model.named_modules():
-        homes = [f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__]
-        for prefix, (what, hint) in _UNSUPPORTED.items():
-            if any(home.startswith(prefix) for home in homes) and not homes[0].endswith("FloatFunctional"):
-                which = f"its `{path}`" if path else "it"
-                raise UnsupportedModel(f"can't edit this model: {which} is {what}", seen=homes[0], hint=hint)
-
-
-_QUANTISED = ("quantised", "inject first, then quantise")
-_UNSUPPORTED = {
-    "torch.nn.parallel.data_parallel.DataParallel": ("wrapped in DataParallel", "pass `model.module`"),
-    "torch.nn.parallel.distributed.": ("wrapped in DistributedDataParallel", "pass `model.module`"),
-    "torch.distributed.fsdp.fully_sharded_data_parallel.": ("wrapped in FSDP", "inject first, then wrap"),
-    "torch._dynamo.eval_frame.OptimizedModule": ("compiled", "pass `model._orig_mod`, compile what you get"),
-    "torch.jit._script.ScriptModule": ("TorchScript", "pass the eager module that was scripted or traced"),
-    "torch.ao.nn.quantized.": _QUANTISED,
-    "torch.ao.nn.intrinsic.quantized.": _QUANTISED,
-}
 
 
 # -- files -------------------------------------------------------------------------------------------------

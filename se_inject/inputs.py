@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,46 +138,43 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def check_supported(model: object) -> None:
-    """Whether this is a module whose forward can be edited.
+def check_supported(model: Any) -> None:
+    """Ask whether this is a module whose forward can be edited.
+
+    It goes by the classes alone; whether there is a place for a block is another question.
+
+    Args:
+        model: what a user passed.
 
     Raises:
-        UnsupportedModel: it is wrapped, compiled, scripted, quantised, or no module at all.
+        UnsupportedModel: no module, or one that is or holds a wrapped, compiled, scripted or quantised one.
     """
     if not isinstance(model, nn.Module):
-        raise UnsupportedModel("a network is asked for", seen=f"a {type(model).__name__}", hint="pass an nn.Module")
-    kind = type(model)
-    wrappers = {
-        "DataParallel": "pass the network inside: `model.module`",
-        "DistributedDataParallel": "inject first, then wrap; or pass the network inside: `model.module`",
-        "FullyShardedDataParallel": "inject first, then wrap; or pass the network inside: `model.module`",
-        "OptimizedModule": "inject first, then compile; or pass the network inside: `model._orig_mod`",
-    }
-    if kind.__name__ in wrappers and kind.__module__.startswith("torch."):
-        raise UnsupportedModel(
-            "a wrapped network can't be edited from outside", seen=f"a {kind.__name__}", hint=wrappers[kind.__name__]
-        )
+        hint = "pass the network that these weights belong to" if isinstance(model, Mapping) else None
+        raise UnsupportedModel(f"no torch.nn.Module, but {type(model).__name__}", hint=hint)
     for path, module in model.named_modules():
-        where = f" in `{path}`" if path else ""
-        if isinstance(module, torch.jit.ScriptModule):
+        homes = [f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__]
+        for prefix, (what, hint) in _UNSUPPORTED.items():
+            if any(home.startswith(prefix) for home in homes) and not homes[0].endswith("FloatFunctional"):
+                which = f"its `{path}`" if path else "it"
+                raise UnsupportedModel(f"can't edit this model: {which} is {what}", seen=homes[0], hint=hint)
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise UnsupportedModel(
-                "a scripted or traced network has no forward to edit",
-                seen=f"a {type(module).__name__}{where}",
-                hint="pass the eager network it was made from",
-            )
-        quantised = ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch.")
-        if quantised and type(module).__name__ != "FloatFunctional":
-            raise UnsupportedModel(
-                "a quantised network can't take a trainable block",
-                seen=f"a {type(module).__name__}{where}",
-                hint="inject first, then quantise",
-            )
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc, arg-type]
-            raise UnsupportedModel(
-                "a lazy module has no shape yet",
-                seen=f"a {type(module).__name__}{where}",
+                f"a {type(module).__name__} in `{path}` has no shape yet",
                 hint="call the network once on real inputs, then inject",
             )
+
+
+_QUANTISED = ("quantised", "inject first, then quantise")
+_UNSUPPORTED = {
+    "torch.nn.parallel.data_parallel.DataParallel": ("wrapped in DataParallel", "pass `model.module`"),
+    "torch.nn.parallel.distributed.": ("wrapped in DistributedDataParallel", "pass `model.module`"),
+    "torch.distributed.fsdp.fully_sharded_data_parallel.": ("wrapped in FSDP", "inject first, then wrap"),
+    "torch._dynamo.eval_frame.OptimizedModule": ("compiled", "pass `model._orig_mod`, compile what you get"),
+    "torch.jit._script.ScriptModule": ("TorchScript", "pass the eager module that was scripted or traced"),
+    "torch.ao.nn.quantized.": _QUANTISED,
+    "torch.ao.nn.intrinsic.quantized.": _QUANTISED,
+}
 
 
 def example_of(

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from se_inject._tracer import OwnerTracer, Untraceable, ValueProxy, holds_tensor
+from se_inject._tracer import OwnerTracer, Untraceable, ValueProxy, holds_tensor, restore, snapshot
 from se_inject.errors import TraceError
 
 CONVOLUTIONS = frozenset(f"conv{transpose}{rank}d" for transpose in ("", "_transpose") for rank in (1, 2, 3)) | {
@@ -299,14 +299,13 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Put every module's attributes back as they were: flags, hooks, and whatever its forward stores."""
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    """Put every module's attributes back as they were: flags, hooks, and whatever its forward stores or caches."""
+    before = [(module, snapshot(module)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+        for module, state in before:
+            restore(module, state)
 
 
 @contextlib.contextmanager

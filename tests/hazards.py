@@ -10,7 +10,7 @@ import dataclasses
 import random
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -1730,7 +1730,7 @@ class SEIsNoneOfClass(MaybeSE):
 class Registering(type):
     """A metaclass that refuses a second class of one name."""
 
-    names: set[str] = set()
+    names: ClassVar[set[str]] = set()
 
     def __new__(mcs, name, bases, namespace, **options):
         return super().__new__(mcs, name, bases, namespace)
@@ -1748,7 +1748,7 @@ class WithMetaclass(Basic, metaclass=Registering, label="labelled"):
 class Registered(Parts):
     """A base class that wants a key of each subclass, and each key once."""
 
-    keys: dict[str, type] = {}
+    keys: ClassVar[dict[str, type]] = {}
 
     def __init_subclass__(cls, *, key):
         super().__init_subclass__()
@@ -1768,7 +1768,7 @@ class InRegistry(Registered, key="block"):
 class Counted(Parts):
     """A base class that keeps a list of its subclasses."""
 
-    names: list[str] = []
+    names: ClassVar[list[str]] = []
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)

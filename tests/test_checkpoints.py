@@ -29,8 +29,9 @@ from torch import nn
 
 import se_inject as si
 from se_inject import bodies
-from se_inject.checkpoints import NoSuchFile, check_supported, load, load_weights_
+from se_inject.checkpoints import NoSuchFile, load, load_weights_
 from se_inject.errors import LoadError, OptionError, UnsupportedModel, UntrustedGlobals
+from se_inject.inputs import check_supported
 from tests.common import build, randomise
 
 NET = """

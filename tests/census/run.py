@@ -232,7 +232,7 @@ def main():
             todo = [name for name in todo if rows[name].get("sites") and rows[name].get("conv_share", 0) > 0]
             for number, name in enumerate(todo):
                 if number % parts == part and (
-                    options.again or "checked" not in rows[name] and "check_crash" not in rows[name]
+                    options.again or ("checked" not in rows[name] and "check_crash" not in rows[name])
                 ):
                     row = in_process(check_one, name, SECONDS["check"])
                     row = {("check_" + key if key in ("error", "crash") else key): value for key, value in row.items()}

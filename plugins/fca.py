@@ -1,0 +1,107 @@
+"""FcaNet: frequency channel attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from se_inject.blocks import squeeze_width
+from se_inject.errors import OptionError
+from se_inject_plugins._layers import zero_
+
+GRID = 7
+"""The frequencies are those of a discrete cosine transform of this many points."""
+
+# (u along the height, v along the width): the best sixteen of the 49, by the paper's experiments with one at a time
+FREQUENCIES = (
+    *((0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0)),
+    *((5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2)),
+)
+
+
+class FrequencyChannelAttention(nn.Module):
+    """Frequency channel attention: SE whose squeeze takes other frequencies than zero, each for a group of channels.
+
+    z_c = Σ_h Σ_w x_chw B_u(h) B_v(w), B_u(h) = a_u cos(π u (h + ½) / H), a_0 = 1/√H, else √(2/H): a coefficient of
+    the discrete cosine transform; (u, v) is one of n frequencies, the c-th channel having the ⌊c·n/C⌋-th.
+    y = x · σ(W2 δ(W1 z)). With n = 1 it is SE with z = √(HW) · mean.
+
+    Where: as SE, after the last normalisation of every residual branch.
+    Parameters: 2C²/r, with bias C/r + C more. The cosines are computed from the map's size, not stored.
+    By: Zequn Qin, Pengyi Zhang, Fei Wu, Xi Li: "FcaNet: Frequency Channel Attention Networks", ICCV 2021,
+    arXiv 2012.11879.
+    Not when: channels are pruned or permuted afterwards (a channel's place decides its frequency), or features must
+    not depend on where things are: most of the frequencies are not shift-invariant. Two dimensions only.
+    Start: the identity is exact, W2 zero and the gate 2·σ; else the factor is about 0.5.
+
+    The published code has a table of cosines for one size and pools other sizes to it. Here u on a map of H rows is
+    ⌊u·H / 7⌋ of H: the same for 7, 14, 28 and 56, and defined for every other size.
+
+    Args:
+        channels: C.
+        reduction: r; the bottleneck is max(1, C // r) wide.
+        divisor: round C / r to a multiple of this instead.
+        frequencies: n, 1 to 16, taken in the order of the paper's ranking.
+        bias: whether W1 and W2 have biases; the authors' have none.
+
+    Shape:
+        (N, C, H, W) to (N, C, H, W).
+
+    Raises:
+        OptionError: a reduction that is not positive, a number of frequencies out of range.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: float = 16,
+        divisor: int | None = None,
+        frequencies: int = 16,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 1 <= frequencies <= len(FREQUENCIES):
+            raise OptionError(f"1 to {len(FREQUENCIES)} frequencies", seen=f"frequencies = {frequencies}")
+        self.width = squeeze_width(channels, reduction, divisor)
+        self.fc1 = nn.Conv2d(channels, self.width, 1, bias=bias)
+        self.relu = nn.ReLU()
+        self.fc2 = nn.Conv2d(self.width, channels, 1, bias=bias)
+        self.vertical = [u for u, _ in FREQUENCIES[:frequencies]]
+        self.horizontal = [v for _, v in FREQUENCIES[:frequencies]]
+        self.gain = 1
+
+    @staticmethod
+    def count(
+        channels: int,
+        *,
+        reduction: float = 16,
+        divisor: int | None = None,
+        frequencies: int = 16,
+        bias: bool = False,
+    ) -> int:
+        """2Cm (+ m + C), m = C/r."""
+        width = squeeze_width(channels, reduction, divisor)
+        return 2 * channels * width + bias * (width + channels)
+
+    def identity_init(self) -> None:
+        """Start as x ↦ x: W2 is zero and the gate is 2·σ(0) = 1."""
+        self.gain = 2
+        zero_(self.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = _cosines(self.vertical, x.size(2), x)
+        columns = _cosines(self.horizontal, x.size(3), x)
+        squeezed = ((x * columns.unsqueeze(1)).sum(3) * rows).sum(2).unsqueeze(2).unsqueeze(3)
+        return x * (self.gain * torch.sigmoid(self.fc2(self.relu(self.fc1(squeezed)))))
+
+
+def _cosines(frequencies: list[int], length: int, x: Tensor) -> Tensor:
+    """B_u at every position, (C, length), for the frequency u of every channel."""
+    group = torch.arange(x.size(1), device=x.device) * len(frequencies) // x.size(1)
+    u = torch.tensor([f * length // GRID for f in frequencies], device=x.device)[group].unsqueeze(1)
+    place = (torch.arange(length, device=x.device, dtype=torch.float64) + 0.5) / length
+    height = torch.where(u == 0, math.sqrt(1 / length), math.sqrt(2 / length))
+    return (height * torch.cos(math.pi * u * place)).to(x.dtype)

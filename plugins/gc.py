@@ -1,0 +1,67 @@
+"""GC: the global context block of GCNet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from se_inject.blocks import squeeze_width
+from se_inject_plugins._layers import convolution, zero_
+
+
+class GlobalContext(nn.Module):
+    """Global context: a softmax-weighted mean over space, transformed and added to every position.
+
+    y = x + W2 δ(LN(W1 Σ_j a_j x_j)), a = softmax over positions j of W_k x_j; W1 of C/r × C, δ = ReLU.
+    The only block here that adds instead of multiplying.
+
+    Where: after the last normalisation of residual branches, in GCNet of stages 3 to 5 (``layer2`` to ``layer4``).
+    Parameters: (C + 1) + 2Cm + m + 2m + C with m = C/r.
+    By: Yue Cao, Jiarui Xu, Stephen Lin, Fangyun Wei, Han Hu: "GCNet: Non-local Networks Meet Squeeze-Excitation
+    Networks and Beyond", ICCV workshops 2019, arXiv 1904.11492.
+    Not when: features must keep their sign or sparsity, since a constant is added to each channel; where the
+    softmax over very large maps in half precision is a concern.
+    Start: the identity is exact, and is how its authors start it: W2 is zero. Made to be put into trained networks.
+
+    Args:
+        channels: C.
+        rank: number of spatial dimensions: 1, 2 or 3.
+        reduction: r; the bottleneck is max(1, C // r) wide. The paper uses 16 (and 4); timm 8.
+        divisor: round C / r to a multiple of this instead.
+
+    Shape:
+        (N, C, *) to (N, C, *), with ``rank`` dimensions for the star.
+
+    Raises:
+        OptionError: no such rank or reduction.
+    """
+
+    def __init__(
+        self, channels: int, *, rank: int = 2, reduction: float = 16, divisor: int | None = None
+    ) -> None:
+        super().__init__()
+        self.width = squeeze_width(channels, reduction, divisor)
+        self.attention = convolution(rank)(channels, 1, 1)
+        self.fc1 = nn.Linear(channels, self.width)
+        self.norm = nn.LayerNorm(self.width)
+        self.relu = nn.ReLU()
+        self.fc2 = nn.Linear(self.width, channels)
+        self.ones = [1] * rank
+        nn.init.kaiming_normal_(self.attention.weight, mode="fan_in")
+        self.identity_init()
+
+    @staticmethod
+    def count(channels: int, *, rank: int = 2, reduction: float = 16, divisor: int | None = None) -> int:
+        """(C + 1) + 2Cm + m + 2m + C, m = C/r."""
+        width = squeeze_width(channels, reduction, divisor)
+        return (channels + 1) + 2 * channels * width + width + 2 * width + channels
+
+    def identity_init(self) -> None:
+        """Start as x ↦ x, as it is built: W2 is zero and so is what is added."""
+        zero_(self.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(self.attention(x).flatten(2), 2)
+        context = torch.matmul(x.flatten(2), weights.transpose(1, 2)).squeeze(2)
+        added = self.fc2(self.relu(self.norm(self.fc1(context))))
+        return x + added.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005: TorchScript has no unpacking
