@@ -11,10 +11,8 @@ from se_inject.blocks import squeeze_width
 from se_inject.errors import OptionError
 from se_inject_plugins._layers import zero_
 
-GRID = 7
-"""The frequencies are those of a discrete cosine transform of this many points."""
-
-# (u along the height, v along the width): the best sixteen of the 49, by the paper's experiments with one at a time
+# (u along the height, v along the width) of a transform of 7 × 7 points: the best sixteen of the 49, by the paper's
+# experiments with one frequency at a time
 FREQUENCIES = (
     *((0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0)),
     *((5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2)),
@@ -101,7 +99,8 @@ class FrequencyChannelAttention(nn.Module):
 def _cosines(frequencies: list[int], length: int, x: Tensor) -> Tensor:
     """B_u at every position, (C, length), for the frequency u of every channel."""
     group = torch.arange(x.size(1), device=x.device) * len(frequencies) // x.size(1)
-    u = torch.tensor([f * length // GRID for f in frequencies], device=x.device)[group].unsqueeze(1)
-    place = (torch.arange(length, device=x.device, dtype=torch.float64) + 0.5) / length
-    height = torch.where(u == 0, math.sqrt(1 / length), math.sqrt(2 / length))
+    u = torch.tensor([f * length // 7 for f in frequencies], device=x.device)[group].unsqueeze(1)
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    place = (torch.arange(length, device=x.device).to(exact) + 0.5) / length
+    height = ((1 + (u > 0).to(exact)) / length).sqrt()
     return (height * torch.cos(math.pi * u * place)).to(x.dtype)

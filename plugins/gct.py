@@ -37,7 +37,7 @@ class GatedChannelTransformation(nn.Module):
     def __init__(self, channels: int, *, rank: int = 2, epsilon: float = 1e-5) -> None:
         super().__init__()
         convolution(rank)
-        shape = (channels, *[1] * rank)
+        shape = (1, channels, *[1] * rank)
         self.alpha = nn.Parameter(torch.ones(shape))
         self.gamma = nn.Parameter(torch.zeros(shape))
         self.beta = nn.Parameter(torch.zeros(shape))

@@ -216,7 +216,8 @@ class OwnerTracer(TracerBase):
             bound = inspect.signature(forward).bind(self.owner, *args, **kwargs)
         except (TypeError, ValueError) as error:
             raise Untraceable(f"its arguments can't be told apart: {error}") from error
-        inputs, keywords = [], {}
+        inputs: list[Any] = []
+        keywords: dict[str, Any] = {}
         for position, (name, value) in enumerate(bound.arguments.items()):
             kind = bound.signature.parameters[name].kind
             if position == 0:
@@ -246,7 +247,7 @@ class OwnerTracer(TracerBase):
             raise Untraceable(f"its forward changes `self.{stored[0]}`")
         return values_of(result)
 
-    def _placeholder(self, name: str, value: Any) -> ValueProxy:
+    def _placeholder(self, name: str, value: Any) -> Any:
         node = self.create_node("placeholder", name, (), {})
         return self._wrap(node, value)
 

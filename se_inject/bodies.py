@@ -148,7 +148,7 @@ def graph_data(graph: fx.Graph) -> list[Any]:
     rows = []
     for node in graph.nodes:
         target = function_name(node.target) if node.op == "call_function" else str(node.target)
-        rows.append([node.name, node.op, target, _encode(node.args), _encode(node.kwargs)])
+        rows.append([node.name, node.op, target, encoded(node.args), encoded(node.kwargs)])
     return rows
 
 
@@ -189,7 +189,12 @@ def graph_from(rows: Any) -> fx.Graph:
     return graph
 
 
-def _encode(value: Any) -> Any:
+def encoded(value: Any) -> Any:
+    """A graph's argument as plain data; nodes by name.
+
+    Raises:
+        SurgeryError: it can't be written down.
+    """
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if isinstance(value, float) and not math.isfinite(value):
@@ -199,13 +204,13 @@ def _encode(value: Any) -> Any:
     if value is ...:
         return {"ellipsis": True}
     if isinstance(value, slice):
-        return {"slice": [_encode(part) for part in (value.start, value.stop, value.step)]}
+        return {"slice": [encoded(part) for part in (value.start, value.stop, value.step)]}
     if isinstance(value, dict):
-        return {"dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
+        return {"dict": [[encoded(key), encoded(item)] for key, item in value.items()]}
     if type(value) is tuple or isinstance(value, torch.Size):
-        return {"tuple": [_encode(item) for item in value]}
+        return {"tuple": [encoded(item) for item in value]}
     if isinstance(value, list):
-        return [_encode(item) for item in value]
+        return [encoded(item) for item in value]
     for name, kind in _CONSTANTS.items():
         if isinstance(value, kind):
             return {name: str(value).removeprefix("torch.")}
@@ -241,6 +246,11 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
 
 
 # -- classes -----------------------------------------------------------------------------------------------
+
+
+def original_class(module: nn.Module) -> Any:
+    """The class the author wrote: a generated one knows the class it was made from."""
+    return getattr(type(module), "_se_inject_original", type(module))
 
 
 @functools.cache

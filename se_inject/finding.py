@@ -26,6 +26,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from se_inject.bodies import original_class
 from se_inject.operations import (
     child_path,
     convolutions,
@@ -148,12 +149,12 @@ class Finder:
                 for near in (_parent(site.unit), _parent(_parent(site.unit))):
                     kin.setdefault(near, set()).add(kind)
         for owner in graphs:
-            near = kin.get(_parent(owner.path), set()) | kin.get(_parent(_parent(owner.path)), set())
+            kinds = kin.get(_parent(owner.path), set()) | kin.get(_parent(_parent(owner.path)), set())
             if not owner.path or owner.path in self.around or _any_prefix(owner.path, self.units):
                 continue
             result = returned(owner.graph)
             if (
-                original_class(owner.module) not in near
+                original_class(owner.module) not in kinds
                 or result is None
                 or not any(map(convolutions, _behind(result)))
             ):
@@ -211,11 +212,11 @@ class Finder:
             self.units.add(owner.path)
         nodes = set().union(*inner)
         self.inside.setdefault(owner.path, set()).update(nodes)
-        self.units.update(child_path(owner.path, str(node.target)) for node in nodes if node.op == "call_module")
+        self.units.update(self.trace.child(owner.path, node.target) for node in nodes if node.op == "call_module")
 
     def _hold_units(self, owner: OwnerGraph, nodes: Iterable[fx.Node]) -> bool:
         return any(
-            node.op == "call_module" and child_path(owner.path, str(node.target)) in self.around for node in nodes
+            node.op == "call_module" and self.trace.child(owner.path, node.target) in self.around for node in nodes
         )
 
     def _operands(self, owner: OwnerGraph, node: fx.Node, kind: str) -> list[fx.Node]:
@@ -223,7 +224,7 @@ class Finder:
         if kind not in ("add", "cat") or self.kind(owner, node) != kind:
             return []
         values = node.meta.get("val")
-        arguments = node.args[:2] if kind == "add" else node.args[0] if node.args else node.kwargs.get("tensors", ())
+        arguments: Any = node.args[:2] if kind == "add" else (*node.args, node.kwargs.get("tensors", ()))[0]
         if isinstance(arguments, fx.Node) or not isinstance(values, Tensor) or not 3 <= values.dim() <= 5:
             return []
         operands = [argument for argument in arguments if isinstance(argument, fx.Node) and is_data(argument)]
@@ -254,7 +255,7 @@ class Finder:
             return 0
         if node.op != "call_module":
             return 1
-        return self._depth_of(child_path(owner, str(node.target)))
+        return self._depth_of(self.trace.child(owner, node.target))
 
     def _depth_of(self, path: str) -> int:
         """The least number of convolutions from a module's input to its output."""
@@ -280,9 +281,9 @@ class Finder:
             continues = any(source in running for source in node.all_input_nodes)
             if node in inside:
                 continue
-            if kind == "module" and child_path(owner.path, str(node.target)) in self.open:
+            if kind == "module" and self.trace.child(owner.path, node.target) in self.open:
                 kind = "conv"
-            elif kind == "module" and continues and self._activates(child_path(owner.path, str(node.target))):
+            elif kind == "module" and continues and self._activates(self.trace.child(owner.path, node.target)):
                 kind = "act"
             elif continues and self._past_our_blocks(owner, node) is not node:
                 continue
@@ -324,7 +325,7 @@ class Finder:
         """Whether a convolution is depthwise, and whether it is pointwise."""
         if node.op != "call_module":
             return False, False
-        module = self.trace.model.get_submodule(child_path(owner.path, str(node.target)))
+        module = self.trace.model.get_submodule(self.trace.child(owner.path, node.target))
         if not isinstance(module, nn.modules.conv._ConvNd):
             return False, False
         return 1 < module.groups == module.in_channels, all(extent == 1 for extent in module.kernel_size)
@@ -366,7 +367,7 @@ class Finder:
             user = next(iter(value.users))
             kind = self.kind(owner, user)
             if kind not in ("norm", "act") and not (
-                kind == "module" and self._activates(child_path(owner.path, str(user.target)))
+                kind == "module" and self._activates(self.trace.child(owner.path, user.target))
             ):
                 break
             value = user
@@ -405,16 +406,17 @@ class Finder:
         address = child_path(owner.path, label)
         if not isinstance(tensor, Tensor) or not 3 <= tensor.dim() <= 5:
             shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            return self._refuse(address, f"its value is not of the form (N, C, …): {shape}")
+            self._refuse(address, f"its value is not of the form (N, C, …): {shape}")
+            return None
         if all(extent == 1 for extent in tensor.shape[2:]):
             return None
         if value.op == "placeholder":
-            return self._refuse(address, "its value is an input of the module")
+            self._refuse(address, "its value is an input of the module")
+            return None
         path, written = self.written_back(owner, value, label)
         if written is None and path != owner.path and self.trace.calls.get(path, 0) > 1:
-            return self._refuse(
-                address, f"`{path}` is called {self.trace.calls[path]} times: its output is not one value"
-            )
+            self._refuse(address, f"`{path}` is called {self.trace.calls[path]} times: its output is not one value")
+            return None
         unit = owner.path
         if kind == "conv":
             unit = path if written is None else address
@@ -436,7 +438,7 @@ class Finder:
         """Which module's forward is edited to gate a value, and the value's label there; None: what it returns."""
         path, module = owner.path, owner.module
         while isinstance(module, nn.Sequential) and value.op == "call_module":
-            path = child_path(path, str(value.target))
+            path = self.trace.child(path, value.target)
             module = self.trace.model.get_submodule(path)
             inner = self.trace.graphs.get(path)
             last = returned(inner.graph) if inner is not None else None
@@ -480,11 +482,6 @@ class Finder:
         """The steps of ours that an owner's forward was edited by."""
         body = getattr(type(self.trace.model.get_submodule(path)), "_se_inject_body", None)
         return json.loads(body)["steps"] if body else []
-
-
-def original_class(module: nn.Module) -> type:
-    """The class the author wrote: a generated one knows the class it was made from."""
-    return getattr(type(module), "_se_inject_original", type(module))
 
 
 def _tensors(inputs: object) -> list[Tensor]:
@@ -534,5 +531,5 @@ def _slices_channels(node: fx.Node) -> bool:
 
 
 def _joins_channels(node: fx.Node) -> bool:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-    return dim == 1 or (isinstance(dim, int) and dim < 0 and dim + node.meta["val"].dim() == 1)
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    return isinstance(dim, int) and dim % int(node.meta["val"].dim()) == 1

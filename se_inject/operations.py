@@ -57,7 +57,7 @@ _MODULES: tuple[tuple[type | tuple[type, ...], str], ...] = (
 def operation(trace: Trace, owner: str, node: fx.Node) -> str:
     """One of conv, norm, act, pass, add, mul, cat, pool, module (one with a graph of its own) or other."""
     if node.op == "call_module":
-        module = trace.model.get_submodule(child_path(owner, str(node.target)))
+        module = trace.model.get_submodule(trace.child(owner, node.target))
         if not is_leaf(module):
             return "module"
         for kinds, name in _MODULES:
@@ -104,7 +104,7 @@ def passed_through(trace: Trace, owner: str, node: fx.Node) -> fx.Node | None:
     if kind in ("pass", "mul"):
         return data[0]
     if kind == "module":
-        path = child_path(owner, str(node.target))
+        path = trace.child(owner, node.target)
         inner = trace.graphs.get(path)
         if inner is None or isinstance(inner.module, nn.Sequential):
             return None

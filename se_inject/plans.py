@@ -13,6 +13,7 @@ from torch import nn
 
 from se_inject import report
 from se_inject.blocks import build_block, check_block, check_options, has_identity_start
+from se_inject.bodies import original_class
 from se_inject.cost import CostReport, cost_of_steps
 from se_inject.errors import AlreadyInjected, LoadError, OptionError, SiteNotFound, SurgeryError
 from se_inject.finding import find_sites
@@ -244,8 +245,7 @@ def plan_of(model: nn.Module) -> Plan:
     steps = steps_of(model)
     if not steps:
         raise SurgeryError("this model holds no block of se-inject's", seen=f"a {type(model).__name__}")
-    original = getattr(type(model), "_se_inject_original", type(model))
-    return Plan(tuple(steps), original.__name__)
+    return Plan(tuple(steps), original_class(model).__name__)
 
 
 def _select(

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from se_inject.errors import OptionError
 from se_inject.finding import Finder
-from se_inject.operations import child_path, is_data, labels, returned
+from se_inject.operations import is_data, labels, returned
 from se_inject.sites import Site
 from se_inject.tracing import OwnerGraph, Trace
 
@@ -113,8 +113,10 @@ class _Unit:
         for node in reversed(nodes):
             if self.finder.kind(owner, node) == "conv" and self._is_spatial(owner, node):
                 return owner, self.finder.activated(owner, node)
-            inner = self.finder.trace.graphs.get(child_path(owner.path, str(node.target)))
-            if node.op == "call_module" and inner is not None:
+            if node.op != "call_module":
+                continue
+            inner = self.finder.trace.graphs.get(self.finder.trace.child(owner.path, node.target))
+            if inner is not None:
                 found = self._spatial(inner, list(inner.graph.nodes))
                 if found is not None and found[0] is inner and found[1] is returned(inner.graph):
                     return owner, self.finder.activated(owner, node)
@@ -124,7 +126,7 @@ class _Unit:
 
     def _is_spatial(self, owner: OwnerGraph, node: fx.Node) -> bool:
         if node.op == "call_module":
-            module = self.finder.trace.model.get_submodule(child_path(owner.path, str(node.target)))
+            module = self.finder.trace.model.get_submodule(self.finder.trace.child(owner.path, node.target))
             return isinstance(module, nn.modules.conv._ConvNd) and any(extent > 1 for extent in module.kernel_size)
         weight = node.args[1] if len(node.args) > 1 else None
         return isinstance(weight, fx.Node) and weight.meta["val"][0, 0].numel() > 1

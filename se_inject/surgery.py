@@ -8,6 +8,7 @@ before that, and if something does go wrong after all, the owners already swappe
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,7 +18,7 @@ from torch import fx, nn
 
 from se_inject._tracer import Untraceable
 from se_inject.blocks import build_block
-from se_inject.bodies import generated_class, graph_data
+from se_inject.bodies import encoded, generated_class, graph_data, original_class
 from se_inject.errors import InjectError, SurgeryError
 from se_inject.operations import labels, returned
 from se_inject.tracing import OwnerGraph, Trace
@@ -172,7 +173,7 @@ def _prepare(model: nn.Module, trace: Trace, path: str, steps: list[Step]) -> _O
     except AttributeError as error:
         raise SurgeryError(f"the plan has a block in `{path}`", seen="the model has no such module") from error
     before = body_of(owner)
-    original = getattr(type(owner), "_se_inject_original", type(owner))
+    original = original_class(owner)
     was_none = list(before["was_none"]) if before else []
     earlier = [Step.from_data(step) for step in before["steps"]] if before else []
     for step in steps:
@@ -201,7 +202,7 @@ def _prepare(model: nn.Module, trace: Trace, path: str, steps: list[Step]) -> _O
             hint="choose another name with `name=` in Python, `--name` on the command line",
         )
     if not body["output"]:
-        _write_graphs(body, trace, path, steps, fresh=not before or before["output"])
+        _write_graphs(body, trace, path, steps)
     blocks = {step.block_name: _surrounded(owner, model, step) for step in steps}
     return _Operation(owner, generated_class(original, json.dumps(body)), blocks, was_none)
 
@@ -210,7 +211,7 @@ def _relative(site: str, path: str) -> str:
     return site[len(path) :] if path and site.startswith(path + ".") else site
 
 
-def _write_graphs(body: dict[str, Any], trace: Trace, path: str, steps: list[Step], *, fresh: bool) -> None:
+def _write_graphs(body: dict[str, Any], trace: Trace, path: str, steps: list[Step]) -> None:
     """Fill in the edited graphs, for eval and, where the owner looks at its mode, for training."""
     owner = trace.graphs.get(path)
     if owner is None:
@@ -223,18 +224,10 @@ def _write_graphs(body: dict[str, Any], trace: Trace, path: str, steps: list[Ste
             training = trace.training_graph(owner)
             if _text(training) != _text(owner.graph):
                 body["train"] = graph_data(_edited(owner, training, steps))
-        body["constants"] = {
-            name: data for name, value in owner.constants.items() if (data := _constant(name, value, path)) is not ...
-        }
+        body["constants"] = {name: encoded(value) for name, value in owner.constants.items()}
     except (SurgeryError, Untraceable) as error:
         message = error.message if isinstance(error, SurgeryError) else str(error)
         raise SurgeryError(f"the forward of `{path}` can't be edited", seen=message) from error
-
-
-def _constant(name: str, value: Any, path: str) -> Any:
-    from se_inject.bodies import _encode
-
-    return _encode(value)
 
 
 def _text(graph: fx.Graph) -> list[str]:
@@ -287,19 +280,12 @@ def _gate_for(graph: fx.Graph, value: fx.Node, block_name: str, readers: list[fx
 
 
 def _assert(graph: fx.Graph, condition: fx.Node, answer: bool) -> None:
+    """Check that a condition that the traced branch depends on still has its answer."""
     with graph.inserting_after(condition):
-        if answer:
-            graph.call_function(
-                torch._assert, (condition, "the input's shape takes another branch than the one edited")
-            )
-        else:
-            import operator
-
-            negated = graph.call_function(operator.not_, (condition,))
-            with graph.inserting_after(negated):
-                graph.call_function(
-                    torch._assert, (negated, "the input's shape takes another branch than the one edited")
-                )
+        if not answer:
+            condition = graph.call_function(operator.not_, (condition,))
+    with graph.inserting_after(condition):
+        graph.call_function(torch._assert, (condition, "the input's shape takes another branch than the one edited"))
 
 
 def _surrounded(owner: nn.Module, model: nn.Module, step: Step) -> nn.Module:

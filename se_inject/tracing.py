@@ -66,6 +66,11 @@ class Trace:
     outputs: Any = None
     macs: int = 0
 
+    def child(self, owner: str, target: Any) -> str:
+        """The path of a module that an owner's graph names relative to the owner: the one its trace is under."""
+        path = ".".join(part for part in (owner, str(target)) if part)
+        return self.paths.get(id(self.model.get_submodule(path)), path)
+
     def training_graph(self, owner: OwnerGraph) -> fx.Graph:
         """The owner's graph with its ``training`` flag set, its children's outputs taken from the first one.
 
@@ -99,7 +104,7 @@ class Observer:
         return self._convs, self._macs, self._gates
 
     def relative_path(self, module: nn.Module, root: str) -> str | None:
-        path = self.result.paths.get(id(module))
+        path: str | None = self.result.paths.get(id(module))
         if path is None or path == root:
             return None if path is None else ""
         if not root:
@@ -165,7 +170,7 @@ class Observer:
             or x.shape[1] != module.num_features
         ):
             return None
-        module._check_input_dim(x)
+        module._check_input_dim(x)  # type: ignore[operator]
         return torch.empty_like(x)
 
     def _run_traced(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -343,7 +348,9 @@ def _swapped(module: nn.Module, how: str) -> Iterator[Callable[[Any], Any]]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = {name: mode.from_tensor(tensor.detach(), static_shapes=True) for name, tensor in tensors.items()}
+        fake: dict[str, Tensor] = {
+            name: mode.from_tensor(tensor.detach(), static_shapes=True) for name, tensor in tensors.items()
+        }
         device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
         with _reparametrize_module(module, fake, tie_weights=True):
             yield lambda inputs: tree_map_only(

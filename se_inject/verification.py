@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from se_inject.bodies import original_class
 from se_inject.errors import VerificationError
 from se_inject.inputs import observe_model, real_inputs
 from se_inject.surgery import Step, injected_blocks, steps_of
@@ -213,8 +214,8 @@ def _without(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[None]:
     """The model with an identity in every block's place."""
     places = []
     for path in blocks:
-        owner, _, name = path.rpartition(".")
-        places.append((model.get_submodule(owner), name))
+        parent, _, name = path.rpartition(".")
+        places.append((model.get_submodule(parent), name))
     try:
         for owner, name in places:
             owner._modules[name] = nn.Identity()
@@ -250,7 +251,7 @@ def _kept_settings(before: nn.Module, after: nn.Module) -> Check:
     changed = []
     for path, module in before.named_modules():
         twin = modules.get(path)
-        if twin is None or not isinstance(twin, getattr(type(module), "_se_inject_original", type(module))):
+        if twin is None or not isinstance(twin, original_class(module)):
             changed.append(f"{path or '(the network)'}: class")
             continue
         changed += [

@@ -190,7 +190,8 @@ def test_keys_are_kept_and_old_weights_load(hazard):
     after = planned(hazard, before).apply(before)
     old, new = before.state_dict(), after.state_dict()
     assert [key for key in new if key in old] == list(old)
-    paths = [path for path, _ in injected_blocks(after)]
+    blocks = {id(block) for _, block in injected_blocks(after)}
+    paths = [path for path, module in after.named_modules(remove_duplicate=False) if id(module) in blocks]
     for key in set(new) - set(old):
         assert any(key.startswith(f"{path}.fc") for path in paths), key
     assert len({id(module) for module in after.modules()}) == len(

@@ -1,0 +1,397 @@
+"""For authors of blocks: one call that checks a block against everything this package will ask of it.
+
+::
+
+    from se_inject.testing import check_block
+
+    def test_my_gate():
+        check_block(MyGate)
+        check_block(MyGate, rank=3, kernel=5)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import pickle
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from se_inject.blocks import Factory, find_block, has_identity_start
+from se_inject.errors import InjectError, OptionError
+from se_inject.exporting import BATCHES, TOLERANCES, export
+
+SIZES = {1: (12,), 2: (9, 8), 3: (5, 6, 4)}
+"""The spatial size of the values, by rank; sides differ so that a swap of two is seen."""
+LARGE = 100.0
+"""Values of this size are rare in a network, and their squares don't fit into float16."""
+
+
+class Failure(NamedTuple):
+    """A check that a block failed: its name, what was seen, what to do."""
+
+    check: str
+    seen: str
+    hint: str
+
+
+class ConformanceError(InjectError, AssertionError):
+    """A block breaks the contract; ``failures`` says in what."""
+
+    def __init__(self, name: str, failures: Sequence[Failure], checks: int) -> None:
+        self.failures = tuple(failures)
+        lines = [f"{failure.check}: {failure.seen}\n        hint: {failure.hint}" for failure in failures]
+        super().__init__(f"`{name}` fails {len(failures)} of {checks} checks", seen="\n      ".join(lines))
+
+
+def check_block(
+    factory: Factory | str,
+    *,
+    channels: int = 32,
+    rank: int = 2,
+    size: Sequence[int] | None = None,
+    skip: Iterable[str] = (),
+    **options: Any,
+) -> None:
+    """Check a block: what it returns, trains, keeps, leaves behind, and exports to. Takes some seconds.
+
+    All checks of ``CHECKS`` run, whatever the earlier ones say. Nothing global is changed: the random generator is
+    afterwards where it was.
+
+    Args:
+        factory: the block's class or function, or a block's name as in ``plan(block=...)``.
+        channels: C of the values it is built for.
+        rank: number of spatial dimensions of the values.
+        size: their spatial size; None: one from ``SIZES``.
+        skip: names of checks that are left out, for a limitation that the block's card tells.
+        **options: of the block.
+
+    Raises:
+        ConformanceError: at least one check failed; it is an ``AssertionError`` and lists all that did.
+        OptionError: no such block, rank or check.
+    """
+    if rank not in SIZES:
+        raise OptionError("a block needs 1 to 3 spatial dimensions", seen=f"rank = {rank}")
+    left_out = set(skip)
+    if unknown := left_out - CHECKS.keys():
+        raise OptionError(f"no check is called `{min(unknown)}`", seen=", ".join(CHECKS))
+    if isinstance(factory, str):
+        factory = find_block(factory)
+    subject = _Subject(factory, channels, rank, tuple(size or SIZES[rank]), options)
+    name = getattr(factory, "__name__", type(factory).__name__)
+    failures = []
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if (failure := _run("builds", _builds, subject)) is not None:
+            raise ConformanceError(name, [failure], 1)
+        chosen = [check for check in CHECKS if check not in left_out]
+        for check in chosen:
+            failure = _run(check, CHECKS[check].function, subject)
+            if failure is not None:
+                failures.append(failure)
+    if failures:
+        raise ConformanceError(name, failures, len(chosen))
+
+
+class _Broken(Exception):
+    """The contract is broken; the message says how."""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """How to make blocks of one kind, and values for them."""
+
+    factory: Factory
+    channels: int
+    rank: int
+    size: tuple[int, ...]
+    options: dict[str, Any]
+
+    @property
+    def filled_in(self) -> dict[str, Any]:
+        """What the package would fill in: of ``rank`` and ``size``, those that the factory has."""
+        known = inspect.signature(self.factory).parameters
+        return {key: value for key, value in (("rank", self.rank), ("size", self.size)) if key in known}
+
+    def fresh(self, seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        block: nn.Module = self.factory(self.channels, **self.filled_in, **self.options)
+        return block
+
+    def stirred(self, seed: int = 0) -> nn.Module:
+        """A block in which no weight or statistic is zero or one: those would hide mistakes."""
+        block = self.fresh(seed)
+        with torch.no_grad():
+            for parameter in block.parameters():
+                if parameter.is_floating_point():
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+            for module in block.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                    module.running_mean.normal_(0, 0.1)
+                    assert module.running_var is not None
+                    module.running_var.uniform_(0.5, 1.5)
+        return block.eval()
+
+    def value(self, batch: int = 2, *, seed: int = 0, size: Sequence[int] | None = None) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(batch, self.channels, *(size or self.size), generator=generator)
+
+
+def _run(name: str, function: Callable[[_Subject], None], subject: _Subject) -> Failure | None:
+    hint = CHECKS[name].hint if name in CHECKS else "it is called with the number of channels, then keywords"
+    try:
+        function(subject)
+    except _Broken as broken:
+        return Failure(name, str(broken), hint)
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+        detail = str(error) if isinstance(error, InjectError) else lines[0]
+        return Failure(name, f"{type(error).__name__}: {detail}", hint)
+    return None
+
+
+def _expect(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise _Broken(otherwise)
+
+
+def _builds(subject: _Subject) -> None:
+    if subject.rank != 2:
+        _expect("rank" in subject.filled_in, f"it has no parameter `rank`, so it can't be asked for {subject.rank}")
+    block = subject.fresh()
+    _expect(isinstance(block, nn.Module), f"the factory returned a {type(block).__name__}, no nn.Module")
+
+
+def _same_kind(result: Any, value: Tensor, when: str) -> None:
+    _expect(isinstance(result, Tensor), f"{when}, it returns a {type(result).__name__}")
+    kinds = [f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (value, result)]
+    _expect(kinds[0] == kinds[1], f"{when}, {kinds[0]} became {kinds[1]}")
+
+
+def _shape(subject: _Subject) -> None:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        for dtype in (torch.float32, torch.float64):
+            block = subject.stirred().to(device, dtype)
+            for batch, training in ((1, False), (2, False), (5, False), (2, True)):
+                value = subject.value(batch).to(device, dtype)
+                given = value.clone()
+                result = block.train(training)(value)
+                mode = "train" if training else "eval"
+                _same_kind(result, value, f"at batch {batch} in {mode} mode")
+                _expect(torch.equal(value, given), "it changes its input in place")
+
+
+def _sizes(subject: _Subject) -> None:
+    if "size" in subject.filled_in:
+        return
+    block = subject.stirred()
+    for size in ([side + 3 for side in subject.size], [1] * subject.rank):
+        value = subject.value(size=size)
+        result = block(value)
+        _same_kind(result, value, f"for a value of another size than {subject.size}")
+        _expect(bool(result.isfinite().all()), f"a value of spatial size {tuple(size)} gives infinite numbers or NaN")
+
+
+def _independent(subject: _Subject) -> None:
+    block, value = subject.stirred(), subject.value(5)
+    whole = block(value)
+    for row in range(5):
+        _close(block(value[row : row + 1]), whole[row : row + 1], "alone and in a batch, in eval mode, an example")
+
+
+def _close(result: Tensor, wanted: Tensor, what: str, tolerance: float = TOLERANCES[torch.float32]) -> None:
+    error = (result.double() - wanted.double()).abs().max() / wanted.double().abs().max()
+    _expect(bool(error <= tolerance), f"{what} differs by {error:.1e}, relative; allowed {tolerance:.0e}")
+
+
+def _channels_last(subject: _Subject) -> None:
+    formats = {2: torch.channels_last, 3: torch.channels_last_3d}
+    if subject.rank not in formats:
+        return
+    layout = formats[subject.rank]
+    value = subject.value()
+    block = subject.stirred()
+    wanted = block(value)
+    result = block.to(memory_format=layout)(value.contiguous(memory_format=layout))  # type: ignore[call-overload]
+    _expect(result.is_contiguous(memory_format=layout), f"strides in channels_last became {result.stride()}")
+    _close(result, wanted, "the result in channels_last")
+    _expect(block(value).is_contiguous(), "a contiguous value did not stay contiguous")
+
+
+def _half(subject: _Subject) -> None:
+    wanted = subject.stirred()(subject.value())
+    for dtype in (torch.bfloat16, torch.float16):
+        block = subject.stirred().to(dtype)
+        value = subject.value().to(dtype).requires_grad_()
+        result = block(value)
+        _same_kind(result, value, f"in {dtype}")
+        _close(result, wanted, f"the result in {dtype}", 2 * TOLERANCES[dtype])
+        result.sum().backward()
+        large = block(LARGE * value)
+        _expect(bool(large.isfinite().all()), f"values near {LARGE:g} in {dtype} give infinite numbers or NaN")
+
+
+def _gradients(subject: _Subject) -> None:
+    reached: set[str] = set()
+    names: set[str] = set()
+    for seed in range(4):  # a ReLU may be dead for one draw
+        for training in (True, False):
+            block = subject.stirred(seed).train(training)
+            value = subject.value(4, seed=seed).requires_grad_()
+            (block(value) * subject.value(4, seed=seed + 1)).sum().backward()
+            _expect(value.grad is not None and bool(value.grad.any()), "no gradient reaches the input")
+            trained = {name: p for name, p in block.named_parameters() if p.requires_grad}
+            names |= trained.keys()
+            reached |= {name for name, p in trained.items() if p.grad is not None and bool(p.grad.any())}
+    _expect(names == reached, f"no gradient reaches {', '.join(sorted(names - reached))}")
+
+
+def _identity(subject: _Subject) -> None:
+    if not has_identity_start(subject.fresh()):
+        return
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for scale in (1.0, LARGE, 1e-3):
+            for training in (False, True):
+                block = _at_identity(subject).to(dtype).train(training)
+                value = (scale * subject.value(4)).to(dtype)
+                mode = "train" if training else "eval"
+                _expect(torch.equal(block(value), value), f"x ↦ x is not exact in {dtype}, {mode} mode, |x| ≈ {scale:g}")
+    block = _at_identity(subject).train()
+    (block(subject.value(4)) * subject.value(4, seed=1)).sum().backward()
+    moved = any(p.grad is not None and bool(p.grad.any()) for p in block.parameters())
+    _expect(moved, "at its identity start no parameter gets a gradient, so it will never leave it")
+
+
+def _at_identity(subject: _Subject) -> nn.Module:
+    block = subject.fresh()
+    block.identity_init()  # type: ignore[operator]
+    return block
+
+
+def _count(subject: _Subject) -> None:
+    formula = getattr(subject.factory, "count", None)
+    if not callable(formula):
+        return
+    told = formula(subject.channels, **subject.filled_in, **subject.options)
+    built = sum(parameter.numel() for parameter in subject.fresh().parameters())
+    _expect(told == built, f"`count` says {told:,} parameters, there are {built:,}")
+
+
+def _repeatable(subject: _Subject) -> None:
+    block, value = subject.stirred(), subject.value()
+    before = _facts(block), torch.get_rng_state(), torch.get_default_dtype(), torch.is_grad_enabled()
+    results = [block(value) for _ in range(2)]
+    after = _facts(block), torch.get_rng_state(), torch.get_default_dtype(), torch.is_grad_enabled()
+    _expect(torch.equal(*results), "two calls in eval mode with one value give two results")
+    changed = sorted(key for key in before[0].keys() | after[0].keys() if not _same(before[0].get(key), after[0].get(key)))
+    _expect(not changed, f"a call in eval mode changes {', '.join(changed)}")
+    _expect(torch.equal(before[1], after[1]), "a call in eval mode draws random numbers")
+    _expect(before[2:] == after[2:], "a call changes torch's default dtype or whether gradients are recorded")
+    keys = list(block.state_dict())
+    block.train()(value)
+    _expect(list(block.state_dict()) == keys, "a call in train mode changes the keys of the state dict")
+
+
+def _facts(block: nn.Module) -> dict[str, Any]:
+    """Every attribute of every module in it, as a copy where it can change by itself."""
+    facts: dict[str, Any] = {}
+    for path, module in block.named_modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                plain = isinstance(value, (int, float, str, bytes, list, tuple, dict, set, type(None)))
+                facts[f"{path}.{name}".lstrip(".")] = copy.copy(value) if plain or isinstance(value, Tensor) else id(value)
+    facts.update({name: tensor.detach().clone() for name, tensor in block.state_dict().items()})
+    return facts
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
+
+
+def _copies(subject: _Subject) -> None:
+    block, value = subject.stirred(), subject.value()
+    wanted = block(value)
+    _expect(torch.equal(copy.deepcopy(block)(value), wanted), "a deep copy computes something else")
+    _expect(torch.equal(pickle.loads(pickle.dumps(block))(value), wanted), "unpickled it computes something else")
+    other = subject.stirred(1)
+    other.load_state_dict(block.state_dict())
+    _expect(torch.equal(other(value), wanted), "with the same state dict another block computes something else")
+
+
+def _meta(subject: _Subject) -> None:
+    with torch.device("meta"):
+        block = subject.fresh()
+        value = torch.empty(2, subject.channels, *subject.size)
+        _same_kind(block.eval()(value), value, "on the meta device")
+        if has_identity_start(block):
+            block.identity_init()  # type: ignore[operator]
+            _same_kind(block(value), value, "on the meta device, at its identity start")
+
+
+def _script(subject: _Subject) -> None:
+    block = subject.stirred()
+    with _silent():
+        scripted = torch.jit.script(block)
+        for batch in BATCHES:
+            _close(scripted(subject.value(batch)), block(subject.value(batch)), f"scripted at batch {batch}, the result")
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _pt2(subject: _Subject) -> None:
+    _exported(subject, ".pt2")
+
+
+def _onnx(subject: _Subject) -> None:
+    _exported(subject, ".onnx")
+
+
+def _exported(subject: _Subject, suffix: str) -> None:
+    """Export a convolution with the block behind it; `export` runs the file at every batch and compares."""
+    entry = getattr(nn, f"Conv{subject.rank}d")(3, subject.channels, 1)
+    network = nn.Sequential(entry, subject.stirred()).eval()
+    value = torch.randn(2, 3, *subject.size)
+    with tempfile.TemporaryDirectory() as folder:
+        written = export(network, Path(folder) / f"block{suffix}", (value,))
+    ran = tuple(check.batch for check in written.checks)
+    _expect(ran == BATCHES, "; ".join((f"it was compared at batch {ran}", *written.notes)))
+
+
+class _Check(NamedTuple):
+    function: Callable[[_Subject], None]
+    hint: str
+
+
+CHECKS = {
+    "shape": _Check(_shape, "return a new tensor of the input's shape, dtype and device; work out of place"),
+    "sizes": _Check(_sizes, "take sizes from the input in forward; a parameter `size` says that one is needed"),
+    "independent": _Check(_independent, "no operation over the batch dimension; norms use running statistics in eval"),
+    "channels_last": _Check(_channels_last, "multiply the input itself by a broadcast gate, which keeps its strides"),
+    "half": _Check(_half, "no constant in float32; sums of squares in `x.float()`, then back to the input's dtype"),
+    "gradients": _Check(_gradients, "a parameter that forward doesn't use; or `.detach()`, `.data`, rounding in forward"),
+    "identity": _Check(_identity, "zero the last layer, and a gate of 2·sigmoid or 1 + tanh; or no `identity_init`"),
+    "count": _Check(_count, "`count(channels, **options)` takes what the constructor takes"),
+    "repeatable": _Check(_repeatable, "no attribute, cache or buffer is written in eval mode"),
+    "copies": _Check(_copies, "the class at the top level of a module, no lambdas; all that counts in the state dict"),
+    "meta": _Check(_meta, "no `.item()`, no branch on values, tensors made on the input's device"),
+    "script": _Check(_script, "typed arguments, plain attributes, no `*unpacking` in forward; see TorchScript's reference"),
+    "pt2": _Check(_pt2, "the batch must stay open: use `x.size(0)`, no `int()` or loop over it"),
+    "onnx": _Check(_onnx, "operators that ONNX has; the batch must stay open"),
+}
+"""Every check by its name, in the order in which they run, each with what to do about a failure."""
