@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.blocks import squeeze_width
-from se_inject_plugins._layers import batch_norm, convolution, odd_kernel, zero_
+
+from ._layers import batch_norm, convolution, odd_kernel, zero_
 
 
 class ConvolutionalBlockAttention(nn.Module):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.blocks import squeeze_width
-from se_inject_plugins._layers import zero_
+
+from ._layers import zero_
 
 
 def _width(channels: int, reduction: float, divisor: int | None, least: int) -> int:

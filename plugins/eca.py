@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.errors import OptionError
-from se_inject_plugins._layers import convolution, odd_kernel
+
+from ._layers import convolution, odd_kernel
 
 
 def kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> int:
@@ -72,4 +73,4 @@ class EfficientChannelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         squeezed = x.mean(self.space).unsqueeze(1)
         gate = self.gain * torch.sigmoid(self.conv(squeezed))
-        return x * gate.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005: TorchScript has no unpacking
+        return x * gate.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005 -- TorchScript has no unpacking

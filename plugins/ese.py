@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from se_inject_plugins._layers import convolution, zero_
+from ._layers import convolution, zero_
 
 
 class EffectiveSqueezeExcitation(nn.Module):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from se_inject.blocks import squeeze_width
 from se_inject.errors import OptionError
-from se_inject_plugins._layers import zero_
+
+from ._layers import zero_
 
 # (u along the height, v along the width) of a transform of 7 × 7 points: the best sixteen of the 49, by the paper's
 # experiments with one frequency at a time

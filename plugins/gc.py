@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.blocks import squeeze_width
-from se_inject_plugins._layers import convolution, zero_
+
+from ._layers import convolution, zero_
 
 
 class GlobalContext(nn.Module):
@@ -36,9 +37,7 @@ class GlobalContext(nn.Module):
         OptionError: no such rank or reduction.
     """
 
-    def __init__(
-        self, channels: int, *, rank: int = 2, reduction: float = 16, divisor: int | None = None
-    ) -> None:
+    def __init__(self, channels: int, *, rank: int = 2, reduction: float = 16, divisor: int | None = None) -> None:
         super().__init__()
         self.width = squeeze_width(channels, reduction, divisor)
         self.attention = convolution(rank)(channels, 1, 1)
@@ -64,4 +63,4 @@ class GlobalContext(nn.Module):
         weights = torch.softmax(self.attention(x).flatten(2), 2)
         context = torch.matmul(x.flatten(2), weights.transpose(1, 2)).squeeze(2)
         added = self.fc2(self.relu(self.norm(self.fc1(context))))
-        return x + added.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005: TorchScript has no unpacking
+        return x + added.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005 -- TorchScript has no unpacking

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from se_inject_plugins._layers import convolution, widened
+from ._layers import convolution, widened
 
 
 class GatedChannelTransformation(nn.Module):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from se_inject.blocks import squeeze_width
 from se_inject.errors import OptionError
-from se_inject_plugins._layers import chosen, zero_
+
+from ._layers import chosen, zero_
 
 
 class GatherExcite(nn.Module):
@@ -111,11 +112,8 @@ class GatherExcite(nn.Module):
             else:
                 gathered = x.mean([2, 3], keepdim=True)
         else:
-            if self.extent == 0 and size != self.size:
-                x_sized = F.adaptive_avg_pool2d(x, self.size)
-            else:
-                x_sized = x
-            gathered = self.gather(x_sized)
+            pooled = self.extent == 0 and size != self.size  # a network accepts inputs of other sizes still
+            gathered = self.gather(F.adaptive_avg_pool2d(x, self.size) if pooled else x)
         gate = self.gain * torch.sigmoid(self.excite(gathered))
         if self.extent:
             gate = F.interpolate(gate, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from se_inject_plugins._layers import convolution, widened, zero_
+from ._layers import convolution, widened, zero_
 
 
 class StyleRecalibration(nn.Module):
@@ -64,4 +64,4 @@ class StyleRecalibration(nn.Module):
         deviation = ((wide - mean).square().mean(self.space) + self.epsilon).sqrt()
         style = torch.stack([mean.flatten(1), deviation], 2).to(x.dtype)
         gate = self.gain * torch.sigmoid(self.norm((style * self.weight).sum(2)))
-        return x * gate.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005: TorchScript has no unpacking
+        return x * gate.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005 -- TorchScript has no unpacking

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from se_inject_plugins._layers import odd_kernel, zero_
+from ._layers import odd_kernel, zero_
 
 
 class _PlaneGate(nn.Module):

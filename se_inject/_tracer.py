@@ -12,6 +12,7 @@ import copy
 import inspect
 import math
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ _BAKED_METHODS = frozenset({"dim", "ndimension", "is_contiguous", "is_floating_p
 
 class ValueProxy(fx.Proxy):
     """A node of the graph and the value it had in the observed call."""
+
+    tracer: OwnerTracer
+    __getitem__: Callable[[Any, Any], Any]
 
     def __init__(self, node: fx.Node, tracer: OwnerTracer, value: Any) -> None:
         super().__init__(node, tracer)
@@ -90,7 +94,7 @@ class ValueProxy(fx.Proxy):
     def __int__(self) -> int:
         raise Untraceable("turns a size or a tensor into a Python number")
 
-    __index__ = __float__ = __int__  # type: ignore[assignment]
+    __index__ = __float__ = __int__  # type: ignore[method-assign]
 
     def __setitem__(self, index: Any, item: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, item), {})
@@ -203,7 +207,7 @@ class OwnerTracer(TracerBase):
         self.replay = replay
         self.graph = fx.Graph()
         self.scope = Scope("", None)
-        self.module_stack = {}  # type: ignore[assignment]
+        self.module_stack = OrderedDict()
         self.node_name_to_scope = {}
         self.guards: list[tuple[fx.Node, bool]] = []
         self.constants: dict[str, Any] = {}

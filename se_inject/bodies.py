@@ -331,7 +331,7 @@ def _source(original: type, data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if data["output"]:
         names = []
         for parameter in list(signature.parameters.values())[1:]:
-            star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+            star = "*" * (parameter.kind is parameter.VAR_POSITIONAL) + "**" * (parameter.kind is parameter.VAR_KEYWORD)
             keyword = f"{parameter.name}=" if parameter.kind is parameter.KEYWORD_ONLY else ""
             names.append(f"{keyword}{star}{parameter.name}")
         lines = [f"    gated = self._ungated_forward({', '.join(names)})"]

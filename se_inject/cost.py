@@ -113,11 +113,11 @@ class Latency:
     rounds: int
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what every operation of a call does."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.macs = self.elementwise = self.bytes = 0
         self.unknown: set[str] = set()
 

@@ -210,11 +210,11 @@ def plan(
     trace = observe_model(model, example_inputs, example_kwargs)
     sites = find_sites(trace)
     chosen, notes = _select(sites, _listed(stages), _listed(at), attended, model)
-    places = [(site, place_of(trace, site, position)) for site in chosen]
+    places, unplaced = _places(trace, chosen, position)
     start, odd = _probed([place for _, place in places], block, block_options, init)
     draft = Step("", "", None, 0, 0, block, dict(block_options), start, position=position)
     steps = tuple(_step(draft, site, place, name) for site, place in places)
-    notes = [*trace.notes, *notes, *odd]
+    notes = [*trace.notes, *notes, *unplaced, *odd]
     args, kwargs = trace.inputs
     shapes = None if kwargs or (listed := shapes_of(args)) is None else tuple(listed)
     if trace.failures:
@@ -277,6 +277,21 @@ def _already(paths: Sequence[str], model: nn.Module) -> AlreadyInjected:
         seen=f"{len(paths)} in {type(model).__name__}, `{paths[0]}` the first",
         hint="choose other sites, or take the blocks out first: `si.eject_(model)`",
     )
+
+
+def _places(trace: Trace, sites: Sequence[Site], position: str) -> tuple[list[tuple[Site, Place]], list[str]]:
+    """Where the block of each site goes; sites without this position are left out, unless all are."""
+    places: list[tuple[Site, Place]] = []
+    refused: list[OptionError] = []
+    for site in sites:
+        try:
+            places.append((site, place_of(trace, site, position)))
+        except OptionError as error:
+            refused.append(error)
+    if not places:
+        raise refused[0]
+    told = [f"{len(refused)} sites have no position `{position}` and were left out: {refused[0].message}"] if refused else []
+    return places, told
 
 
 def _step(draft: Step, site: Site, place: Place, name: str | None) -> Step:
