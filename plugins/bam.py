@@ -17,7 +17,8 @@ class BottleneckAttention(nn.Module):
     published code. M_c = W2 δ(BN(W1 mean(x))); M_s is a 1×1 convolution to m = C/r channels, two 3×3 ones of
     dilation d, each with BN and ReLU, and a 1×1 one to one channel.
 
-    Where: at the ends of the first three stages of a ResNet, not in every block: ``--at`` the last site of each.
+    Where: at the ends of the first three stages of a ResNet, not in every block: position ``post`` at the last unit
+    of each.
     Parameters: (2Cm + 3m + C) + (Cm + 3m) + (2·3^rank·m² + 6m) + (m + 1).
     By: Jongchan Park, Sanghyun Woo, Joon-Young Lee, In So Kweon: "BAM: Bottleneck Attention Module", BMVC 2018,
     arXiv 1807.06514.

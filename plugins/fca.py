@@ -99,9 +99,9 @@ class FrequencyChannelAttention(nn.Module):
 
 def _cosines(frequencies: list[int], length: int, x: Tensor) -> Tensor:
     """B_u at every position, (C, length), for the frequency u of every channel."""
-    group = torch.arange(x.size(1), device=x.device) * len(frequencies) // x.size(1)
-    u = torch.tensor([f * length // 7 for f in frequencies], device=x.device)[group].unsqueeze(1)
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    group = torch.arange(x.size(1), device=x.device) * len(frequencies) // x.size(1)
+    u = torch.tensor([f * length // 7 for f in frequencies], device=x.device).to(exact)[group].unsqueeze(1)
     place = (torch.arange(length, device=x.device).to(exact) + 0.5) / length
     height = ((1 + (u > 0).to(exact)) / length).sqrt()
     return (height * torch.cos(math.pi * u * place)).to(x.dtype)

@@ -26,7 +26,7 @@ class TripletAttention(nn.Module):
     """Triplet attention: three gates, over height × width, channels × width and channels × height.
 
     y = x · (g_C + g_H + g_W) / 3, where g_A = σ(BN(conv_k([max; mean]))) with maximum and mean over the axis A:
-    a map over the other two axes, the channels being one of them, convolved as if it were an image.
+    a map over the other two axes, in their order C, H, W, convolved as if it were an image.
 
     Where: as CBAM, after the last normalisation of every residual branch.
     Parameters: 3 (2k² + 2): 300 for k = 7, whatever the number of channels.

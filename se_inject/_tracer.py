@@ -9,6 +9,7 @@ checks it instead of assuming it.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import math
 import operator
@@ -30,8 +31,14 @@ class Untraceable(Exception):
 
 
 _STRUCTURES = (tuple, list, dict)
-_BAKED_ATTRIBUTES = frozenset({"ndim", "is_cuda", "device", "is_meta", "requires_grad", "layout", "is_quantized"})
-_BAKED_METHODS = frozenset({"dim", "ndimension", "is_contiguous", "is_floating_point", "keys", "get_device"})
+_BAKED_ATTRIBUTES = frozenset({"ndim", "layout", "is_quantized", "is_sparse", "is_nested"})
+_BAKED_METHODS = frozenset({"dim", "ndimension", "is_floating_point", "keys"})
+_UNKNOWN = {
+    **dict.fromkeys(("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "get_device"), "asks for its input's device"),
+    **dict.fromkeys(("requires_grad", "grad_fn", "is_leaf"), "asks whether its input needs grad"),
+    "is_contiguous": "asks for its input's memory format",
+}
+"""What a tensor on the meta device can't tell about the ones to come."""
 
 
 class ValueProxy(fx.Proxy):
@@ -51,6 +58,11 @@ class ValueProxy(fx.Proxy):
         attribute = getattr(self.value, name)  # an AttributeError is the author's own
         if name in _BAKED_ATTRIBUTES:
             return attribute
+        if name in _UNKNOWN and isinstance(self.value, Tensor):
+            raise Untraceable(_UNKNOWN[name])
+        fields = getattr(type(self.value), "_fields", ())
+        if name in fields:
+            return self[fields.index(name)]
         if callable(attribute):
             if name in _BAKED_METHODS:
                 return attribute
@@ -133,6 +145,11 @@ def values_of(argument: Any) -> Any:
         return [values_of(item) for item in argument]
     if isinstance(argument, dict):
         return type(argument)((key, values_of(item)) for key, item in argument.items())
+    if dataclasses.is_dataclass(argument) and not isinstance(argument, type):
+        twin = copy.copy(argument)
+        for item in dataclasses.fields(argument):
+            object.__setattr__(twin, item.name, values_of(getattr(argument, item.name)))
+        return twin
     if isinstance(argument, slice):
         return slice(values_of(argument.start), values_of(argument.stop), values_of(argument.step))
     return argument
@@ -178,6 +195,13 @@ def _same_items(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+class Form:
+    """The length of ``*args``, or the names in ``**kwargs``."""
+
+    def __init__(self, form: int | tuple[str, ...]) -> None:
+        self.form = form
+
+
 class OwnerTracer(TracerBase):
     """The tracer of one owner. It creates nodes, and the values that belong to them.
 
@@ -211,41 +235,73 @@ class OwnerTracer(TracerBase):
         self.node_name_to_scope = {}
         self.guards: list[tuple[fx.Node, bool]] = []
         self.constants: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
+        """The owner's plain attributes, out of its ``__dict__`` while it runs, so that reads are noticed."""
+        self.settings_read: dict[str, Any] = {}
         self._attributes: dict[str, ValueProxy] = {}
         self._modes = _modes()
 
-    def trace(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run ``forward`` on proxies of the given values and return its result as values."""
+    def trace(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        symbolic: frozenset[int | str] = frozenset(),
+    ) -> Any:
+        """Run ``forward`` on proxies of the given values and return its result as values.
+
+        Args:
+            forward: the owner's own.
+            args: the values of its call.
+            kwargs: the same by keyword.
+            symbolic: positions and keywords of the plain numbers that the caller computed from its own inputs.
+        """
         try:
             bound = inspect.signature(forward).bind(self.owner, *args, **kwargs)
         except (TypeError, ValueError) as error:
             raise Untraceable(f"its arguments can't be told apart: {error}") from error
+        given = set(bound.arguments)
+        bound.apply_defaults()
         inputs: list[Any] = []
         keywords: dict[str, Any] = {}
         for position, (name, value) in enumerate(bound.arguments.items()):
             kind = bound.signature.parameters[name].kind
             if position == 0:
                 continue
+            if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                items = value.values() if isinstance(value, dict) else value
+                if not all(map(holds_tensor, items)):
+                    raise Untraceable(f"takes plain values by `*{name}`, which an edited forward can't check")
+                self.constants[name] = Form(tuple(value) if isinstance(value, dict) else len(value))
             if kind is inspect.Parameter.VAR_POSITIONAL:
                 proxy = self._placeholder("*" + name, value)
-                inputs += [proxy[i] if holds_tensor(item) else item for i, item in enumerate(value)]
+                inputs += [proxy[i] for i in range(len(value))]
             elif kind is inspect.Parameter.VAR_KEYWORD:
                 proxy = self._placeholder("**" + name, value)
-                keywords |= {key: proxy[key] if holds_tensor(item) else item for key, item in value.items()}
+                keywords |= {key: proxy[key] for key in value}
             else:
-                proxy = self._placeholder(name, value)
-                argument = proxy
-                if not holds_tensor(value):
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if holds_tensor(value) or (number and symbolic & {position - 1, name}):
+                    argument = self._placeholder(name, value)
+                else:
                     self.constants[name] = argument = value
+                    if name in given:
+                        self._placeholder(name, value)
                 if kind is inspect.Parameter.KEYWORD_ONLY:
                     keywords[name] = argument
                 else:
                     inputs.append(argument)
         before = snapshot(self.owner)
+        for key, value in before[0].items():
+            if type(value) in (bool, int, float, str) and not key.startswith("_") and key != "training":
+                self.settings[key] = self.owner.__dict__.pop(key)
         try:
             result = forward(self.owner, *inputs, **keywords)
             self.create_node("output", "output", (self.create_arg(result),), {})
         finally:
+            self.owner.__dict__.update(
+                {key: value for key, value in self.settings.items() if key not in self.owner.__dict__}
+            )
             stored = restore(self.owner, before)
         if stored:
             raise Untraceable(f"its forward changes `self.{stored[0]}`")
@@ -290,7 +346,11 @@ class OwnerTracer(TracerBase):
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))  # type: ignore[arg-type]
         before = self.observer.counts()
         outputs = (self.replay or {}).get(path)
-        value = outputs.pop(0) if outputs else self.observer.run(module, values_of(args), values_of(kwargs))
+        if outputs:
+            value = outputs.pop(0)
+        else:
+            computed = [key for key, argument in (*enumerate(args), *kwargs.items()) if type(argument) is ValueProxy]
+            value = self.observer.run(module, values_of(args), values_of(kwargs), frozenset(computed))
         node.meta["counts"] = [now - then for now, then in zip(self.observer.counts(), before, strict=True)]
         return self._wrap(node, value)
 
@@ -319,8 +379,18 @@ class OwnerTracer(TracerBase):
 
     def guard(self, proxy: ValueProxy, answer: bool) -> None:
         """Remember that the graph holds only while this condition has this answer."""
+        pending, seen = [proxy.node], set()
+        while pending:
+            node = pending.pop()
+            if node.target is getattr and node.args[1] == "device":
+                raise Untraceable("asks for its input's device")
+            pending += [source for source in node.all_input_nodes if source not in seen]
+            seen.update(node.all_input_nodes)
         self.guards.append((proxy.node, answer))
 
 
-def _modes() -> tuple[bool, bool]:
-    return torch.is_grad_enabled(), torch.is_autocast_enabled()
+def _modes() -> tuple[bool, bool, bool]:
+    return _grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+_grad_enabled = torch.is_grad_enabled

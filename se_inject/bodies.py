@@ -7,6 +7,7 @@ operations from the lists below, and methods of tensors without an underscore in
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -14,14 +15,17 @@ import linecache
 import math
 import operator
 import types
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from se_inject._tracer import Form, Untraceable
 from se_inject.errors import LoadError, SurgeryError
+from se_inject.tracing import OwnerGraph, Trace
 
 _NAMESPACES: dict[str, Any] = {
     "torch": torch._C._VariableFunctions,
@@ -197,6 +201,8 @@ def encoded(value: Any) -> Any:
     """
     if isinstance(value, fx.Node):
         return {"node": value.name}
+    if isinstance(value, Form):
+        return {"form": encoded(value.form)}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
@@ -245,6 +251,24 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
     return constant
 
 
+def check_editable(trace: Trace, owner: OwnerGraph) -> None:
+    """Whether an owner's forward can be written down, for eval and, if it looks at its mode, for training.
+
+    Raises:
+        SurgeryError: it can't.
+    """
+    try:
+        graph_from(graph_data(owner.graph))
+        for value in (*owner.constants.values(), *owner.settings.values()):
+            encoded(value)
+        if owner.reads_training:
+            graph_from(graph_data(trace.training_graph(owner)[0]))
+    except Untraceable as error:
+        raise SurgeryError(str(error)) from error
+    except LoadError as error:
+        raise SurgeryError(f"{error.message.replace('an edited forward in this file', 'its forward')}") from error
+
+
 # -- classes -----------------------------------------------------------------------------------------------
 
 
@@ -259,7 +283,7 @@ def generated_class(original: type, body: str) -> type:
 
     Args:
         original: the class the author wrote.
-        body: JSON text of ``{"steps", "output", "eval", "train", "constants", "was_none"}``.
+        body: JSON text of ``{"steps", "output", "eval", "train", "constants", "settings", "was_none"}``.
     """
     data = json.loads(body)
     name = f"Injected{original.__name__}"
@@ -271,7 +295,7 @@ def generated_class(original: type, body: str) -> type:
     forward = scope["forward"]
     forward.__qualname__ = f"{name}.forward"
     forward.__doc__ = original.forward.__doc__
-    forward.__annotations__ = dict(getattr(original.forward, "__annotations__", {}))
+    forward.__annotations__ = _annotations(original)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         getstate = getattr(self, "__getstate__", None)
@@ -288,7 +312,33 @@ def generated_class(original: type, body: str) -> type:
     }
     if data["output"]:
         attributes["_ungated_forward"] = _renamed(original.forward, "_ungated_forward")  # type: ignore[attr-defined]
-    return type(original)(name, (original,), attributes)
+    with _unannounced(original):
+        return type(original)(name, (original,), attributes)  # type: ignore[no-any-return, call-overload]
+
+
+@contextlib.contextmanager
+def _unannounced(original: Any) -> Iterator[None]:
+    """Make a subclass without telling the author's ``__init_subclass__``: it is no class of theirs to be registered."""
+    own = original.__dict__.get("__init_subclass__")
+    if own is None and original.__init_subclass__ == nn.Module.__init_subclass__:
+        yield
+        return
+    original.__init_subclass__ = classmethod(lambda cls, **_: None)
+    try:
+        yield
+    finally:
+        if own is None:
+            del original.__init_subclass__
+        else:
+            original.__init_subclass__ = own
+
+
+def _annotations(original: Any) -> dict[str, Any]:
+    """The forward's annotations, evaluated: TorchScript can't look up names in another module."""
+    try:
+        return typing.get_type_hints(original.forward)
+    except Exception:  # a name that exists for type checkers only
+        return {}
 
 
 def _renamed(function: Any, name: str) -> Any:
@@ -313,9 +363,9 @@ def rebuild(original: type, body: str) -> nn.Module:
         raise LoadError("a damaged file: an edited forward without its class")
     try:
         data = json.loads(body)
-        well_formed = set(data) == {"steps", "output", "eval", "train", "constants", "was_none"}
+        well_formed = set(data) == {"steps", "output", "eval", "train", "constants", "settings", "was_none"}
         well_formed &= all(str(step["block_name"]).isidentifier() for step in data["steps"])
-        well_formed &= all(str(key).isidentifier() for key in data["constants"])
+        well_formed &= all(str(key).isidentifier() for key in (*data["constants"], *data["settings"]))
     except (ValueError, TypeError, KeyError) as error:
         raise LoadError("a damaged file: an edited forward that is no JSON", seen=str(error)) from error
     if not well_formed:
@@ -330,25 +380,33 @@ def _source(original: type, data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     scope: dict[str, Any] = {"torch": torch}
     if data["output"]:
         names = []
+        myself = next(iter(signature.parameters))
         for parameter in list(signature.parameters.values())[1:]:
             star = "*" * (parameter.kind is parameter.VAR_POSITIONAL) + "**" * (parameter.kind is parameter.VAR_KEYWORD)
             keyword = f"{parameter.name}=" if parameter.kind is parameter.KEYWORD_ONLY else ""
             names.append(f"{keyword}{star}{parameter.name}")
-        lines = [f"    gated = self._ungated_forward({', '.join(names)})"]
-        lines += [f"    gated = self.{step['block_name']}(gated)" for step in data["steps"]]
+        lines = [f"    gated = {myself}._ungated_forward({', '.join(names)})"]
+        lines += [f"    gated = {myself}.{step['block_name']}(gated)" for step in data["steps"]]
         lines.append("    return gated")
     else:
         lines = []
-        for name, value in data["constants"].items():
-            constant = repr(_decode(value, {}))
-            test = f"{name} is not None" if constant == "None" else f"{name} != {constant}"
-            message = f"{original.__name__} was edited for {name}={constant}"
+        myself = next(iter(signature.parameters))
+        values = {**data["constants"], **{f"{myself}.{name}": value for name, value in data["settings"].items()}}
+        for name, value in values.items():
+            if isinstance(value, dict) and "form" in value:
+                form = _decode(value["form"], {})
+                constant = repr(form)
+                test = f"len({name}) != {form}" if isinstance(form, int) else f"tuple({name}) != {form!r}"
+            else:
+                constant = repr(_decode(value, {}))
+                test = f"{name} is not None" if constant == "None" else f"{name} != {constant}"
+            message = f"{original.__name__} was edited for {name} = {constant}: eject the blocks and inject again"
             lines += [f"    if {test}:", f"        raise RuntimeError({message!r})"]
-        body = _lines(data["eval"], scope)
+        body = _lines(data["eval"], scope, myself)
         if data["train"] is None:
             lines += body
         else:
-            lines += ["    if self.training:", *("    " + line for line in _lines(data["train"], scope))]
+            lines += [f"    if {myself}.training:", *("    " + line for line in _lines(data["train"], scope, myself))]
             lines += ["    else:", *("    " + line for line in body)]
     return f"def forward({_head(signature, scope)}):\n" + "\n".join(lines) + "\n", scope
 
@@ -376,9 +434,9 @@ def _head(signature: inspect.Signature, scope: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _lines(rows: Any, scope: dict[str, Any]) -> list[str]:
+def _lines(rows: Any, scope: dict[str, Any], myself: str) -> list[str]:
     """The statements that compute a graph; the globals they need go into ``scope``."""
-    code = graph_from(rows).python_code("self")
+    code = graph_from(rows).python_code(myself)
     scope.update(code.globals)
     lines = code.src.splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("def forward("))

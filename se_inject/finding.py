@@ -16,6 +16,7 @@ Within one another, the inner unit has the site: an outer addition or concatenat
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -26,7 +27,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from se_inject.bodies import original_class
+from se_inject._tracer import Untraceable, holds_tensor
+from se_inject.bodies import check_editable, original_class
+from se_inject.errors import SurgeryError
 from se_inject.operations import (
     child_path,
     convolutions,
@@ -37,7 +40,7 @@ from se_inject.operations import (
     returned,
 )
 from se_inject.sites import ATTENDED, HEAD, INJECTED, NESTED, OUTSIDE, Refusal, Site, Sites, staged
-from se_inject.tracing import OwnerGraph, Trace, is_gating, sources
+from se_inject.tracing import OwnerGraph, Trace, is_gating, is_leaf, sources
 
 
 def find_sites(trace: Trace) -> Sites:
@@ -70,11 +73,14 @@ class Finder:
         self.inside: dict[str, set[fx.Node]] = {}
         """For each graph, the nodes within its units."""
         self.depths: dict[str, int] = {}
+        self.editable: dict[str, str | None] = {}
 
     def sites(self) -> list[Site]:
         graphs = []
         for owner in self.trace.graphs.values():
-            if len(self.trace.kinds.get(owner.path, ())) > 1:
+            if owner.path in self.trace.without_grad:
+                self._refuse(owner.path, "it runs without grad: a block in it could not be trained")
+            elif len(self.trace.kinds.get(owner.path, ())) > 1:
                 self._refuse(owner.path, "it is called with different kinds of arguments")
             else:
                 graphs.append(owner)
@@ -417,6 +423,10 @@ class Finder:
         if written is None and path != owner.path and self.trace.calls.get(path, 0) > 1:
             self._refuse(address, f"`{path}` is called {self.trace.calls[path]} times: its output is not one value")
             return None
+        reason = self._uneditable(owner, value, path, written) or self._misread(owner, value)
+        if reason:
+            self._refuse(address, reason)
+            return None
         unit = owner.path
         if kind == "conv":
             unit = path if written is None else address
@@ -433,6 +443,80 @@ class Finder:
             container=_parent(unit) if unit != address or written is None else owner.path,
             unit=unit,
         )
+
+    def _uneditable(self, owner: OwnerGraph, value: fx.Node, path: str, written: str | None) -> str | None:
+        """Why the value can't be gated in this forward; None if it can."""
+        if written is None:
+            result: fx.Node | None = value
+            if path == owner.path and owner.reads_training:
+                with contextlib.suppress(Untraceable):
+                    result = returned(self.trace.training_graph(owner)[0])
+            return "in training it returns more than this value" if result is None else None
+        if owner.path not in self.editable:
+            try:
+                check_editable(self.trace, owner)
+                self.editable[owner.path] = None
+            except SurgeryError as error:
+                self.editable[owner.path] = error.message
+        if self.editable[owner.path]:
+            return self.editable[owner.path]
+        if not value.users:
+            return "nobody reads its value: it is written into another, whose name is read"
+        order = {node: number for number, node in enumerate(owner.graph.nodes)}
+        alias = value
+        while (source := self._overwritten(owner, alias)) is not None:
+            if any(order[user] > order[value] for user in source.users):
+                return "its value is read by another name as well"
+            alias = source
+        return None
+
+    def _overwritten(self, owner: OwnerGraph, node: fx.Node) -> fx.Node | None:
+        """The value that a node writes its result into; None if it makes a new one."""
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node):
+            return None
+        if node.op == "call_module":
+            module = self.trace.model.get_submodule(self.trace.child(owner.path, node.target))
+            return first if getattr(module, "inplace", False) is True and is_leaf(module) else None
+        name = str(getattr(node.target, "__name__", node.target))
+        in_place = name in ("iadd", "isub", "imul", "itruediv") or (name.endswith("_") and not name.endswith("__"))
+        return first if in_place or node.kwargs.get("inplace") is True else None
+
+    def _misread(self, owner: OwnerGraph, value: fx.Node) -> str | None:
+        """Why dimension 1 of a value isn't its channels; None if it is, as far as the way back to a convolution tells."""
+        if self._channels_at(owner, value, 1):
+            return None
+        return f"its value is not of the form (N, C, …): its channels are not dimension 1 of {tuple(value.meta['val'].shape)}"
+
+    def _channels_at(self, owner: OwnerGraph, node: fx.Node, axis: int) -> bool:
+        while True:
+            tensor = node.meta.get("val")
+            data = [source for source in node.all_input_nodes if is_data(source)]
+            kind = self.kind(owner, node)
+            if not isinstance(tensor, Tensor) or node.op == "placeholder" or not data or kind in ("conv", "pool"):
+                return axis == 1
+            name = getattr(node.target, "__name__", node.target)
+            if kind == "module":
+                inner = self.trace.graphs.get(self.trace.child(owner.path, node.target))
+                result = returned(inner.graph) if inner is not None else None
+                if inner is not None and result is not None and convolutions(node):
+                    return self._channels_at(inner, result, axis)
+            elif (node.op == "call_module" and isinstance(self._module(owner, node), nn.Linear)) or name == "linear":
+                return axis == tensor.dim() - 1
+            elif name == "permute":
+                dims = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+                axis = int(dims[axis]) % tensor.dim()  # type: ignore[arg-type]
+            elif name in ("transpose", "swapaxes", "swapdims"):
+                one, other = (int(dim) % tensor.dim() for dim in node.args[1:3])  # type: ignore[arg-type]
+                axis = {one: other, other: one}.get(axis, axis)
+            elif data[0].meta["val"].dim() != tensor.dim() and (
+                axis != 1 or data[0].meta["val"].shape[1] != tensor.shape[1]
+            ):
+                return axis == 1 and tensor.dim() > 3
+            node = data[0]
+
+    def _module(self, owner: OwnerGraph, node: fx.Node) -> nn.Module:
+        return self.trace.model.get_submodule(self.trace.child(owner.path, node.target))
 
     def written_back(self, owner: OwnerGraph, value: fx.Node, label: str) -> tuple[str, str | None]:
         """Which module's forward is edited to gate a value, and the value's label there; None: what it returns."""
@@ -463,15 +547,20 @@ class Finder:
     def _named(self, sites: list[Site]) -> list[Site]:
         """The sites with a block name each that depends on the network alone, not on what is selected."""
         owners = Counter(site.owner for site in sites)
-        result = []
+        result: list[Site] = []
         for site in sites:
             label = re.sub(r"\W+", "_", site.value or "out")
+            name = "se" if owners[site.owner] == 1 else f"se_{label}"
+            taken = {other.block_name for other in result if other.owner == site.owner}
+            kind = type(self.trace.model.get_submodule(site.owner))
+            while name in taken or hasattr(kind, name):
+                name += "_"
             steps = [step for step in self._steps(site.owner) if step["value"] == site.value]
             blocks = tuple(child_path(site.owner, step["block_name"]) for step in steps)
             result.append(
                 replace(
                     site,
-                    block_name="se" if owners[site.owner] == 1 else f"se_{label}",
+                    block_name=name,
                     blocks=blocks,
                     held_back=INJECTED if blocks else site.held_back,
                 )
@@ -513,7 +602,8 @@ def _common(operands: list[fx.Node]) -> set[fx.Node]:
 
 def _is_bundle(node: fx.Node) -> bool:
     """Whether a node's value is a structure of tensors: a split, a list input."""
-    return isinstance(node.meta.get("val"), tuple | list | dict)
+    value = node.meta.get("val")
+    return isinstance(value, tuple | list | dict) and holds_tensor(value)
 
 
 def _slices_channels(node: fx.Node) -> bool:

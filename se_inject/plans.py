@@ -84,7 +84,10 @@ class Plan:
             raise _already(sorted(taken), model)
         if self.trace is not None and self.trace.model is model and not self._stale(model):
             return self
-        trace = observe_model(model, inputs_from(self.inputs) if self.inputs is not None else None)
+        if self.trace is not None:
+            trace = observe_model(model, *self.trace.inputs)
+        else:
+            trace = observe_model(model, inputs_from(self.inputs) if self.inputs is not None else None)
         found = {site.address: site for site in find_sites(trace).all_sites}
         for number, step in enumerate(self.steps, 1):
             site = found.get(step.site)
@@ -106,11 +109,11 @@ class Plan:
     def _stale(self, model: nn.Module) -> bool:
         assert self.trace is not None
         graphs = self.trace.graphs
-        return any(
-            type(model.get_submodule(step.owner)) is not graphs[step.owner].kind
-            for step in self.steps
-            if step.owner in graphs
-        )
+        for path in {step.owner for step in self.steps} & set(graphs):
+            owner, graph = model.get_submodule(path), graphs[path]
+            if type(owner) is not graph.kind or any(getattr(owner, k, None) != v for k, v in graph.settings.items()):
+                return True
+        return False
 
     def cost(self, model: nn.Module | None = None) -> CostReport:
         """What the plan adds: parameters exactly, MACs, element-wise operations and bytes for one example.
@@ -290,7 +293,11 @@ def _places(trace: Trace, sites: Sequence[Site], position: str) -> tuple[list[tu
             refused.append(error)
     if not places:
         raise refused[0]
-    told = [f"{len(refused)} sites have no position `{position}` and were left out: {refused[0].message}"] if refused else []
+    told = (
+        [f"{len(refused)} sites have no position `{position}` and were left out: {refused[0].message}"]
+        if refused
+        else []
+    )
     return places, told
 
 

@@ -21,7 +21,7 @@ from se_inject.blocks import build_block
 from se_inject.bodies import encoded, generated_class, graph_data, original_class
 from se_inject.errors import InjectError, SurgeryError
 from se_inject.operations import labels, returned
-from se_inject.tracing import OwnerGraph, Trace
+from se_inject.tracing import Trace
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class _Operation:
     owner: nn.Module
     generated: type
     blocks: dict[str, nn.Module]
-    was_none: list[str]
+    was_none: dict[str, str]
 
 
 def inject_(model: nn.Module, trace: Trace, steps: Iterable[Step]) -> nn.Module:
@@ -105,9 +105,7 @@ def inject_(model: nn.Module, trace: Trace, steps: Iterable[Step]) -> nn.Module:
         for operation in operations:
             done.append((operation, type(operation.owner)))
             for name, block in operation.blocks.items():
-                operation.owner.add_module(name, block) if name not in operation.was_none else setattr(
-                    operation.owner, name, block
-                )
+                setattr(operation.owner, name, block)
             operation.owner.__class__ = operation.generated
     except Exception as error:
         for operation, before in reversed(done):
@@ -126,6 +124,12 @@ def eject_(model: nn.Module) -> nn.Module:
 
     A model without blocks is returned as it is.
     """
+    for path, module in model.named_modules():
+        if body_of(module) is not None and "_se_inject_body" not in type(module).__dict__:
+            raise SurgeryError(
+                f"`{path}` has become a {type(module).__name__} since blocks were put into it",
+                hint="undo that first: remove its parametrizations, or eject before wrapping",
+            )
     for module in list(model.modules()):
         body = body_of(module)
         if body is not None:
@@ -157,11 +161,13 @@ def injected_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield step.path, model.get_submodule(step.path)
 
 
-def _restore(owner: nn.Module, original: type, names: list[str], was_none: list[str]) -> None:
+def _restore(owner: nn.Module, original: type, names: list[str], was_none: dict[str, str]) -> None:
     for name in names:
-        if name in owner._modules:
+        if was_none.get(name) == "module":
+            owner._modules[name] = None
+        elif name in owner._modules:
             delattr(owner, name)
-        if name in was_none:
+        if was_none.get(name) == "attribute":
             setattr(owner, name, None)
     owner.__class__ = original
 
@@ -174,7 +180,7 @@ def _prepare(model: nn.Module, trace: Trace, path: str, steps: list[Step]) -> _O
         raise SurgeryError(f"the plan has a block in `{path}`", seen="the model has no such module") from error
     before = body_of(owner)
     original = original_class(owner)
-    was_none = list(before["was_none"]) if before else []
+    was_none = dict(before["was_none"]) if before else {}
     earlier = [Step.from_data(step) for step in before["steps"]] if before else []
     for step in steps:
         if hasattr(owner, step.block_name):
@@ -184,8 +190,7 @@ def _prepare(model: nn.Module, trace: Trace, path: str, steps: list[Step]) -> _O
                     seen=f"{type(owner).__name__} has an attribute of that name",
                     hint="choose another name with `name=` in Python, `--name` on the command line",
                 )
-            if step.block_name not in owner._modules:
-                was_none.append(step.block_name)
+            was_none[step.block_name] = "module" if step.block_name in owner._modules else "attribute"
     kept = [replace(step, owner="", site=_relative(step.site, path)) for step in (*earlier, *steps)]
     body: dict[str, Any] = {
         "steps": [step.to_data() for step in kept],
@@ -193,18 +198,27 @@ def _prepare(model: nn.Module, trace: Trace, path: str, steps: list[Step]) -> _O
         "eval": None,
         "train": None,
         "constants": {},
+        "settings": {},
         "was_none": was_none,
     }
     if body["output"] and was_none:
         # the original forward, which still runs, would find its attribute taken
         raise SurgeryError(
-            f"`{path}` reads an attribute of the name the block is to get: `{was_none[0]}`",
+            f"`{path}` reads an attribute of the name the block is to get: `{next(iter(was_none))}`",
             hint="choose another name with `name=` in Python, `--name` on the command line",
         )
     if not body["output"]:
         _write_graphs(body, trace, path, steps)
     blocks = {step.block_name: _surrounded(owner, model, step) for step in steps}
-    return _Operation(owner, generated_class(original, json.dumps(body)), blocks, was_none)
+    try:
+        generated = generated_class(original, json.dumps(body))
+    except InjectError:
+        raise
+    except Exception as error:
+        raise SurgeryError(
+            f"no subclass of {original.__name__} (`{path}`) can be made", seen=f"{type(error).__name__}: {error}"
+        ) from error
+    return _Operation(owner, generated, blocks, was_none)
 
 
 def _relative(site: str, path: str) -> str:
@@ -219,11 +233,13 @@ def _write_graphs(body: dict[str, Any], trace: Trace, path: str, steps: list[Ste
             f"the forward of `{path}` can't be edited", seen=trace.failures.get(path, "it was not called")
         )
     try:
-        body["eval"] = graph_data(_edited(owner, owner.graph, steps))
+        body["eval"] = graph_data(_edited(owner.graph, owner.guards, steps))
         if owner.reads_training:
-            training = trace.training_graph(owner)
+            training, guards = trace.training_graph(owner)
             if _text(training) != _text(owner.graph):
-                body["train"] = graph_data(_edited(owner, training, steps))
+                _check_labels(owner.graph, training, steps)
+                body["train"] = graph_data(_edited(training, guards, steps))
+        body["settings"] = {name: encoded(value) for name, value in owner.settings.items()}
         body["constants"] = {name: encoded(value) for name, value in owner.constants.items()}
     except (SurgeryError, Untraceable) as error:
         message = error.message if isinstance(error, SurgeryError) else str(error)
@@ -234,7 +250,16 @@ def _text(graph: fx.Graph) -> list[str]:
     return [node.format_node() or "" for node in graph.nodes]
 
 
-def _edited(owner: OwnerGraph, graph: fx.Graph, steps: list[Step]) -> fx.Graph:
+def _check_labels(graph: fx.Graph, training: fx.Graph, steps: list[Step]) -> None:
+    """Whether a label means the same value in both modes: the graphs hold as many of its kind."""
+    names, others = labels(graph).values(), labels(training).values()
+    for label in {step.value or "" for step in steps} | {reader for step in steps for reader in step.readers or ()}:
+        kind = label.partition("#")[0]
+        if sum(name.partition("#")[0] == kind for name in names) != sum(o.partition("#")[0] == kind for o in others):
+            raise SurgeryError(f"its forward computes `{kind}` more often in one mode than in the other")
+
+
+def _edited(graph: fx.Graph, guards: list[tuple[fx.Node, bool]], steps: list[Step]) -> fx.Graph:
     """A copy of the graph in which every step's value goes through its block, for all who read it."""
     copy = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -250,9 +275,8 @@ def _edited(owner: OwnerGraph, graph: fx.Graph, steps: list[Step]) -> fx.Graph:
             _gate(copy, value, step.block_name)
         else:
             _gate_for(copy, value, step.block_name, [names[reader] for reader in step.readers])
-    if graph is owner.graph:
-        for node, answer in owner.guards:
-            _assert(copy, mapping[node], answer)
+    for node, answer in guards:
+        _assert(copy, mapping[node], answer)
     return copy
 
 
@@ -290,7 +314,8 @@ def _assert(graph: fx.Graph, condition: fx.Node, answer: bool) -> None:
 
 def _surrounded(owner: nn.Module, model: nn.Module, step: Step) -> nn.Module:
     """A new block with the dtype, device, memory format and mode of the modules around it."""
-    block = build_block(step.block, step.channels, step.size, step.options, step.init)
+    with torch.inference_mode(False):
+        block = build_block(step.block, step.channels, step.size, step.options, step.init)
     near = next((p for p in (*owner.parameters(), *model.parameters()) if p.is_floating_point()), None)
     if near is not None:
         block = block.to(device=near.device, dtype=near.dtype)

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import inspect
 import os
+import random
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -45,7 +48,8 @@ class OwnerGraph:
     constants: dict[str, Any]
     guards: list[tuple[fx.Node, bool]]
     reads_training: bool
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    settings: dict[str, Any]
+    inputs: tuple[tuple[Any, ...], dict[str, Any], frozenset[int | str]]
     kind: type
 
 
@@ -65,27 +69,44 @@ class Trace:
     notes: list[str] = field(default_factory=list)
     outputs: Any = None
     macs: int = 0
+    without_grad: set[str] = field(default_factory=set)
+    training: dict[str, tuple[fx.Graph, list[tuple[fx.Node, bool]]]] = field(default_factory=dict)
 
     def child(self, owner: str, target: Any) -> str:
         """The path of a module that an owner's graph names relative to the owner: the one its trace is under."""
         path = ".".join(part for part in (owner, str(target)) if part)
         return self.paths.get(id(self.model.get_submodule(path)), path)
 
-    def training_graph(self, owner: OwnerGraph) -> fx.Graph:
-        """The owner's graph with its ``training`` flag set, its children's outputs taken from the first one.
+    def training_graph(self, owner: OwnerGraph) -> tuple[fx.Graph, list[tuple[fx.Node, bool]]]:
+        """The owner's graph and guards with its ``training`` flag set, its children's outputs taken from the first one.
 
         Raises:
             Untraceable: the training branch can't be written down.
         """
+        if owner.path in self.training:
+            return self.training[owner.path]
         replay: dict[str, list[Any]] = {}
         for node in owner.graph.nodes:
             if node.op == "call_module":
                 replay.setdefault(str(node.target), []).append(node.meta["val"])
         observer = Observer(self)
         tracer = OwnerTracer(observer, owner.module, owner.path, training=True, replay=replay)
-        with _swapped(owner.module, self.how), observer.watching():
-            observer.trace(tracer, owner.inputs)
-        return tracer.graph
+        state = random_state()
+        try:
+            with preserved(owner.module), warnings.catch_warnings(), _swapped(owner.module, self.how):
+                warnings.simplefilter("ignore")
+                _forget_modes(owner.module)
+                with observer.watching():
+                    observer.trace(tracer, owner.inputs)
+        except Exception as error:
+            raise Untraceable(f"in training: {reason_of(error)}") from error
+        finally:
+            moved = random_state() != state
+            set_random_state(state)
+        if moved:
+            raise Untraceable("in training: it draws random numbers that a graph can't hold")
+        self.training[owner.path] = tracer.graph, tracer.guards
+        return self.training[owner.path]
 
 
 class Observer:
@@ -132,7 +153,13 @@ class Observer:
         positions = x.numel() if transposed else output.numel()
         self._macs += positions * weight[0].numel()
 
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        symbolic: frozenset[int | str] = frozenset(),
+    ) -> Any:
         """Call a module on values; trace its forward if it has one of its own."""
         outer, self.tracer = self.tracer, None
         path = self.result.paths.get(id(module))
@@ -140,11 +167,13 @@ class Observer:
             if path is None:
                 return _CALL(module, *args, **kwargs)
             self.result.calls[path] = self.result.calls.get(path, 0) + 1
+            if not _grad_enabled():
+                self.result.without_grad.add(path)
             if not is_leaf(module):
                 kinds = self.result.kinds.setdefault(path, set())
                 kinds.add(_kinds((args, kwargs)))
                 if path not in self.result.graphs and path not in self.result.failures:
-                    return self._run_traced(module, path, args, kwargs)
+                    return self._run_traced(module, path, args, kwargs, symbolic)
                 return _CALL(module, *args, **kwargs)
             output = self._known_result(module, args) if len(args) == 1 and not kwargs else None
             if output is None:
@@ -173,7 +202,14 @@ class Observer:
         module._check_input_dim(x)  # type: ignore[operator]
         return torch.empty_like(x)
 
-    def _run_traced(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_traced(
+        self,
+        module: nn.Module,
+        path: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        symbolic: frozenset[int | str],
+    ) -> Any:
         """Call a module with its forward traced, or as it is if it can't be: then say why."""
         own = module.__dict__.get("forward")
 
@@ -184,7 +220,7 @@ class Observer:
             try:
                 if own is not None:
                     raise Untraceable("its forward was replaced on the instance")
-                output = self.trace(tracer, (args, kwargs))
+                output = self.trace(tracer, (args, kwargs, symbolic))
             except Exception as error:
                 self.result.failures[path] = reason_of(error)
                 self.result.calls.clear()
@@ -199,7 +235,8 @@ class Observer:
                 tracer.constants,
                 tracer.guards,
                 tracer.reads_training,
-                (args, kwargs),
+                tracer.settings_read,
+                (args, kwargs, symbolic),
                 type(module),
             )
             self._gates += gates_in(graph.graph)
@@ -211,15 +248,13 @@ class Observer:
         finally:
             _put_back(module, own)
 
-    def trace(self, tracer: OwnerTracer, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    def trace(self, tracer: OwnerTracer, inputs: tuple[tuple[Any, ...], dict[str, Any], frozenset[int | str]]) -> Any:
         """Run an owner's forward under its tracer, with reads of its ``training`` flag noticed."""
-        flag = tracer.owner.__dict__.pop("training", False)
         outer, self.tracer = self.tracer, tracer
         try:
             return tracer.trace(type(tracer.owner).forward, *inputs)
         finally:
             self.tracer = outer
-            tracer.owner.__dict__["training"] = flag
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -233,9 +268,14 @@ class Observer:
         def read(module: nn.Module, name: str) -> Any:
             tracer = self.tracer
             if tracer is not None:
-                if name == "training" and module is tracer.owner:
+                if name == "training":
+                    if module is not tracer.owner:
+                        raise Untraceable(f"reads the mode of a {type(module).__name__} in it")
                     tracer.reads_training = True
                     return tracer.training
+                if module is tracer.owner and name in tracer.settings:
+                    tracer.settings_read[name] = tracer.settings[name]
+                    return tracer.settings[name]
                 value = read_attribute(module, name)
                 return tracer.attribute(module, name, value) if isinstance(value, Tensor) else value
             if name == "training":
@@ -248,23 +288,43 @@ class Observer:
         def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
             if any(type(argument) is ValueProxy for argument in args):
                 raise Untraceable("calls an autograd function of its own")
-            return apply_function.__func__(function, *args, **kwargs)
+            return apply_function.__get__(None, function)(*args, **kwargs)
+
+        def is_grad_enabled() -> bool:
+            if self.tracer is not None:
+                raise Untraceable("asks for the grad mode, or changes it")
+            return _grad_enabled()
+
+        def enter_autocast(context: Any) -> Any:
+            if self.tracer is not None:
+                raise Untraceable("changes the autocast mode")
+            return enter(context)
 
         read_attribute = nn.Module.__getattr__
-        apply_function = torch.autograd.Function.__dict__["apply"]
+        apply_function = inspect.getattr_static(torch.autograd.Function, "apply")
+        enter = torch.autocast.__enter__
         nn.Module.__call__ = call  # type: ignore[method-assign]
         nn.Module.__getattr__ = read  # type: ignore[method-assign, assignment]
         builtins.isinstance = is_instance  # type: ignore[assignment]
+        own_apply = "apply" in torch.autograd.Function.__dict__
         torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+        torch.is_grad_enabled = is_grad_enabled  # type: ignore[assignment]
+        torch.autocast.__enter__ = enter_autocast  # type: ignore[method-assign]
         try:
             yield
         finally:
-            torch.autograd.Function.apply = apply_function
+            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+            torch.is_grad_enabled = _grad_enabled
+            if own_apply:
+                torch.autograd.Function.apply = apply_function
+            else:
+                del torch.autograd.Function.apply
             builtins.isinstance = _isinstance
             nn.Module.__getattr__ = read_attribute  # type: ignore[method-assign]
             nn.Module.__call__ = _CALL  # type: ignore[method-assign]
 
 
+_grad_enabled = torch.is_grad_enabled
 _CALL: Callable[..., Any] = nn.Module.__call__
 _isinstance = builtins.isinstance
 
@@ -288,6 +348,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
         observer = Observer(trace)
         try:
             with standing_in(model, how) as place, observer.watching():
+                _forget_modes(model)
                 trace.outputs = observer.run(model, place(args), place(kwargs or {}))
             trace.macs = observer.counts()[1]
             return trace
@@ -319,12 +380,16 @@ def standing_in(model: nn.Module, how: str) -> Iterator[Callable[[Any], Any]]:
 
     Afterwards everything is as before: attributes, modes, hooks, and the random generator.
     """
+    python_state = random.getstate()
     with preserved(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         warnings.simplefilter("ignore")
         for module in model.modules():
             module.training = False
-        with _swapped(model, how) as place:
-            yield place
+        try:
+            with _swapped(model, how) as place:
+                yield place
+        finally:
+            random.setstate(python_state)
 
 
 @contextlib.contextmanager
@@ -338,7 +403,7 @@ def _swapped(module: nn.Module, how: str) -> Iterator[Callable[[Any], Any]]:
         }
         device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
         with _reparametrize_module(module, state, tie_weights=True):
-            yield lambda inputs: tree_map_only(Tensor, lambda t: t.detach().to(device, copy=True), inputs)
+            yield lambda inputs: tree_map_only(Tensor, lambda t: _drawn(t).to(device, copy=True), inputs)
         return
     if how == "meta":
         meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
@@ -354,8 +419,38 @@ def _swapped(module: nn.Module, how: str) -> Iterator[Callable[[Any], Any]]:
         device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
         with _reparametrize_module(module, fake, tie_weights=True):
             yield lambda inputs: tree_map_only(
-                Tensor, lambda t: mode.from_tensor(t.detach().to(device), static_shapes=True), inputs
+                Tensor, lambda t: mode.from_tensor(_drawn(t).to(device), static_shapes=True), inputs
             )
+
+
+def _forget_modes(model: nn.Module) -> None:
+    """Take the mode flags out of the modules' own attributes, so that every read of one passes the observer."""
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.__dict__.pop("training", None)
+
+
+def random_state() -> Any:
+    """The state of every random generator that a forward may use on the CPU."""
+    numpy = sys.modules.get("numpy")
+    drawn = numpy.random.get_state() if numpy is not None else None
+    told = None if drawn is None else (drawn[0], drawn[1].tolist(), *drawn[2:])
+    return torch.get_rng_state().tolist(), random.getstate(), told
+
+
+def set_random_state(state: Any) -> None:
+    """Put the generators back."""
+    torch.set_rng_state(torch.tensor(state[0], dtype=torch.uint8))
+    random.setstate(state[1])
+    if state[2] is not None:
+        sys.modules["numpy"].random.set_state(state[2])
+
+
+def _drawn(tensor: Tensor) -> Tensor:
+    """A tensor with numbers in it."""
+    if tensor.device.type != "meta":
+        return tensor.detach()
+    return torch.randn(tensor.shape).to(tensor.dtype)
 
 
 def is_leaf(module: nn.Module) -> bool:

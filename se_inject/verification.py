@@ -229,7 +229,9 @@ def _kept_state(before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module
     old, new = before.state_dict(), after.state_dict()
     kept = [key for key, value in old.items() if key in new and _same_value(value, new[key])]
     added = [key for key in new if key not in old]
-    foreign = [key for key in added if not any(key.startswith(path + ".") for path in blocks)]
+    ours = {id(tensor) for block in blocks.values() for tensor in block.state_dict(keep_vars=True).values()}
+    kept_vars = after.state_dict(keep_vars=True)
+    foreign = [key for key in added if id(kept_vars[key]) not in ours]
     lost = [key for key in old if key not in kept]
     text = f"{len(kept)}/{len(old)} entries of the state dict kept, bit-equal; {len(added)} new"
     if lost:

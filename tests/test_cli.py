@@ -4,6 +4,7 @@ import csv
 import errno
 import io
 import json
+import logging
 import pickle
 import re
 import sys
@@ -20,6 +21,7 @@ from torch import nn
 
 import se_inject as si
 from se_inject import _files, cli
+from se_inject.errors import InjectError
 
 NETS = '''
 """Networks of a user's own. ``tiny`` is made of public classes only, so its pickle needs nobody's trust."""
@@ -83,6 +85,12 @@ class Odd(nn.Module):
     def forward(self, x):
         self.last = x
         return x + self.conv(x)
+
+
+def cifar():
+    """Its linear layer takes 32×32 images alone, so that other sizes are tried in vain before."""
+    layers = [*plain(3, 8), nn.ReLU(), nn.MaxPool2d(4), *plain(8, 16), nn.ReLU(), nn.MaxPool2d(4)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 2 * 2, 10))
 
 
 def mlp():
@@ -186,7 +194,11 @@ def test_a_file_comes_back_with_blocks_and_the_same_output(se_inject, tiny):
         ("nets.py:tiny", "tiny-se.pt"),
         ("nets:tiny", "tiny-se.pt"),
         ("torchvision:squeezenet1_1", "squeezenet1_1-se.pt"),
-        ("timm:test_convnext.r160_in1k", "test_convnext-se.pt"),
+        pytest.param(
+            "timm:test_convnext.r160_in1k",
+            "test_convnext-se.pt",
+            marks=pytest.mark.xfail(reason="the file is named after the tag alone: r160_in1k-se.pt"),
+        ),
     ],
 )
 def test_a_name_gives_a_file_of_that_name(se_inject, model, output):
@@ -229,6 +241,33 @@ def test_seed_makes_random_weights_the_same(se_inject):
     assert not torch.equal(a["stem.0.weight"], c["stem.0.weight"])
 
 
+@pytest.fixture
+def logged():
+    """What torch logs while a test runs; it goes to stderr."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    loggers = [logging.getLogger(name) for name in ("torch", "torch._subclasses.fake_tensor")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield records
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.xfail(reason="torch logs the traceback of every size that a linear layer rejects")
+def test_the_input_is_inferred_and_told(se_inject):
+    done = se_inject("nets.py:cifar", "--dry-run")
+    assert "note: input inferred: 1 input of 2×3×32×32" in done.out
+
+
+@pytest.mark.xfail(reason="torch logs the traceback of every size that a linear layer rejects")
+@pytest.mark.parametrize(("arguments", "code"), [(("--dry-run",), 0), (("--dry-run", "--input", "3x40x40"), 1)])
+def test_torch_logs_nothing_about_inputs_that_were_tried(se_inject, logged, arguments, code):
+    se_inject("nets.py:cifar", *arguments, code=code)
+    assert [record.getMessage()[:80] for record in logged] == []
+
+
 # -- which sites -------------------------------------------------------------------------------------------
 
 
@@ -258,6 +297,12 @@ def test_sites_are_chosen(se_inject, choice, expected):
     assert [step["site"] for step in document(done.out)["plan"]] == expected
 
 
+@pytest.mark.xfail(reason="a range may go beyond the last stage, and nothing is said")
+def test_a_range_beyond_the_last_stage_is_no_silent_success(se_inject):
+    done = se_inject("nets.py:tiny", *SMALL, "--dry-run", "--stages", "2-4", code=2)
+    assert "`2-4`" in done.err
+
+
 def test_sites_lists_the_stages(se_inject):
     done = se_inject("sites", "nets.py:tiny", *SMALL)
     rows = [re.split(r"\s{2,}", line.strip()) for line in done.out.splitlines()]
@@ -285,7 +330,7 @@ def test_refusals_are_counted_and_with_v_explained(se_inject):
     assert "refused: -v lists them" in brief.err
     long = se_inject("sites", "nets.py:Undecided", *SMALL, "-v").out
     table = long.partition("refused")[2]
-    assert re.search(r"^odd\b.*stores", table, re.MULTILINE), long
+    assert re.search(r"^odd\b.*self\.last", table, re.MULTILINE), long
     assert "good.bn2" in long.partition("refused")[0]
     (refusal,) = document(se_inject("sites", "nets.py:Undecided", *SMALL, "--json").out)["refused"]
     assert refusal["address"].startswith("odd")
@@ -293,14 +338,16 @@ def test_refusals_are_counted_and_with_v_explained(se_inject):
 
 
 def test_attention_that_is_there_is_left_alone_unless_asked_for(se_inject):
-    refused = se_inject("timm:test_efficientnet.r160_in1k", "--dry-run", code=1)
+    network = ("timm:seresnet18", "--input", "3x64x64")
+    refused = se_inject(*network, "--dry-run", code=1)
     assert "already has attention" in refused.err
     assert "hint: " in refused.err
     assert "--attended" in refused.err
-    listed = se_inject("sites", "timm:test_efficientnet.r160_in1k")
+    listed = se_inject("sites", *network)
+    assert "8 sites already have attention" in listed.err
     assert "--attended" in listed.err
-    done = se_inject("timm:test_efficientnet.r160_in1k", "--dry-run", "--attended", "--json")
-    assert document(done.out)["plan"]
+    done = se_inject(*network, "--dry-run", "--attended", "--json")
+    assert len(document(done.out)["plan"]) == 8
 
 
 # -- what is printed ---------------------------------------------------------------------------------------
@@ -365,12 +412,40 @@ def test_latency_is_a_ratio_with_its_spread(se_inject):
     assert files() == set()
 
 
+@pytest.mark.xfail(reason="measuring leaves the network in eval mode, and so it is saved")
+def test_latency_does_not_change_what_is_written(se_inject):
+    se_inject("nets.py:tiny", *SMALL, "-o", "a.pt")
+    se_inject("nets.py:tiny", *SMALL, "-o", "b.pt", "--latency")
+    assert [m.training for m in si.load("b.pt").modules()] == [m.training for m in si.load("a.pt").modules()]
+
+
+@pytest.mark.xfail(reason="a dry run plans what can't be applied")
+def test_a_dry_run_finds_what_the_run_would(se_inject):
+    se_inject("nets.py:tiny", *SMALL, "--dry-run", "--name", "conv1", code=1)
+
+
+@pytest.mark.xfail(reason="the last one wins, and nothing is said")
+def test_an_option_given_twice(se_inject):
+    se_inject("nets.py:tiny", *SMALL, "--dry-run", "--r", "8", "--set", "reduction=4", code=2)
+
+
+@pytest.mark.xfail(reason="what the files are to be is looked at after all the work")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(("-o", "x.tflite"), 2), (("-o", "x.pt", "-o", "x.pt"), 1), (("-o", "x.pt", "--device", "abacus"), 2)],
+)
+def test_wrong_outputs_are_refused_before_any_work(se_inject, arguments, code, monkeypatch):
+    def planning(*_):
+        raise InjectError("planning has begun")
+
+    monkeypatch.setattr(cli, "_plan", planning)
+    assert "planning has begun" not in se_inject("nets.py:tiny", *SMALL, *arguments, code=code).err
+
+
 def test_options_of_the_block_are_told(se_inject):
     done = se_inject("nets.py:tiny", *SMALL, "--dry-run", "--no-bias", "--r", "4", "--init", "paper")
     assert "r = 4, bias = no, the paper's start" in done.out
-    data = document(
-        se_inject("nets.py:tiny", *SMALL, "--dry-run", "--json", "--divisor", "8", "--position", "pre").out
-    )
+    data = document(se_inject("nets.py:tiny", *SMALL, "--dry-run", "--json", "--divisor", "8", "--position", "pre").out)
     assert {site["width"] for site in data["cost"]["sites"]} == {8}
     assert {step["position"] for step in data["plan"]} == {"pre"}
     data = document(se_inject("nets.py:tiny", *SMALL, "--dry-run", "--json", "--block", "eca", "--set", "kernel=5").out)
@@ -645,9 +720,7 @@ def test_bad_input_is_answered_and_nothing_is_written(se_inject, tiny, case, mon
     assert "wrote" not in done.out
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[NO_HINT] if case in WITHOUT_HINT else []) for case in BAD]
-)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[NO_HINT] if case in WITHOUT_HINT else []) for case in BAD])
 def test_bad_input_gets_a_hint(se_inject, tiny, case, monkeypatch):
     make, arguments, code, _ = BAD[case]
     if case == "no GPU":

@@ -1,0 +1,326 @@
+"""Verification: every check can fail, and what is broken is found by exactly the checks that look at it."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+import se_inject as si
+from se_inject.errors import VerificationError
+from se_inject.plans import plan
+from se_inject.verification import Check, Verdict
+from tests.common import randomise
+
+CHECKS = [
+    "weights kept",
+    "settings kept",
+    "same output as before",
+    "same output without the blocks",
+    "blocks trainable",
+]
+X = torch.empty(2, 3, 16, 16, device="meta")
+
+
+class Net(nn.Module):
+    """Two residual units with everything the checks look at."""
+
+    def __init__(self, zero_last=False):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.units = nn.Sequential(BasicBlock(16, 16), BasicBlock(16, 16))
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(16, 10)
+        if zero_last:
+            for unit in self.units:
+                nn.init.zeros_(unit.bn2.weight)
+
+    def forward(self, x):
+        return self.head(self.dropout(self.units(self.stem(x)).mean((2, 3))))
+
+
+def pair(**options):
+    torch.manual_seed(0)
+    network = randomise(Net())
+    return network, si.inject(network, X, **options)
+
+
+def failed(verdict):
+    return [check.name for check in verdict.checks if check.passed is False]
+
+
+def test_all_pass_on_what_was_just_injected():
+    network, injected = pair()
+    verdict = si.verify(network, injected, X)
+    assert [check.name for check in verdict.checks] == CHECKS
+    assert [check.passed for check in verdict.checks] == [True] * 5
+    assert verdict.passed
+    assert verdict.expect_passed() is verdict
+    assert verdict.notes == ("numeric checks on 1 input of 3×3×16×16",)
+
+
+def test_verifying_changes_neither_network():
+    network, injected = pair()
+    network.stem.eval()
+    injected.stem.eval()
+    kept = [
+        ({key: value.clone() for key, value in model.state_dict().items()}, [m.training for m in model.modules()])
+        for model in (network, injected)
+    ]
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    si.verify(network, injected, X)
+    assert torch.equal(torch.rand(3), expected)
+    for model, (state, modes) in zip((network, injected), kept, strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert [module.training for module in model.modules()] == modes
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+# -- sabotage ----------------------------------------------------------------------------------------------
+
+
+def weight(network):
+    with torch.no_grad():
+        network.head.weight[0, 0] += 1
+
+
+def statistic(network):
+    network.units[0].bn1.running_mean[0] += 1
+
+
+def counter(network):
+    network.units[0].bn1.num_batches_tracked += 1
+
+
+def foreign_key(network):
+    network.units.register_buffer("visitor", torch.zeros(1))
+
+
+def foreign_module(network):
+    network.units.visitor = nn.Linear(1, 1)
+    network.units.forward = lambda x: network.units[1](network.units[0](x))
+
+
+def lost_key(network):
+    network.head.bias = None
+
+
+def other_dtype(network):
+    network.double()
+
+
+def training_flag(network):
+    network.units[0].bn1.training = False
+
+
+def requires_grad(network):
+    network.stem[0].weight.requires_grad_(False)
+
+
+def forward_hook(network):
+    network.stem.register_forward_hook(lambda *_: None)
+
+
+def backward_hook(network):
+    network.stem.register_full_backward_hook(lambda *_: None)
+
+
+class OtherReLU(nn.Module):
+    def forward(self, x):
+        return torch.relu(x)
+
+
+def other_class(network):
+    network.stem[2] = OtherReLU()
+
+
+def extra_operation(network):
+    network.head.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def detached(network):
+    network.units[0].se.forward = lambda x: x
+
+
+def without_gradient(network):
+    block = network.units[0].se
+    forward = type(block).forward
+    block.forward = lambda x: forward(block, x).detach()
+
+
+def gate(network):
+    with torch.no_grad():
+        network.units[1].se.fc2.bias.fill_(1)
+
+
+def eval_only(network):
+    """A block that is an identity in training, and not in eval."""
+    block = network.units[0].se
+    forward = type(block).forward
+    block.forward = lambda x: forward(block, x) * (1 if block.training else 2)
+
+
+SAME, WITHOUT = CHECKS[2], CHECKS[3]
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "expected", "detail"),
+    [
+        (weight, ["weights kept", SAME, WITHOUT], "head.weight"),
+        (statistic, ["weights kept", SAME, WITHOUT], "units.0.bn1.running_mean"),
+        (counter, ["weights kept"], "num_batches_tracked"),
+        (foreign_key, ["weights kept"], "new and not a block's: units.visitor"),
+        (training_flag, ["settings kept"], "units.0.bn1: training"),
+        (requires_grad, ["settings kept"], "stem.0.weight: requires_grad"),
+        (forward_hook, ["settings kept"], "stem: _forward_hooks"),
+        (backward_hook, ["settings kept"], "stem: _backward_hooks"),
+        (other_class, ["settings kept"], "stem.2: class"),
+        (extra_operation, ["settings kept", SAME, WITHOUT], "differs by up to 1"),
+        (detached, ["blocks trainable"], "units.0.se"),
+        (without_gradient, ["blocks trainable"], "no gradient reaches units.0.se"),
+        (gate, [SAME], "differs by up to"),
+        (eval_only, [SAME], "eval: differs by up to"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_sabotage_is_found_by_the_checks_that_look_at_it(sabotage, expected, detail):
+    network, injected = pair()
+    sabotage(injected)
+    verdict = si.verify(network, injected, X) if sabotage not in (gate, eval_only) else fresh(network, injected)
+    assert failed(verdict) == expected
+    assert any(detail in check.detail for check in verdict.checks if check.passed is False)
+    assert not verdict.passed
+
+
+def fresh(network, injected):
+    """As the command line asks: right after the injection."""
+    from se_inject.verification import verify
+
+    return verify(network, injected, trace=plan(network, X).trace, fresh=True)
+
+
+@pytest.mark.parametrize("sabotage", [lost_key, other_dtype], ids=lambda function: function.__name__)
+def test_what_is_lost_is_never_passed(sabotage):
+    network, injected = pair()
+    sabotage(injected)
+    try:
+        verdict = si.verify(network, injected, X)
+    except RuntimeError:  # float against double: nothing could be compared
+        assert sabotage is other_dtype
+        return
+    assert "weights kept" in failed(verdict)
+    assert "settings kept" in failed(verdict)
+
+
+@pytest.mark.xfail(reason="an exception of the injected network goes through instead of failing a check")
+def test_a_network_that_no_longer_runs_fails_a_check():
+    network, injected = pair()
+    injected.units[0].se.forward = lambda x: x.no_such_method()
+    assert set(failed(si.verify(network, injected, X))) >= {SAME, "blocks trainable"}
+
+
+def test_a_failure_is_an_error_that_names_the_checks():
+    network, injected = pair()
+    training_flag(injected)
+    counter(injected)
+    with pytest.raises(VerificationError, match="failed 2 of 5 checks") as caught:
+        si.verify(network, injected, X).expect_passed()
+    assert "weights kept" in caught.value.seen
+    assert "settings kept" in caught.value.seen
+    assert caught.value.exit_code == 1
+
+
+# -- what is meant to differ -------------------------------------------------------------------------------
+
+
+def train(model, steps=2):
+    optimizer = torch.optim.SGD(si.injected_parameters(model), lr=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.eval()(torch.randn(4, 3, 16, 16)).square().mean().backward()
+        optimizer.step()
+    return model.train()
+
+
+def test_trained_blocks_are_meant_to_differ():
+    network, injected = pair()
+    verdict = si.verify(network, train(injected), X)
+    answers = {check.name: check for check in verdict.checks}
+    assert verdict.passed
+    assert answers[SAME].passed is None
+    assert "meant to differ" in answers[SAME].detail
+    assert answers[WITHOUT].passed is True
+
+
+def test_the_papers_start_is_meant_to_differ():
+    network, injected = pair(init="paper")
+    verdict = si.verify(network, injected, X)
+    assert [check.passed for check in verdict.checks] == [True, True, None, True, True]
+
+
+def test_a_block_without_parameters_has_no_gradients_to_miss():
+    network, injected = pair(block="simam")
+    verdict = si.verify(network, injected, X)
+    assert verdict.passed
+    assert verdict.checks[2].passed is None
+
+
+def test_only_what_was_added_is_asked_about():
+    _, first = pair(stages="units.0")
+    train(first)
+    second = si.inject(first, X)
+    verdict = si.verify(first, second, X)
+    assert [check.passed for check in verdict.checks] == [True] * 5
+    assert "4 new parameters of 1 block" in verdict.checks[4].detail
+
+
+def test_a_network_without_blocks_is_itself():
+    network, _ = pair()
+    assert si.verify(network, network, X).passed
+
+
+# -- odd networks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.xfail(reason="the gate of a branch that is zero gets no gradient until the branch has moved")
+def test_branches_that_start_at_zero_are_no_fault():
+    network = Net(zero_last=True)
+    assert si.verify(network, si.inject(network, X), X).passed
+
+
+def test_weights_that_are_no_numbers_are_told():
+    network, _ = pair()
+    with torch.no_grad():
+        network.head.weight[0, 0] = float("nan")
+    verdict = si.verify(network, si.inject(network, X), X)
+    assert verdict.passed
+    assert any("NaN" in note for note in verdict.notes)
+
+
+def test_a_large_network_is_checked_on_a_small_input():
+    network, injected = pair()
+    verdict = si.verify(network, injected, torch.empty(2, 3, 400, 400, device="meta"))
+    assert verdict.passed
+    assert verdict.notes == ("numeric checks on 1 input of 3×3×64×64",)
+
+
+def test_a_network_that_does_not_train_is_compared_in_eval():
+    class Refuses(Net):
+        def forward(self, x):
+            if self.training:
+                raise NotImplementedError("for inference alone")
+            return super().forward(x)
+
+    network = randomise(Refuses()).eval()
+    verdict = si.verify(network, si.inject(network, X), X)
+    assert verdict.passed
+    assert "train: not run: for inference alone" in verdict.checks[2].detail
+    assert "eval: bit-equal" in verdict.checks[2].detail
+
+
+def test_a_check_that_does_not_apply_is_no_failure():
+    verdict = Verdict((Check("a", True, ""), Check("b", None, "")))
+    assert verdict.passed
+    assert not Verdict((*verdict.checks, Check("c", False, ""))).passed
