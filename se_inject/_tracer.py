@@ -13,6 +13,8 @@ import dataclasses
 import inspect
 import math
 import operator
+import random
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -270,8 +272,14 @@ class OwnerTracer(TracerBase):
                 continue
             if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
                 items = value.values() if isinstance(value, dict) else value
+                if not any(map(holds_tensor, items)):
+                    self.constants[name] = value
+                    inputs += value if isinstance(value, tuple) else ()
+                    keywords |= value if isinstance(value, dict) else {}
+                    self._placeholder(("**" if isinstance(value, dict) else "*") + name, value)
+                    continue
                 if not all(map(holds_tensor, items)):
-                    raise Untraceable(f"takes plain values by `*{name}`, which an edited forward can't check")
+                    raise Untraceable(f"takes tensors and plain values together by `*{name}`")
                 self.constants[name] = Form(tuple(value) if isinstance(value, dict) else len(value))
             if kind is inspect.Parameter.VAR_POSITIONAL:
                 proxy = self._placeholder("*" + name, value)
@@ -304,7 +312,7 @@ class OwnerTracer(TracerBase):
             )
             stored = restore(self.owner, before)
         if stored:
-            raise Untraceable(f"its forward changes `self.{stored[0]}`")
+            raise Untraceable(f"its forward stores into `self.{stored[0]}`")
         return values_of(result)
 
     def _placeholder(self, name: str, value: Any) -> Any:
@@ -324,6 +332,8 @@ class OwnerTracer(TracerBase):
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name)  # type: ignore[arg-type]
         real_args, real_kwargs = values_of(args), values_of(kwargs)
         tracer, self.observer.tracer = self.observer.tracer, None
+        drawing = self.training and self.observer.result.how != "meta"
+        state = random_state() if drawing else None
         try:
             if kind == "call_method":
                 value = getattr(real_args[0], target)(*real_args[1:], **real_kwargs)
@@ -333,6 +343,8 @@ class OwnerTracer(TracerBase):
                 value = target(*real_args, **real_kwargs)
         finally:
             self.observer.tracer = tracer
+            if drawing:
+                set_random_state(state)  # what a node draws, it draws in the graph as well
         self.observer.count_function(node, value, real_args, real_kwargs)
         return self._wrap(node, value)
 
@@ -394,3 +406,19 @@ def _modes() -> tuple[bool, bool, bool]:
 
 
 _grad_enabled = torch.is_grad_enabled
+
+
+def random_state() -> Any:
+    """The state of every random generator that a forward may use on the CPU."""
+    numpy = sys.modules.get("numpy")
+    drawn = numpy.random.get_state() if numpy is not None else None
+    told = None if drawn is None else (drawn[0], drawn[1].tolist(), *drawn[2:])
+    return torch.get_rng_state().tolist(), random.getstate(), told
+
+
+def set_random_state(state: Any) -> None:
+    """Put the generators back."""
+    torch.set_rng_state(torch.tensor(state[0], dtype=torch.uint8))
+    random.setstate(state[1])
+    if state[2] is not None:
+        sys.modules["numpy"].random.set_state(state[2])

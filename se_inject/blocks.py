@@ -230,6 +230,8 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         OptionError: one it doesn't know.
     """
     known = block_options(name)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
     for key in options:
         if key not in known:
             raise OptionError(
@@ -265,7 +267,7 @@ def build_block(name: str, channels: int, size: Sequence[int], options: dict[str
         block = factory(channels, **{key: value for key, value in filled.items() if key in parameters}, **options)
     except InjectError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f"block `{name}` can't be built for {channels} channels with {options or 'no options'}",
             seen=f"{type(error).__name__}: {error}",
@@ -275,21 +277,39 @@ def build_block(name: str, channels: int, size: Sequence[int], options: dict[str
     if init == "identity":
         if not has_identity_start(block):
             raise OptionError(f"block `{name}` has no identity start", hint="init `paper`: as its authors start it")
-        block.identity_init()  # type: ignore[operator]
+        try:
+            block.identity_init()  # type: ignore[operator]
+        except Exception as error:
+            raise PluginError(
+                f"block `{name}` fails in its identity_init", seen=f"{type(error).__name__}: {error}"
+            ) from error
     return block
 
 
-def check_block(name: str, block: nn.Module, channels: int, size: Sequence[int]) -> None:
-    """Whether a block maps a value to one of the same shape and dtype, on its own device.
+def check_block(name: str, block: nn.Module, channels: int, size: Sequence[int], dtype: torch.dtype) -> None:
+    """Whether a block maps a value to a new one of the same shape and dtype, in both modes and at two batch sizes.
+
+    Args:
+        name: of the block.
+        block: on the meta device, so that nothing is computed.
+        channels: C of the values.
+        size: their spatial size.
+        dtype: of the network.
 
     Raises:
-        PluginError: it fails, or changes the shape or dtype.
+        PluginError: it fails, changes the shape or dtype, or overwrites what it is given.
     """
-    near = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
-    value = torch.zeros((2, channels, *size), device=near.device, dtype=near.dtype)
+    block = block.to(dtype)
+    for training, batch in ((False, 2), (True, 3)):
+        value = torch.zeros((batch, channels, *size), device="meta", dtype=dtype)
+        _check_call(name, block.train(training), value)
+
+
+def _check_call(name: str, block: nn.Module, value: Tensor) -> None:
+    version = value._version
     try:
         with torch.no_grad():
-            result = block.eval()(value)
+            result = block(value)
     except Exception as error:
         raise PluginError(
             f"block `{name}` fails on a value of {tuple(value.shape)}",
@@ -300,6 +320,8 @@ def check_block(name: str, block: nn.Module, channels: int, size: Sequence[int])
         raise PluginError(
             f"block `{name}` must return what it was given: {tuple(value.shape)} {value.dtype}", seen=told
         )
+    if value._version != version:
+        raise PluginError(f"block `{name}` overwrites the value it is given", hint="return a new tensor")
 
 
 def has_identity_start(block: nn.Module) -> bool:

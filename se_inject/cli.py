@@ -14,7 +14,7 @@ import click
 
 from se_inject import report
 from se_inject._version import __version__
-from se_inject.errors import InjectError
+from se_inject.errors import InjectError, OptionError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -156,13 +156,10 @@ def _inject(
     model: str, weights: Path | None, trust: tuple[str, ...], inputs: tuple[str, ...], outputs: tuple[Path, ...],
     force: bool, dry_run: bool, latency: bool, style: str, as_json: bool, verbose: bool, seed: int | None, **options: Any,
 ) -> None:  # fmt: skip
-    from se_inject._files import check_writable
-
     targets = () if dry_run else outputs or (_default_output(model),)
-    for target in targets:
-        check_writable(target, force)
+    _check_targets(targets, force, options)
     network = _load(model, weights, trust, seed)
-    say = _Talk(as_json)
+    say = _Talk(as_json or style == "csv")
     say(f"{type(network).__name__} from {model}")
     plan = _plan(network, inputs, options)
     for note in plan.notes:
@@ -286,6 +283,14 @@ class _Talk:
         click.echo(text, err=self.err)
 
 
+def _check_targets(targets: tuple[Path, ...], force: bool, options: dict[str, Any]) -> None:
+    from se_inject.exporting import check_targets
+
+    if targets:
+        chosen = {key: options[key] for key in ("device", "dtype", "memory_format")}
+        check_targets(targets, force=force, **chosen)
+
+
 def _load(model: str, weights: Path | None, trust: tuple[str, ...], seed: int | None) -> nn.Module:
     import torch
 
@@ -312,7 +317,10 @@ def _plan(network: nn.Module, inputs: tuple[str, ...], options: dict[str, Any]) 
     from se_inject.plans import plan
 
     given = {key: options[key] for key in ("reduction", "divisor", "bias") if options[key] is not None}
-    block_options = given | parsed_options(options["block"], options["settings"])
+    settings = parsed_options(options["block"], options["settings"])
+    for key in given.keys() & settings.keys():
+        raise OptionError(f"`{key}` is given twice", seen=f"{given[key]:g} and {settings[key]}", hint="leave one out")
+    block_options = given | settings
     return plan(
         network,
         _example(inputs, network),
@@ -361,11 +369,13 @@ def _latency(network: nn.Module, injected: nn.Module, plan: Plan) -> Any:
 
     from se_inject.cost import measure_latency
     from se_inject.inputs import real_inputs
+    from se_inject.tracing import preserved
 
     parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
     assert plan.trace is not None
     args, kwargs = real_inputs(plan.trace.inputs, batch=1, device=parameter.device, dtype=parameter.dtype)
-    return measure_latency(network.eval(), injected.eval(), args, kwargs)
+    with preserved(network), preserved(injected):
+        return measure_latency(network.eval(), injected.eval(), args, kwargs)
 
 
 def _export(injected: nn.Module, targets: tuple[Path, ...], plan: Plan, force: bool, options: dict[str, Any]) -> Any:
@@ -410,8 +420,9 @@ def _default_output(model: str) -> Path:
     path = Path(model)
     if path.is_file():
         return path.with_name(f"{path.stem}-se.pt")
-    name = model.rpartition(":")[2].rpartition(".")[2] or "model"
-    return Path(f"{name}-se.pt")
+    source, _, name = model.rpartition(":")
+    name = name.partition(".")[0] if source == "timm" else name.rpartition(".")[2]
+    return Path(f"{name or 'model'}-se.pt")
 
 
 def main() -> None:

@@ -120,15 +120,23 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.macs = self.elementwise = self.bytes = 0
         self.unknown: set[str] = set()
+        self.weights: dict[int, Tensor] = {}
+        """Parameters and buffers, and views of them: no activations."""
+
+    def leave_out(self, module: nn.Module) -> None:
+        """Count no bytes for this module's parameters and buffers."""
+        self.weights |= {id(t): t for t in (*module.parameters(), *module.buffers())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         name = packet.__name__
-        if name in _FREE or func.is_view:
-            return output
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if name in _FREE or func.is_view:
+            if any(id(tensor) in self.weights for tensor in tensors):
+                self.weights |= {id(tensor): tensor for tensor in results}
+            return output
         if not results:
             return output
         if packet in flop_registry:
@@ -139,7 +147,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 word in name for word in ("fft", "grid_sampler", "rnn", "lstm")
             ):
                 self.unknown.add(func.name())
-        self.bytes += sum(t.numel() * t.element_size() for t in (*tensors, *results) if not isinstance(t, nn.Parameter))
+        self.bytes += sum(t.numel() * t.element_size() for t in (*tensors, *results) if id(t) not in self.weights)
         return output
 
 
@@ -148,6 +156,7 @@ def cost_of_model(model: nn.Module, trace: Trace) -> tuple[Cost, tuple[str, ...]
     args, kwargs = real_inputs(trace.inputs, batch=1, device=torch.device("meta"), dtype=_dtype(model))
     params = sum(parameter.numel() for parameter in model.parameters())
     with standing_in(model, trace.how) as place, _Counter() as counter:
+        counter.leave_out(model)
         model(*place(args), **place(kwargs))
     return Cost(params, counter.macs, counter.elementwise, counter.bytes), tuple(sorted(counter.unknown))
 
@@ -158,6 +167,7 @@ def cost_of_step(step: Step, dtype: torch.dtype = torch.float32) -> CostRow:
         block = build_block(step.block, step.channels, step.size, step.options, step.init).to(dtype).eval()
         value = torch.empty((1, step.channels, *step.size), dtype=dtype)
     with torch.no_grad(), _Counter() as counter:
+        counter.leave_out(block)
         block(value)
     params = sum(parameter.numel() for parameter in block.parameters())
     return CostRow(
@@ -204,9 +214,11 @@ def measure_latency(
             network(*args, **kwargs)
         end = time.perf_counter() + seconds
         while len(pairs) < 8 or (time.perf_counter() < end and len(pairs) < 200):
-            order = (before, after) if len(pairs) % 2 else (after, before)
-            times = {id(network): _timed(network, args, kwargs) for network in order}
-            pairs.append((times[id(before)], times[id(after)]))
+            if len(pairs) % 2:
+                pairs.append((_timed(before, args, kwargs), _timed(after, args, kwargs)))
+            else:
+                late = _timed(after, args, kwargs)
+                pairs.append((_timed(before, args, kwargs), late))
     ratios = sorted(after / before for before, after in pairs)
     low, middle, high = statistics.quantiles(ratios, n=4)
     first, second = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))

@@ -142,15 +142,8 @@ def export_all(
         OptionError: an unknown suffix, device, dtype or memory format.
         ExportError: a file can't be written, or no road leads to one that computes what the network computes.
     """
+    to, formats = _checked(paths, device, dtype, memory_format, force)
     targets = [Path(path) for path in paths]
-    formats = [_format_of(target) for target in targets]
-    to = _To(
-        _device(device),
-        _choice("dtype", dtype, _DTYPES),
-        _choice("memory format", memory_format, _MEMORY_FORMATS),
-    )
-    for target in targets:
-        check_writable(target, force)
     with (
         atomic_all(targets, force) as temporary,
         _quiet(),
@@ -159,6 +152,39 @@ def export_all(
     ):
         network = _Network(model, to, opset, example_inputs, example_kwargs or {})
         return [_export_one(network, *each) for each in zip(targets, temporary, formats, strict=True)]
+
+
+def check_targets(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    memory_format: str | torch.memory_format | None = None,
+    force: bool = False,
+) -> None:
+    """Whether these files could be written and these conversions made here, before anything else is done.
+
+    Raises:
+        OptionError: an unknown suffix, device, dtype or memory format, or a file named twice.
+        ExportError: a file can't be written, or there is no such device.
+    """
+    _checked(paths, device, dtype, memory_format, force)
+
+
+def _checked(
+    paths: Sequence[str | os.PathLike[str]], device: Any, dtype: Any, memory_format: Any, force: bool
+) -> tuple[_To, list[str]]:
+    targets = [Path(path) for path in paths]
+    formats = [_format_of(target) for target in targets]
+    places = [target.resolve() for target in targets]
+    for target, place in zip(targets, places, strict=True):
+        if places.count(place) > 1:
+            raise OptionError(f"`{target}` is to be written twice", hint="name every file once")
+        check_writable(target, force)
+    to = _To(
+        _device(device), _choice("dtype", dtype, _DTYPES), _choice("memory format", memory_format, _MEMORY_FORMATS)
+    )
+    return to, formats
 
 
 class _Rejected(Exception):

@@ -35,6 +35,7 @@ from se_inject.operations import (
     convolutions,
     is_data,
     labels,
+    means_the_same,
     operation,
     passed_through,
     returned,
@@ -414,8 +415,8 @@ class Finder:
             shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             self._refuse(address, f"its value is not of the form (N, C, …): {shape}")
             return None
-        if all(extent == 1 for extent in tensor.shape[2:]):
-            return None
+        if kind == "conv" and all(extent == 1 for extent in tensor.shape[2:]):
+            return None  # a fully connected layer in other words
         if value.op == "placeholder":
             self._refuse(address, "its value is an input of the module")
             return None
@@ -447,11 +448,7 @@ class Finder:
     def _uneditable(self, owner: OwnerGraph, value: fx.Node, path: str, written: str | None) -> str | None:
         """Why the value can't be gated in this forward; None if it can."""
         if written is None:
-            result: fx.Node | None = value
-            if path == owner.path and owner.reads_training:
-                with contextlib.suppress(Untraceable):
-                    result = returned(self.trace.training_graph(owner)[0])
-            return "in training it returns more than this value" if result is None else None
+            return None
         if owner.path not in self.editable:
             try:
                 check_editable(self.trace, owner)
@@ -460,6 +457,10 @@ class Finder:
                 self.editable[owner.path] = error.message
         if self.editable[owner.path]:
             return self.editable[owner.path]
+        if owner.reads_training:
+            training, _ = self.trace.training_graph(owner)
+            if not means_the_same(owner.graph, training, written):
+                return f"its forward computes `{written.partition('#')[0]}` more often in one mode than in the other"
         if not value.users:
             return "nobody reads its value: it is written into another, whose name is read"
         order = {node: number for number, node in enumerate(owner.graph.nodes)}
@@ -530,9 +531,16 @@ class Finder:
                 return path, None
             value = last
         result = returned(owner.graph)
-        if result is not None and value is self._past_our_blocks(owner, result):
+        if result is not None and value is self._past_our_blocks(owner, result) and self._returns_one(owner):
             return path, None
         return path, label
+
+    def _returns_one(self, owner: OwnerGraph) -> bool:
+        """Whether the forward returns one tensor in training too, as far as that can be told."""
+        if owner.reads_training:
+            with contextlib.suppress(Untraceable):
+                return returned(self.trace.training_graph(owner)[0]) is not None
+        return True
 
     def _is_long(self, owner: OwnerGraph) -> bool:
         """Whether one forward holds many units, so that each is a unit of its own."""
@@ -547,16 +555,20 @@ class Finder:
     def _named(self, sites: list[Site]) -> list[Site]:
         """The sites with a block name each that depends on the network alone, not on what is selected."""
         owners = Counter(site.owner for site in sites)
+        injected: dict[str, list[str]] = {}
+        for path, module in self.trace.model.named_modules():
+            for step in self._steps(path) if hasattr(type(module), "_se_inject_body") else ():
+                site_address = path + step["site"] if step["site"].startswith(".") else step["site"]
+                injected.setdefault(site_address.lstrip("."), []).append(child_path(path, step["block_name"]))
         result: list[Site] = []
         for site in sites:
             label = re.sub(r"\W+", "_", site.value or "out")
             name = "se" if owners[site.owner] == 1 else f"se_{label}"
             taken = {other.block_name for other in result if other.owner == site.owner}
-            kind = type(self.trace.model.get_submodule(site.owner))
-            while name in taken or hasattr(kind, name):
-                name += "_"
-            steps = [step for step in self._steps(site.owner) if step["value"] == site.value]
-            blocks = tuple(child_path(site.owner, step["block_name"]) for step in steps)
+            owner = self.trace.model.get_submodule(site.owner)
+            if name in taken or (not injected.get(site.address) and _is_taken(owner, name)):
+                name = f"{name}_block"
+            blocks = tuple(injected.get(site.address, ()))
             result.append(
                 replace(
                     site,
@@ -577,6 +589,11 @@ def _tensors(inputs: object) -> list[Tensor]:
     from torch.utils._pytree import tree_leaves
 
     return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+
+
+def _is_taken(owner: nn.Module, name: str) -> bool:
+    """Whether an attribute is there already; one that is None on the instance is free."""
+    return hasattr(type(owner), name) or getattr(owner, name, None) is not None
 
 
 def _parent(path: str) -> str:

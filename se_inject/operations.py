@@ -126,6 +126,13 @@ def convolutions(node: fx.Node) -> int:
     return int(node.meta.get("counts", (0, 0, 0))[0])
 
 
+def means_the_same(graph: fx.Graph, training: fx.Graph, label: str) -> bool:
+    """Whether a label is that of the same value in both modes: the graphs hold as many of its kind."""
+    kind = label.partition("#")[0]
+    counts = [sum(name.partition("#")[0] == kind for name in labels(each).values()) for each in (graph, training)]
+    return counts[0] == counts[1]
+
+
 def labels(graph: fx.Graph) -> dict[fx.Node, str]:
     """A readable name for every computed value, the same in eval and train: ``bn3``, ``relu``, ``relu#2``."""
     seen: dict[str, int] = {}

@@ -47,6 +47,9 @@ class Plan:
     def __len__(self) -> int:
         return len(self.steps)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"trace": None}  # the network does not go into a plan's pickle
+
     def __str__(self) -> str:
         return report.plan_text(self)
 
@@ -214,7 +217,8 @@ def plan(
     sites = find_sites(trace)
     chosen, notes = _select(sites, _listed(stages), _listed(at), attended, model)
     places, unplaced = _places(trace, chosen, position)
-    start, odd = _probed([place for _, place in places], block, block_options, init)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    start, odd = _probed([place for _, place in places], block, block_options, init, dtype)
     draft = Step("", "", None, 0, 0, block, dict(block_options), start, position=position)
     steps = tuple(_step(draft, site, place, name) for site, place in places)
     notes = [*trace.notes, *notes, *unplaced, *odd]
@@ -316,7 +320,9 @@ def _step(draft: Step, site: Site, place: Place, name: str | None) -> Step:
     )
 
 
-def _probed(places: Sequence[Place], block: str, options: dict[str, Any], init: str | None) -> tuple[str, list[str]]:
+def _probed(
+    places: Sequence[Place], block: str, options: dict[str, Any], init: str | None, dtype: torch.dtype
+) -> tuple[str, list[str]]:
     """Build one block of each size, so that bad options are refused first of all: how it starts, and what is odd."""
     notes = []
     start = init or "identity"
@@ -326,7 +332,7 @@ def _probed(places: Sequence[Place], block: str, options: dict[str, Any], init: 
             if init is None and not has_identity_start(built):
                 start = "paper"
                 notes.append(f"block `{block}` has no identity start: the network's output changes until it is trained")
-            check_block(block, build_block(block, channels, size, options, start), channels, size)
+            check_block(block, build_block(block, channels, size, options, start), channels, size, dtype)
         reduction = options.get("reduction", 16)
         if getattr(built, "width", None) == 1 and reduction > channels:
             notes.append(

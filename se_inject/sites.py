@@ -122,7 +122,8 @@ class Sites(Sequence[Site]):
         matched: list[Site] = []
         for name in names:
             found = [site for site in self.all_sites if site.stage is not None and _in_stage(site, name)]
-            if not found:
+            limits = _RANGE.fullmatch(str(name).strip())
+            if not found or (limits and int(limits[2]) > max(site.stage or 0 for site in self.all_sites)):
                 raise SiteNotFound(
                     f"no stage matches `{name}`",
                     seen=self._seen(),
@@ -220,11 +221,14 @@ class Sites(Sequence[Site]):
         return tuple(rows)
 
 
+_RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
+
+
 def _in_stage(site: Site, name: int | str) -> bool:
     text = str(name).strip()
     if text.isdigit():
         return site.stage == int(text)
-    if found := re.fullmatch(r"(\d+)\s*-\s*(\d+)", text):
+    if found := _RANGE.fullmatch(text):
         return site.stage is not None and int(found[1]) <= site.stage <= int(found[2])
     return site.address == text or site.address.startswith(text + ".")
 

@@ -222,6 +222,7 @@ def _prepare(model: nn.Module, trace: Trace, path: str, steps: list[Step]) -> _O
 
 
 def _relative(site: str, path: str) -> str:
+    """A site's address within its owner, so that equal owners have equal bodies."""
     return site[len(path) :] if path and site.startswith(path + ".") else site
 
 
@@ -237,7 +238,6 @@ def _write_graphs(body: dict[str, Any], trace: Trace, path: str, steps: list[Ste
         if owner.reads_training:
             training, guards = trace.training_graph(owner)
             if _text(training) != _text(owner.graph):
-                _check_labels(owner.graph, training, steps)
                 body["train"] = graph_data(_edited(training, guards, steps))
         body["settings"] = {name: encoded(value) for name, value in owner.settings.items()}
         body["constants"] = {name: encoded(value) for name, value in owner.constants.items()}
@@ -248,15 +248,6 @@ def _write_graphs(body: dict[str, Any], trace: Trace, path: str, steps: list[Ste
 
 def _text(graph: fx.Graph) -> list[str]:
     return [node.format_node() or "" for node in graph.nodes]
-
-
-def _check_labels(graph: fx.Graph, training: fx.Graph, steps: list[Step]) -> None:
-    """Whether a label means the same value in both modes: the graphs hold as many of its kind."""
-    names, others = labels(graph).values(), labels(training).values()
-    for label in {step.value or "" for step in steps} | {reader for step in steps for reader in step.readers or ()}:
-        kind = label.partition("#")[0]
-        if sum(name.partition("#")[0] == kind for name in names) != sum(o.partition("#")[0] == kind for o in others):
-            raise SurgeryError(f"its forward computes `{kind}` more often in one mode than in the other")
 
 
 def _edited(graph: fx.Graph, guards: list[tuple[fx.Node, bool]], steps: list[Step]) -> fx.Graph:

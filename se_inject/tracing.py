@@ -11,9 +11,9 @@ from __future__ import annotations
 import builtins
 import contextlib
 import inspect
+import logging
 import os
 import random
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +25,16 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from se_inject._tracer import OwnerTracer, Untraceable, ValueProxy, holds_tensor, restore, snapshot
+from se_inject._tracer import (
+    OwnerTracer,
+    Untraceable,
+    ValueProxy,
+    holds_tensor,
+    random_state,
+    restore,
+    set_random_state,
+    snapshot,
+)
 from se_inject.errors import TraceError
 
 CONVOLUTIONS = frozenset(f"conv{transpose}{rank}d" for transpose in ("", "_transpose") for rank in (1, 2, 3)) | {
@@ -89,15 +98,19 @@ class Trace:
         for node in owner.graph.nodes:
             if node.op == "call_module":
                 replay.setdefault(str(node.target), []).append(node.meta["val"])
+        how = "real" if self.how == "real" else "meta"
+        inputs = owner.inputs
+        if self.how == "fake":  # its values belong to a mode that is closed
+            replay, inputs = tree_map_only(Tensor, _shapes_only, (replay, inputs))
         observer = Observer(self)
         tracer = OwnerTracer(observer, owner.module, owner.path, training=True, replay=replay)
         state = random_state()
         try:
-            with preserved(owner.module), warnings.catch_warnings(), _swapped(owner.module, self.how):
+            with preserved(owner.module), warnings.catch_warnings(), _swapped(owner.module, how):
                 warnings.simplefilter("ignore")
                 _forget_modes(owner.module)
                 with observer.watching():
-                    observer.trace(tracer, owner.inputs)
+                    observer.trace(tracer, inputs)
         except Exception as error:
             raise Untraceable(f"in training: {reason_of(error)}") from error
         finally:
@@ -147,7 +160,7 @@ class Observer:
         node.meta["counts"] = [now - then for now, then in zip(self.counts(), before, strict=True)]
 
     def _count_convolution(self, output: Tensor, weight: Tensor, *, transposed: bool, x: Tensor) -> None:
-        if all(extent == 1 for extent in output.shape[2:]):
+        if all(extent == 1 for extent in (*output.shape[2:], *x.shape[2:], *weight.shape[2:])):
             return  # a fully connected layer in other words: attention's bottlenecks, classifiers
         self._convs += 1
         positions = x.numel() if transposed else output.numel()
@@ -381,6 +394,8 @@ def standing_in(model: nn.Module, how: str) -> Iterator[Callable[[Any], Any]]:
     Afterwards everything is as before: attributes, modes, hooks, and the random generator.
     """
     python_state = random.getstate()
+    chatter = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, chatter.disabled = chatter.disabled, True
     with preserved(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         warnings.simplefilter("ignore")
         for module in model.modules():
@@ -390,6 +405,7 @@ def standing_in(model: nn.Module, how: str) -> Iterator[Callable[[Any], Any]]:
                 yield place
         finally:
             random.setstate(python_state)
+            chatter.disabled = disabled
 
 
 @contextlib.contextmanager
@@ -430,20 +446,8 @@ def _forget_modes(model: nn.Module) -> None:
             module.__dict__.pop("training", None)
 
 
-def random_state() -> Any:
-    """The state of every random generator that a forward may use on the CPU."""
-    numpy = sys.modules.get("numpy")
-    drawn = numpy.random.get_state() if numpy is not None else None
-    told = None if drawn is None else (drawn[0], drawn[1].tolist(), *drawn[2:])
-    return torch.get_rng_state().tolist(), random.getstate(), told
-
-
-def set_random_state(state: Any) -> None:
-    """Put the generators back."""
-    torch.set_rng_state(torch.tensor(state[0], dtype=torch.uint8))
-    random.setstate(state[1])
-    if state[2] is not None:
-        sys.modules["numpy"].random.set_state(state[2])
+def _shapes_only(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _drawn(tensor: Tensor) -> Tensor:
@@ -527,6 +531,8 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> str
 def reason_of(error: Exception) -> str:
     """An error as the reason why a forward can't be traced, with the author's file and line."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if any("torch/utils/checkpoint.py" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+        return "it uses activation checkpointing, which a graph can't hold"
     if not isinstance(error, Untraceable):
         text = f"{type(error).__name__}: {text}"
     return f"{text} {location(error)}".strip()

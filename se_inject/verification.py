@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from se_inject._tracer import random_state, set_random_state
 from se_inject.bodies import original_class
 from se_inject.errors import VerificationError
 from se_inject.inputs import observe_model, real_inputs
@@ -118,15 +120,22 @@ def _numeric_inputs(model: nn.Module, trace: Trace) -> tuple[Any, list[str]]:
     raise AssertionError("unreachable")  # pragma: no cover
 
 
-def _run(model: nn.Module, inputs: Any, *, training: bool, seed: int) -> Any:
+def _run(
+    model: nn.Module, inputs: Any, *, training: bool, seed: int, parameters: dict[str, Tensor] | None = None
+) -> Any:
     """One call with nothing left behind: modes, buffers, attributes and the random generator as before."""
     args, kwargs = inputs
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with preserved(model), torch.random.fork_rng():
-        for module in model.modules():
-            module.training = training
-        torch.manual_seed(seed)
-        return functional_call(model, buffers, tuple(_copied(args)), _copied(kwargs))
+    state = random_state()
+    try:
+        with preserved(model):
+            for module in model.modules():
+                module.training = training
+            torch.manual_seed(seed)
+            random.seed(seed)
+            return functional_call(model, {**buffers, **(parameters or {})}, tuple(_copied(args)), _copied(kwargs))
+    finally:
+        set_random_state(state)
 
 
 def _copied(value: Any) -> Any:
@@ -148,9 +157,9 @@ def _outputs(
             except Exception as error:  # the network's own: batch norm on one value, say
                 results["fresh", mode] = results["without", mode] = f"not run: {str(error).splitlines()[0][:80]}"
                 continue
-            results["fresh", mode] = _difference(expected, _run(after, inputs, training=mode == "train", seed=1))
+            results["fresh", mode] = _compared(expected, after, inputs, mode)
             with _without(after, blocks):
-                results["without", mode] = _difference(expected, _run(after, inputs, training=mode == "train", seed=1))
+                results["without", mode] = _compared(expected, after, inputs, mode)
     if _starts_as_identity(after, blocks, fresh):
         text, passed = _answer([results["fresh", mode] for mode in modes], modes)
         first = Check("same output as before", passed, text)
@@ -160,6 +169,13 @@ def _outputs(
         )
     text, passed = _answer([results["without", mode] for mode in modes], modes)
     return [first, Check("same output without the blocks", passed, text)]
+
+
+def _compared(expected: Any, after: nn.Module, inputs: Any, mode: str) -> str:
+    try:
+        return _difference(expected, _run(after, inputs, training=mode == "train", seed=1))
+    except Exception as error:
+        return f"the injected network fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
 
 
 def _answer(results: list[str], modes: tuple[str, ...]) -> tuple[str, bool | None]:
@@ -280,19 +296,36 @@ def _setting(module: nn.Module, name: str) -> Any:
     return len(value) if name != "training" else value
 
 
+def _awakened(model: nn.Module, new: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Random numbers for the old weights that are all zero (a residual branch's last scale, as many start it).
+
+    What they multiply would get no gradient, which says nothing about the new blocks.
+    """
+    generator = torch.Generator().manual_seed(4)
+    return {
+        name: torch.randn(parameter.shape, generator=generator).to(parameter)
+        for name, parameter in model.named_parameters()
+        if name not in new and parameter.is_floating_point() and not parameter.any()
+    }
+
+
 def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> Check:
     """One backward pass of a random projection of the outputs, towards the new parameters only."""
     named = {
         f"{path}.{name}": p for path, block in blocks.items() for name, p in block.named_parameters() if p.requires_grad
     }
+    awake = _awakened(after, named)
     called: set[str] = set()
     hooks = [block.register_forward_hook(lambda *_, path=path: called.add(path)) for path, block in blocks.items()]
     try:
         with torch.enable_grad():
-            try:
-                result = _run(after, inputs, training=True, seed=2)
+            try:  # in training, if the network itself can be
+                result = _run(after, inputs, training=True, seed=2, parameters=awake)
             except Exception:
-                result = _run(after, inputs, training=False, seed=2)
+                try:
+                    result = _run(after, inputs, training=False, seed=2, parameters=awake)
+                except Exception as error:
+                    return Check("blocks trainable", False, f"the injected network fails: {error}")
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
             generator = torch.Generator().manual_seed(3)
             loss = sum((out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs)

@@ -28,7 +28,9 @@ def test_command_prints_what_the_readme_says(command, expected, tmp_path):
         ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
-    pattern = re.escape(expected.strip()).replace("…", "[^\n]*") if "max error …" in expected else re.escape(expected.strip())
+    pattern = (
+        re.escape(expected.strip()).replace("…", "[^\n]*") if "max error …" in expected else re.escape(expected.strip())
+    )
     assert re.fullmatch(pattern, done.stdout.strip()), done.stdout
 
 
