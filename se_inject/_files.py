@@ -40,6 +40,22 @@ def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
         raise ExportError(f"cannot write `{path}`", seen=f"no permission to write in `{parent}`")
 
 
+def check_all_writable(paths: Sequence[str | os.PathLike[str]], force: bool = False) -> None:
+    """Ask whether all these files may be written here, and are different ones.
+
+    Raises:
+        ExportError: one of them can't, or two are the same.
+    """
+    for path in paths:
+        check_writable(path, force)
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise ExportError(
+            "two of the files to write are the same",
+            seen=", ".join(map(str, paths)),
+            hint="name every file once",
+        )
+
+
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
     """Give a temporary path to write to, and move what was written into place when the block succeeds.
@@ -66,11 +82,8 @@ def atomic_all(paths: Sequence[str | os.PathLike[str]], force: bool = False) -> 
         ExportError: a path cannot be written (before the block is entered), the disk is full, or the
             operating system refused.
     """
-    for path in paths:
-        check_writable(path, force)
+    check_all_writable(paths, force)
     targets = [Path(path).resolve() for path in paths]  # a symbolic link stays one
-    if len(set(targets)) < len(targets):
-        raise ExportError("two of the files to write are the same", seen=", ".join(map(str, paths)))
     temporary: list[Path] = []
     try:
         for target in targets:

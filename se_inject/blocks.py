@@ -131,9 +131,9 @@ def register_block(name: str) -> Callable[[Factory], Factory]:
 
 
 def block_names() -> dict[str, str]:
-    """Every block's name, and where it comes from: ``se_inject``, a package, or ``registered``."""
+    """Every block's name, and where it comes from: ``se-inject``, a package, or ``registered``."""
     names = {
-        name: "se_inject" if factory is SqueezeExcitation else "registered" for name, factory in _registered.items()
+        name: "se-inject" if factory is SqueezeExcitation else "registered" for name, factory in _registered.items()
     }
     for point in importlib.metadata.entry_points(group=GROUP):
         names.setdefault(point.name, point.dist.name if point.dist is not None else point.module)

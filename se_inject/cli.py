@@ -176,7 +176,12 @@ def _inject(
         click.echo(report.cost_text(cost, style, by_site=verbose))
         if style == "text":
             click.echo("\n" + "\n".join(report.cost_lines(cost)))
-    if not dry_run or latency:
+    if dry_run and not latency:
+        from se_inject.verification import weight_warnings
+
+        for warning in weight_warnings(network):
+            say("\n" + warning)
+    else:
         injected = plan.apply(network)
         verdict = _verify(network, injected, plan)
         data["verification"] = report.verdict_data(verdict)

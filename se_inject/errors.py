@@ -29,8 +29,10 @@ class InjectError(Exception):
     Args:
         message: what was asked or what went wrong, one line.
         seen: what was found instead; None if there is nothing to add.
-        hint: what the user can do about it; None if nothing is known.
+        hint: what the user can do about it; None: what its kind of error has in general.
     """
+
+    general_hint: str | None = None
 
     exit_code = 1
     """What the command line returns for it: 1 could not be done, 2 was asked wrongly."""
@@ -39,7 +41,7 @@ class InjectError(Exception):
         super().__init__(message)
         self.message = message
         self.seen = seen
-        self.hint = hint
+        self.hint = hint or self.general_hint
 
     def __str__(self) -> str:
         text = self.message
@@ -61,11 +63,15 @@ class NoSites(InjectError, LookupError):
 class SiteNotFound(InjectError, LookupError):
     """A stage, path or pattern matches no site."""
 
+    general_hint = "list the sites with `se-inject sites MODEL -v`"
+
     exit_code = 2
 
 
 class OptionError(InjectError, ValueError):
     """An option has a value that no block or plan can have."""
+
+    general_hint = "`se-inject --help` lists the options, `se-inject blocks NAME` those of a block"
 
     exit_code = 2
 
@@ -95,6 +101,8 @@ class VerificationError(InjectError, RuntimeError):
 class LoadError(InjectError, ValueError):
     """A file or a name gave no model."""
 
+    general_hint = "MODEL is a whole network in a file, or a name such as torchvision:resnet50; see `se-inject --help`"
+
 
 class UntrustedGlobals(LoadError):
     """A pickled model refers to classes or functions outside the allow-list."""
@@ -102,3 +110,5 @@ class UntrustedGlobals(LoadError):
 
 class ExportError(InjectError, RuntimeError):
     """A file could not be written, or what was written does not compute what the model computes."""
+
+    general_hint = "choose another file or format with -o"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ._files import atomic_all, check_writable, no_space, write_in_one_go
+from ._files import atomic_all, check_all_writable, no_space, write_in_one_go
 from .errors import ExportError, OptionError
 
 BATCHES = (1, 2, 5)
@@ -176,11 +176,7 @@ def _checked(
 ) -> tuple[_To, list[str]]:
     targets = [Path(path) for path in paths]
     formats = [_format_of(target) for target in targets]
-    places = [target.resolve() for target in targets]
-    for target, place in zip(targets, places, strict=True):
-        if places.count(place) > 1:
-            raise OptionError(f"`{target}` is to be written twice", hint="name every file once")
-        check_writable(target, force)
+    check_all_writable(targets, force)
     to = _To(
         _device(device), _choice("dtype", dtype, _DTYPES), _choice("memory format", memory_format, _MEMORY_FORMATS)
     )

@@ -121,6 +121,9 @@ class Finder:
                 self._refuse(where, "its operands start from different channels of one value")
                 continue
             around = any(inside & {other} for other, _, _ in found) or self._hold_units(owner, inside | own)
+            if any(node.meta.get("counts", (0, 0, 0, 0))[3] for node in inside):
+                self._refuse(where, "its branch is attention between positions, which is left alone")
+                continue
             value = self._unscaled(owner, branch)
             found.append((node, inside, NESTED if around else None))
             self._add(owner, value, "residual", inside | own, found[-1][2], node)
@@ -485,23 +488,30 @@ class Finder:
 
     def _misread(self, owner: OwnerGraph, value: fx.Node) -> str | None:
         """Why dimension 1 of a value isn't its channels; None if it is, as far as the way back to a convolution tells."""
-        if self._channels_at(owner, value, 1):
+        found = self._channels_at(owner, value, 1)
+        if found is True or (not isinstance(found, bool) and found == 1):
             return None
         return f"its value is not of the form (N, C, …): its channels are not dimension 1 of {tuple(value.meta['val'].shape)}"
 
-    def _channels_at(self, owner: OwnerGraph, node: fx.Node, axis: int) -> bool:
+    def _channels_at(self, owner: OwnerGraph, node: fx.Node, axis: int) -> bool | int:
+        """Whether an axis of a value is its channels; if the way back ends at the graph's input, which axis of that."""
         while True:
             tensor = node.meta.get("val")
             data = [source for source in node.all_input_nodes if is_data(source)]
             kind = self.kind(owner, node)
-            if not isinstance(tensor, Tensor) or node.op == "placeholder" or not data or kind in ("conv", "pool"):
+            if node.op == "placeholder":
+                return axis
+            if not isinstance(tensor, Tensor) or not data or kind in ("conv", "pool"):
                 return axis == 1
             name = getattr(node.target, "__name__", node.target)
-            if kind == "module":
-                inner = self.trace.graphs.get(self.trace.child(owner.path, node.target))
-                result = returned(inner.graph) if inner is not None else None
-                if inner is not None and result is not None and convolutions(node):
-                    return self._channels_at(inner, result, axis)
+            before = data[0].meta["val"]
+            inner = self.trace.graphs.get(self.trace.child(owner.path, node.target)) if kind == "module" else None
+            result = returned(inner.graph) if inner is not None else None
+            if inner is not None and result is not None:
+                found = self._channels_at(inner, result, axis)
+                if isinstance(found, bool):
+                    return found
+                axis = found
             elif (node.op == "call_module" and isinstance(self._module(owner, node), nn.Linear)) or name == "linear":
                 return axis == tensor.dim() - 1
             elif name == "permute":
@@ -510,11 +520,9 @@ class Finder:
             elif name in ("transpose", "swapaxes", "swapdims"):
                 one, other = (int(dim) % tensor.dim() for dim in node.args[1:3])  # type: ignore[arg-type]
                 axis = {one: other, other: one}.get(axis, axis)
-            elif data[0].meta["val"].dim() != tensor.dim() and (
-                axis != 1 or data[0].meta["val"].shape[1] != tensor.shape[1]
-            ):
+            elif before.dim() != tensor.dim() and (axis != 1 or before.shape[1] != tensor.shape[1]):
                 return axis == 1 and tensor.dim() > 3
-            node = data[0]
+            node = max(data, key=lambda source: source.meta["val"].numel())
 
     def _module(self, owner: OwnerGraph, node: fx.Node) -> nn.Module:
         return self.trace.model.get_submodule(self.trace.child(owner.path, node.target))

@@ -85,11 +85,13 @@ def is_data(argument: object) -> bool:
 
 def is_constant(node: fx.Node) -> bool:
     """Whether a node's value depends on parameters and plain numbers only."""
-    if node.op == "get_attr":
-        return True
-    if node.op == "placeholder":
-        return False
-    return all(is_constant(source) for source in node.all_input_nodes)
+    known = node.meta.get("constant")
+    if known is None:
+        known = node.op == "get_attr" or (
+            node.op != "placeholder" and all(is_constant(source) for source in node.all_input_nodes)
+        )
+        node.meta["constant"] = known
+    return bool(known)
 
 
 def passed_through(trace: Trace, owner: str, node: fx.Node) -> fx.Node | None:

@@ -221,6 +221,7 @@ def plan(
     start, odd = _probed([place for _, place in places], block, block_options, init, dtype)
     draft = Step("", "", None, 0, 0, block, dict(block_options), start, position=position)
     steps = tuple(_step(draft, site, place, name) for site, place in places)
+    _check_names(model, steps)
     notes = [*trace.notes, *notes, *unplaced, *odd]
     args, kwargs = trace.inputs
     shapes = None if kwargs or (listed := shapes_of(args)) is None else tuple(listed)
@@ -284,6 +285,17 @@ def _already(paths: Sequence[str], model: nn.Module) -> AlreadyInjected:
         seen=f"{len(paths)} in {type(model).__name__}, `{paths[0]}` the first",
         hint="choose other sites, or take the blocks out first: `si.eject_(model)`",
     )
+
+
+def _check_names(model: nn.Module, steps: Sequence[Step]) -> None:
+    """Whether the blocks' names are free on their owners."""
+    for step in steps:
+        if getattr(model.get_submodule(step.owner), step.block_name, None) is not None:
+            raise SurgeryError(
+                f"`{step.path}` is to become a block",
+                seen=f"{type(model.get_submodule(step.owner)).__name__} has an attribute of that name",
+                hint="choose another name with `name=` in Python, `--name` on the command line",
+            )
 
 
 def _places(trace: Trace, sites: Sequence[Site], position: str) -> tuple[list[tuple[Site, Place]], list[str]]:

@@ -48,7 +48,7 @@ class OwnerGraph:
     """One module's forward as a graph, children as leaves.
 
     ``node.meta["val"]`` is the value a node had in the observed call, ``node.meta["time"]`` when it came to be.
-    ``node.meta["counts"]`` says what a child's call did: (convolutions, their MACs, gates).
+    ``node.meta["counts"]`` says what a child's call did: (convolutions, their MACs, gates, attention matrices).
     """
 
     path: str
@@ -128,14 +128,14 @@ class Observer:
     def __init__(self, trace: Trace) -> None:
         self.result = trace
         self.tracer: OwnerTracer | None = None
-        self._time = self._convs = self._macs = self._gates = 0
+        self._time = self._convs = self._macs = self._gates = self._attention = 0
 
     def tick(self) -> int:
         self._time += 1
         return self._time
 
-    def counts(self) -> tuple[int, int, int]:
-        return self._convs, self._macs, self._gates
+    def counts(self) -> tuple[int, int, int, int]:
+        return self._convs, self._macs, self._gates, self._attention
 
     def relative_path(self, module: nn.Module, root: str) -> str | None:
         path: str | None = self.result.paths.get(id(module))
@@ -151,6 +151,7 @@ class Observer:
     def count_function(self, node: fx.Node, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = getattr(node.target, "__name__", node.target)
         before = self.counts()
+        self._count_attention(str(name), value)
         if name in CONVOLUTIONS and isinstance(value, Tensor):
             weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
             if isinstance(weight, Tensor):
@@ -158,6 +159,11 @@ class Observer:
                     value, weight, transposed="transpose" in str(name), x=args[0] if args else value
                 )
         node.meta["counts"] = [now - then for now, then in zip(self.counts(), before, strict=True)]
+
+    def _count_attention(self, name: str, value: Any) -> None:
+        """Attention between positions: its own function, or a softmax over the rows of a matrix."""
+        matrix = isinstance(value, Tensor) and value.dim() > 2 and min(value.shape[-2:]) > 1
+        self._attention += name == "scaled_dot_product_attention" or (name in ("softmax", "Softmax") and matrix)
 
     def _count_convolution(self, output: Tensor, weight: Tensor, *, transposed: bool, x: Tensor) -> None:
         if all(extent == 1 for extent in (*output.shape[2:], *x.shape[2:], *weight.shape[2:])):
@@ -191,6 +197,8 @@ class Observer:
             output = self._known_result(module, args) if len(args) == 1 and not kwargs else None
             if output is None:
                 output = _CALL(module, *args, **kwargs)
+            self._count_attention(type(module).__name__, output)
+            self._attention += isinstance(module, nn.MultiheadAttention)
             if isinstance(module, nn.modules.conv._ConvNd) and isinstance(output, Tensor):
                 self._count_convolution(
                     output, module.weight, transposed=module.transposed, x=args[0] if args else output
@@ -238,7 +246,7 @@ class Observer:
                 self.result.failures[path] = reason_of(error)
                 self.result.calls.clear()
                 self.result.calls.update(before[0])
-                self._convs, self._macs, self._gates = before[1]
+                self._convs, self._macs, self._gates, self._attention = before[1]
                 self.tracer = None
                 return module.forward(*args, **kwargs)
             self.result.graphs[path] = graph = OwnerGraph(

@@ -194,11 +194,7 @@ def test_a_file_comes_back_with_blocks_and_the_same_output(se_inject, tiny):
         ("nets.py:tiny", "tiny-se.pt"),
         ("nets:tiny", "tiny-se.pt"),
         ("torchvision:squeezenet1_1", "squeezenet1_1-se.pt"),
-        pytest.param(
-            "timm:test_convnext.r160_in1k",
-            "test_convnext-se.pt",
-            marks=pytest.mark.xfail(reason="the file is named after the tag alone: r160_in1k-se.pt"),
-        ),
+        pytest.param("timm:test_convnext.r160_in1k", "test_convnext-se.pt"),
     ],
 )
 def test_a_name_gives_a_file_of_that_name(se_inject, model, output):
@@ -255,13 +251,11 @@ def logged():
         logger.removeHandler(handler)
 
 
-@pytest.mark.xfail(reason="torch logs the traceback of every size that a linear layer rejects")
 def test_the_input_is_inferred_and_told(se_inject):
     done = se_inject("nets.py:cifar", "--dry-run")
     assert "note: input inferred: 1 input of 2×3×32×32" in done.out
 
 
-@pytest.mark.xfail(reason="torch logs the traceback of every size that a linear layer rejects")
 @pytest.mark.parametrize(("arguments", "code"), [(("--dry-run",), 0), (("--dry-run", "--input", "3x40x40"), 1)])
 def test_torch_logs_nothing_about_inputs_that_were_tried(se_inject, logged, arguments, code):
     se_inject("nets.py:cifar", *arguments, code=code)
@@ -297,7 +291,6 @@ def test_sites_are_chosen(se_inject, choice, expected):
     assert [step["site"] for step in document(done.out)["plan"]] == expected
 
 
-@pytest.mark.xfail(reason="a range may go beyond the last stage, and nothing is said")
 def test_a_range_beyond_the_last_stage_is_no_silent_success(se_inject):
     done = se_inject("nets.py:tiny", *SMALL, "--dry-run", "--stages", "2-4", code=2)
     assert "`2-4`" in done.err
@@ -390,7 +383,6 @@ def test_json_csv_markdown_and_text_agree(se_inject):
     assert f"{cost['before']['macs']:,}" in se_inject(*arguments).out
 
 
-@pytest.mark.xfail(reason="what is said to people stands before the CSV on stdout")
 def test_csv_is_all_there_is_on_stdout(se_inject):
     done = se_inject("nets.py:tiny", *SMALL, "--dry-run", "--format", "csv")
     assert done.out.startswith("site,")
@@ -412,24 +404,20 @@ def test_latency_is_a_ratio_with_its_spread(se_inject):
     assert files() == set()
 
 
-@pytest.mark.xfail(reason="measuring leaves the network in eval mode, and so it is saved")
 def test_latency_does_not_change_what_is_written(se_inject):
     se_inject("nets.py:tiny", *SMALL, "-o", "a.pt")
     se_inject("nets.py:tiny", *SMALL, "-o", "b.pt", "--latency")
     assert [m.training for m in si.load("b.pt").modules()] == [m.training for m in si.load("a.pt").modules()]
 
 
-@pytest.mark.xfail(reason="a dry run plans what can't be applied")
 def test_a_dry_run_finds_what_the_run_would(se_inject):
     se_inject("nets.py:tiny", *SMALL, "--dry-run", "--name", "conv1", code=1)
 
 
-@pytest.mark.xfail(reason="the last one wins, and nothing is said")
 def test_an_option_given_twice(se_inject):
     se_inject("nets.py:tiny", *SMALL, "--dry-run", "--r", "8", "--set", "reduction=4", code=2)
 
 
-@pytest.mark.xfail(reason="what the files are to be is looked at after all the work")
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [(("-o", "x.tflite"), 2), (("-o", "x.pt", "-o", "x.pt"), 1), (("-o", "x.pt", "--device", "abacus"), 2)],
@@ -638,7 +626,6 @@ def nothing(network):
 
 
 TINY = ("tiny.pt", *SMALL)
-NO_HINT = pytest.mark.xfail(reason="the error has no hint", strict=False)
 BAD = {
     "no such file": (nothing, ("absent.pt",), 2, "no file `absent.pt`"),
     "nearly that file": (nothing, ("tinny.pt",), 2, "did you mean `tiny.pt`"),
@@ -698,11 +685,6 @@ BAD = {
     "no GPU": (nothing, (*TINY, "-o", "x.pt", "--device", "cuda"), 1, "this machine has none"),
     "no device": (nothing, (*TINY, "-o", "x.pt", "--device", "abacus"), 2, "abacus"),
 }
-WITHOUT_HINT = {
-    "no such file", "empty", "unknown code file", "no weights", "code in the weights", "code that fails",
-    "code that gives no network", "no expression", "divisor = 0", "option of another block",
-    "option of another type", "no name", "a directory for a file", "the same file twice",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -720,7 +702,7 @@ def test_bad_input_is_answered_and_nothing_is_written(se_inject, tiny, case, mon
     assert "wrote" not in done.out
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=[NO_HINT] if case in WITHOUT_HINT else []) for case in BAD])
+@pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_a_hint(se_inject, tiny, case, monkeypatch):
     make, arguments, code, _ = BAD[case]
     if case == "no GPU":
@@ -767,7 +749,6 @@ def test_weights_that_are_no_numbers_are_warned_of(se_inject):
     assert "NaN" in se_inject("nets.py:ill", *SMALL, "-o", "y.pt", "--json").err
 
 
-@pytest.mark.xfail(reason="the weights are looked at by the checks, which a dry run leaves out")
 def test_a_dry_run_warns_of_weights_that_are_no_numbers(se_inject):
     done = se_inject("nets.py:ill", *SMALL, "--dry-run")
     assert "NaN" in done.out + done.err

@@ -246,11 +246,10 @@ def test_gradients_reach_every_new_parameter(hazard):
             assert gradient.any(), name
 
 
-@every(name for name in INJECTABLE if HAZARDS[name].trains)
+@every(name for name in INJECTABLE if HAZARDS[name].trains and name != "all_frozen")
 def test_old_gradients_are_as_before(hazard):
     before = hazard.make()
-    if not any(parameter.requires_grad for parameter in before.parameters()):
-        pytest.skip("the network has none")
+    assert any(parameter.requires_grad for parameter in before.parameters())
     expected, seen = gradients(before, hazard), gradients(injected(hazard), hazard)
     for name, gradient in expected.items():
         assert (gradient is None) == (seen[name] is None), name

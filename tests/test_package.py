@@ -116,7 +116,8 @@ def test_errors_are_a_tree_under_one_class_and_a_builtin():
 def test_an_error_in_full():
     error = errors.OptionError("no", seen="yes", hint="perhaps")
     assert str(error) == "no\nseen: yes\n\nhint: perhaps"
-    assert str(errors.OptionError("no")) == "no"
+    assert str(errors.InjectError("no")) == "no"
+    assert "hint: " in str(errors.OptionError("no"))
 
 
 # -- which module imports which ----------------------------------------------------------------------------

@@ -233,14 +233,12 @@ def test_plans_for_other_sites_add_up():
 
 
 @pytest.mark.parametrize("first", ["pre", "identity"])
-@pytest.mark.xfail(reason="its own blocks are taken for attention of the network's own")
 def test_a_site_that_has_a_block_at_another_position_is_said_to_have_one(first):
     network = si.inject(resnet(), X, stages=[2], position=first)
     with pytest.raises(AlreadyInjected):
         si.plan(network, X, stages=[2])
 
 
-@pytest.mark.xfail(reason="planned under the name that the first block has, and then refused by apply", strict=False)
 def test_a_plan_for_another_position_can_be_applied_or_is_not_made():
     network = si.inject(resnet(), X, stages=[2], position="post")
     try:
@@ -517,14 +515,12 @@ class OtherSelf(nn.Module):
         return x + this.conv(x)
 
 
-@pytest.mark.xfail(reason="the edited forward takes the author's name and reads `self`")
 def test_a_forward_whose_self_has_another_name():
     network = nn.Sequential(nn.Conv2d(3, 8, 1), OtherSelf(), OtherSelf())
     x = torch.randn(1, 3, 8, 8)
     assert torch.equal(si.inject(network, x)(x), network(x))
 
 
-@pytest.mark.xfail(reason="values of 1×1 are neither sites nor refused")
 def test_a_unit_whose_values_have_shrunk_to_one_position_is_at_least_mentioned():
     found = si.find_sites(resnet(), torch.empty(1, 3, 32, 32, device="meta"))
     mentioned = [site.address for site in found.all_sites] + [item.address for item in found.refused]

@@ -74,7 +74,7 @@ def test_all_are_found_through_entry_points_and_only_so():
     assert {name: names[name] for name in PLUGINS} == dict.fromkeys(PLUGINS, "se-inject")
     files = {path.stem for path in (Path(__file__).parent.parent / "plugins").glob("[!_]*.py")}
     assert files == set(PLUGINS)
-    assert names["se"] == "se_inject"
+    assert names["se"] == "se-inject"
 
 
 @pytest.mark.parametrize("name", PLUGINS)
