@@ -256,7 +256,7 @@ def test_the_input_is_inferred_and_told(se_inject):
     assert "note: input inferred: 1 input of 2×3×32×32" in done.out
 
 
-@pytest.mark.parametrize(("arguments", "code"), [(("--dry-run",), 0), (("--dry-run", "--input", "3x40x40"), 1)])
+@pytest.mark.parametrize(("arguments", "code"), [(("--dry-run",), 0), (("--dry-run", "--input", "3x64x64"), 1)])
 def test_torch_logs_nothing_about_inputs_that_were_tried(se_inject, logged, arguments, code):
     se_inject("nets.py:cifar", *arguments, code=code)
     assert [record.getMessage()[:80] for record in logged] == []
