@@ -1,9 +1,4 @@
-"""Trace → sites: the values a block could gate, the places refused with their reasons, and the stages.
-
-What is looked for is structure. A residual site is the branch of an addition with the convolutions in it, whose
-other operand leads back to a value that the branch started from. A plain site is what follows a run of
-convolutions: its normalisation and activation.
-"""
+"""What can be gated: sites, refusals, stages, and how some of them are selected. How they are found is in `finding`."""
 
 from __future__ import annotations
 
