@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx, nn
 
+from se_inject._tracer import holds_tensor
 from se_inject.tracing import CONVOLUTIONS, Trace, is_leaf
 
 _FUNCTIONS = {
@@ -78,6 +79,22 @@ def child_path(owner: str, target: str) -> str:
     return ".".join(part for part in (owner, target) if part)
 
 
+def parent(path: str) -> str:
+    """The path of the module that holds this one."""
+    return path.rpartition(".")[0]
+
+
+def prefixes(path: str) -> list[str]:
+    """The paths of all modules that hold this one, the network's first, and its own."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:end]) for end in range(len(parts) + 1)]
+
+
+def any_prefix(path: str, roots: set[str]) -> bool:
+    """Whether a module is one of these or within one."""
+    return any(prefix in roots for prefix in prefixes(path))
+
+
 def is_data(argument: object) -> bool:
     """Whether an argument is a node whose value is a tensor made from the owner's inputs."""
     return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), Tensor) and not is_constant(argument)
@@ -146,3 +163,38 @@ def labels(graph: fx.Graph) -> dict[fx.Node, str]:
             seen[name] = seen.get(name, 0) + 1
             result[node] = name if seen[name] == 1 else f"{name}#{seen[name]}"
     return result
+
+
+def is_bundle(node: fx.Node) -> bool:
+    """Whether a node's value is a structure of tensors: a split, a list input."""
+    value = node.meta.get("val")
+    return isinstance(value, tuple | list | dict) and holds_tensor(value)
+
+
+def slices_channels(node: fx.Node) -> bool:
+    """Whether a node takes some of the channels of a value."""
+    if getattr(node.target, "__name__", node.target) not in ("getitem", "narrow", "slice"):
+        return False
+    value = node.meta["val"]
+    for source in node.all_input_nodes:
+        whole = source.meta.get("val")
+        if is_bundle(source):
+            return True
+        if isinstance(whole, Tensor) and whole.dim() == value.dim() and value.shape[1] < whole.shape[1]:
+            return True
+    return False
+
+
+def slice_origins(node: fx.Node) -> set[fx.Node]:
+    """The values that a slice is a part of, also by way of a split."""
+    origins = set(node.all_input_nodes)
+    for source in node.all_input_nodes:
+        if getattr(source.target, "__name__", source.target) in ("split", "split_with_sizes", "tensor_split", "chunk"):
+            origins |= set(source.all_input_nodes)
+    return origins
+
+
+def joins_channels(node: fx.Node) -> bool:
+    """Whether a concatenation is along dimension 1."""
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    return isinstance(dim, int) and dim % int(node.meta["val"].dim()) == 1

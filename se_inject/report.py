@@ -73,7 +73,7 @@ def stages_text(sites: Sites, style: str = "text") -> str:
         [
             stage.number,
             stage.path or "(the network)",
-            _stride(stage.stride),
+            _strides(stage.strides),
             _range(stage.channels),
             len(stage.sites),
             sum(site.held_back is None for site in stage.sites),
@@ -110,7 +110,7 @@ def sites_data(sites: Sites) -> dict[str, Any]:
             {
                 "stage": stage.number,
                 "path": stage.path,
-                "stride": list(stage.stride),
+                "strides": [list(stride) for stride in stage.strides],
                 "channels": list(stage.channels),
                 "sites": [site.address for site in stage.sites],
                 "aliases": list(stage.aliases),
@@ -131,6 +131,11 @@ def sites_data(sites: Sites) -> dict[str, Any]:
         ],
         "refused": [{"address": item.address, "reason": item.reason} for item in sites.refused],
     }
+
+
+def _strides(strides: tuple[tuple[float, ...], ...]) -> str:
+    told = [_stride(stride) for stride in strides]
+    return told[0] if len(told) == 1 else f"{told[0]} … {told[-1]}"
 
 
 def _stride(stride: tuple[float, ...]) -> str:

@@ -14,8 +14,10 @@ INJECTED = "holds a block of ours"
 OUTSIDE = "a plain convolution outside of the units"
 NESTED = "it is made of units that have sites of their own"
 HEAD = "a convolution without activation: a projection or a head"
-STAGELESS = frozenset({OUTSIDE, NESTED, HEAD})
-""" Reasons to hold a site back that leave it outside of the stages: it is chosen by its address alone."""
+DENSE = "a layer of a dense block, which has a site as a whole"
+NECK = "a neck or head, behind the backbone"
+STAGELESS = frozenset({OUTSIDE, NESTED, HEAD, DENSE})
+"""Reasons to hold a site back that leave it outside of the stages: it is chosen by its address alone."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,12 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of sites under one container at one resolution."""
+    """A run of sites under one container at one resolution, or of parallel branches, each at its own."""
 
     number: int
     path: str
-    stride: tuple[float, ...]
+    strides: tuple[tuple[float, ...], ...]
     channels: tuple[int, ...]
-    size: tuple[int, ...]
     sites: tuple[Site, ...]
     aliases: tuple[str, ...]
 
@@ -91,7 +92,7 @@ class Sites(Sequence[Site]):
         chosen: the sites, in the order in which data reaches them.
         refused: the places that can take no block.
         all_sites: every site of the network, for messages and for widening a selection.
-        input_size: spatial size of the observed input.
+        input_size: spatial size of what the network's first convolution reads.
     """
 
     chosen: tuple[Site, ...]
@@ -201,19 +202,29 @@ class Sites(Sequence[Site]):
         for site in self.all_sites:
             if site.stage is not None:
                 groups.setdefault(site.stage, []).append(site)
-        containers = [group[0].container for group in groups.values()]
-        strides = {number: _stride(self.input_size, group[0].size) for number, group in groups.items()}
+        strides = {
+            number: tuple(dict.fromkeys(_stride(self.input_size, site.size) for site in group))
+            for number, group in groups.items()
+        }
+        last: dict[tuple[float, ...], int] = {}
+        for number, group in groups.items():
+            if group[0].held_back != NECK:
+                last |= dict.fromkeys(strides[number], number)
         rows = []
         for number, group in groups.items():
             path = group[0].container
-            if not path or containers.count(path) > 1:
+            inside = [site for site in self.all_sites if site.stage is not None and _is_within(site.unit, path)]
+            if not path or len(inside) > len(group):
                 path = group[0].unit if group[0].unit == group[-1].unit else f"{group[0].unit} … {group[-1].unit}"
-            last = max(other for other, stride in strides.items() if stride == strides[number])
-            level = _power_of_two(strides[number])
-            aliases = (f"C{level}",) if level is not None and last == number else ()
+            levels = [_power_of_two(stride) for stride in strides[number] if last.get(stride) == number]
+            aliases = tuple(f"C{level}" for level in levels if level is not None)
             channels = tuple(dict.fromkeys(site.channels for site in group))
-            rows.append(Stage(number, path, strides[number], channels, group[0].size, tuple(group), aliases))
+            rows.append(Stage(number, path, strides[number], channels, tuple(group), aliases))
         return tuple(rows)
+
+
+def _is_within(path: str, container: str) -> bool:
+    return not container or path == container or path.startswith(container + ".")
 
 
 _RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
@@ -250,18 +261,3 @@ def _stride(input_size: tuple[int, ...], size: tuple[int, ...]) -> tuple[float, 
 def _power_of_two(stride: tuple[float, ...]) -> int | None:
     level = round(stride[0]).bit_length() - 1 if stride and round(stride[0]) > 0 else -1
     return level if level >= 0 and all(round(value) == 2**level for value in stride) else None
-
-
-def staged(sites: list[Site]) -> tuple[Site, ...]:
-    """Number the stages: a new one where the container or the resolution changes."""
-    result, number = [], 0
-    previous: tuple[str, tuple[int, ...]] | None = None
-    for site in sites:
-        if site.held_back in STAGELESS:
-            result.append(site)
-            continue
-        key = (site.container, site.size)
-        if key != previous:
-            number, previous = number + 1, key
-        result.append(replace(site, stage=number))
-    return tuple(result)

@@ -12,11 +12,12 @@ import builtins
 import contextlib
 import inspect
 import logging
+import math
 import os
 import random
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,8 @@ class Trace:
     notes: list[str] = field(default_factory=list)
     outputs: Any = None
     macs: int = 0
+    size: tuple[int, ...] = ()
+    """Spatial size of what the first convolution read."""
     without_grad: set[str] = field(default_factory=set)
     training: dict[str, tuple[fx.Graph, list[tuple[fx.Node, bool]]]] = field(default_factory=dict)
 
@@ -129,6 +132,7 @@ class Observer:
         self.result = trace
         self.tracer: OwnerTracer | None = None
         self._time = self._convs = self._macs = self._gates = self._attention = 0
+        self._numbers: Tensor | None = None
 
     def tick(self) -> int:
         self._time += 1
@@ -169,6 +173,7 @@ class Observer:
         if all(extent == 1 for extent in (*output.shape[2:], *x.shape[2:], *weight.shape[2:])):
             return  # a fully connected layer in other words: attention's bottlenecks, classifiers
         self._convs += 1
+        self.result.size = self.result.size or tuple(x.shape[2:])
         positions = x.numel() if transposed else output.numel()
         self._macs += positions * weight[0].numel()
 
@@ -194,7 +199,7 @@ class Observer:
                 if path not in self.result.graphs and path not in self.result.failures:
                     return self._run_traced(module, path, args, kwargs, symbolic)
                 return _CALL(module, *args, **kwargs)
-            output = self._known_result(module, args) if len(args) == 1 and not kwargs else None
+            output = self._known_result(module, args[0]) if len(args) == 1 and not kwargs else None
             if output is None:
                 output = _CALL(module, *args, **kwargs)
             self._count_attention(type(module).__name__, output)
@@ -207,21 +212,34 @@ class Observer:
         finally:
             self.tracer = outer
 
-    def _known_result(self, module: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
-        """What batch norm returns on the meta device, where torch takes two milliseconds to find out; else None."""
-        x = args[0]
-        if (
-            self.result.how != "meta"
-            or type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-            or module._forward_hooks
-            or module._forward_pre_hooks
-            or type(x) is not Tensor
-            or x.dim() < 2
-            or x.shape[1] != module.num_features
-        ):
+    def _known_result(self, module: nn.Module, x: Any) -> Tensor | None:
+        """A result that is known without a call: it need not be computed, and on the meta device torch is slow to find it.
+
+        That is batch norm's on the meta device, and for real tensors what convolutions and linear layers return: numbers are
+        drawn, for any will do.
+        """
+        if type(x) is not Tensor or module._forward_hooks or module._forward_pre_hooks:
             return None
-        module._check_input_dim(x)  # type: ignore[operator]
-        return torch.empty_like(x)
+        if self.result.how == "meta" and type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            if x.dim() < 2 or x.shape[1] != module.num_features:
+                return None
+            module._check_input_dim(x)  # type: ignore[operator]
+            return torch.empty_like(x)
+        if self.result.how != "real":
+            return None
+        if type(module) is nn.Linear:
+            return self._drawn((*x.shape[:-1], module.out_features), x)
+        if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            weight, bias = (None if t is None else t.to("meta") for t in (module.weight, module.bias))
+            return self._drawn(module._conv_forward(x.to("meta"), weight, bias).shape, x)  # type: ignore[operator]
+        return None
+
+    def _drawn(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Random numbers, the same ones again and again: drawing millions takes longer than what is saved."""
+        if self._numbers is None:
+            self._numbers = torch.randn(65_521, generator=torch.Generator().manual_seed(0))
+        count = math.prod(shape)
+        return self._numbers.repeat(-(-count // len(self._numbers)))[:count].view(*shape).to(like)
 
     def _run_traced(
         self,
@@ -497,7 +515,20 @@ def is_gating(node: fx.Node) -> bool:
     if _volume(shapes[0]) == _volume(shapes[1]):
         return False
     gate, gated = operands[smaller], operands[1 - smaller]
-    return bool(sources(gate) & (sources(gated) | {gated}))
+    before = ancestors(gated) | {gated}
+    if not ancestors(gate) & before:
+        return False
+    return any(map(_decides, (ancestors(gate) | {gate}) - before))
+
+
+def _decides(node: fx.Node) -> bool:
+    """Whether a node can make a gate of a statistic: it has weights or is bounded; what only divides by a norm can't."""
+    name = str(getattr(node.target, "__name__", node.target)).rstrip("_")
+    return (
+        node.op == "call_module"
+        or name in ("sigmoid", "hardsigmoid", "tanh", "softmax", "linear", "matmul", "einsum", "clamp", "relu")
+        or name in CONVOLUTIONS
+    )
 
 
 def _unexpanded(node: fx.Node) -> fx.Node:
@@ -516,8 +547,8 @@ def tensor_shape(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-def sources(node: fx.Node) -> set[fx.Node]:
-    """Every tensor this node's value was computed from, parameters left out."""
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """Every node this node's value was computed from, parameters left out."""
     seen: set[fx.Node] = set()
     pending = list(node.all_input_nodes)
     while pending:
@@ -525,7 +556,12 @@ def sources(node: fx.Node) -> set[fx.Node]:
         if current not in seen and current.op != "get_attr":
             seen.add(current)
             pending.extend(current.all_input_nodes)
-    return {found for found in seen if isinstance(found.meta.get("val"), Tensor)}
+    return seen
+
+
+def sources(node: fx.Node) -> set[fx.Node]:
+    """Every tensor this node's value was computed from, parameters left out."""
+    return {found for found in ancestors(node) if isinstance(found.meta.get("val"), Tensor)}
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> str:

@@ -81,7 +81,7 @@ def plan_one(name):
     row["untraced"] = [[path, reason] for path, reason in trace.failures.items()]
     row["sites"] = Counter(site.kind for site in found.all_sites if site.stage is not None)
     row["held_back"] = Counter(site.held_back for site in found.all_sites if site.held_back)
-    row["stages"] = [[stage.path, [round(s) for s in stage.stride], len(stage.sites)] for stage in found.table]
+    row["stages"] = [[stage.path, [round(s) for s in stage.strides[0]], len(stage.sites)] for stage in found.table]
     if not detection:
         from se_inject.cost import cost_of_model
 

@@ -1,0 +1,180 @@
+"""The values in one-level graphs: what comes before and after one, and whether and where its forward can be edited."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from se_inject._tracer import Untraceable
+from se_inject._ways import lineage
+from se_inject.bodies import check_editable
+from se_inject.errors import SurgeryError
+from se_inject.operations import convolutions, is_data, labels, means_the_same, operation, passed_through, returned
+from se_inject.tracing import OwnerGraph, Trace, is_leaf
+
+
+class Values:
+    """Questions about values of one observed call."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.editable: dict[str, str | None] = {}
+
+    def kind(self, owner: OwnerGraph, node: fx.Node) -> str:
+        return operation(self.trace, owner.path, node)
+
+    def module(self, owner: OwnerGraph, node: fx.Node) -> nn.Module:
+        return self.trace.model.get_submodule(self.trace.child(owner.path, node.target))
+
+    def unscaled(self, owner: OwnerGraph, value: fx.Node) -> fx.Node:
+        """A value before dropout, stochastic depth, layer scale and our own blocks, as far as its shape lasts."""
+        while True:
+            source = self.past_our_blocks(owner, value)
+            if source is value:
+                source = passed_through(self.trace, owner.path, value) or value
+            if source is value or source.op == "placeholder":
+                return value
+            value = source
+
+    def activated(self, owner: OwnerGraph, value: fx.Node) -> fx.Node:
+        """A value after the normalisation and activation that follow it in the same graph."""
+        while len(value.users) == 1:
+            user = next(iter(value.users))
+            kind = self.kind(owner, user)
+            if kind not in ("norm", "act") and not (
+                kind == "module" and self.activates(self.trace.child(owner.path, user.target))
+            ):
+                break
+            value = user
+        return self.past_our_blocks(owner, value)
+
+    def past_our_blocks(self, owner: OwnerGraph, value: fx.Node) -> fx.Node:
+        """A value before the blocks of ours that gate it."""
+        names = {step["block_name"] for step in self.steps(owner.path)}
+        while value.op == "call_module" and value.target in names and isinstance(value.args[0], fx.Node):
+            value = value.args[0]
+        return value
+
+    def activates(self, path: str) -> bool:
+        """Whether a module with a graph of its own is nothing but normalisation and activation."""
+        inner = self.trace.graphs.get(path)
+        if inner is None:
+            return False
+        kinds = {self.kind(inner, node) for node in inner.graph.nodes if node.op.startswith("call")}
+        value = returned(inner.graph)
+        return (
+            "act" in kinds and "conv" not in kinds and value is not None and not any(map(convolutions, lineage(value)))
+        )
+
+    def written_back(self, owner: OwnerGraph, value: fx.Node, label: str) -> tuple[str, str | None]:
+        """Which module's forward is edited to gate a value, and the value's label there; None: what it returns."""
+        path, module = owner.path, owner.module
+        while isinstance(module, nn.Sequential) and value.op == "call_module":
+            path = self.trace.child(path, value.target)
+            module = self.trace.model.get_submodule(path)
+            inner = self.trace.graphs.get(path)
+            last = returned(inner.graph) if inner is not None else None
+            if last is None or not isinstance(module, nn.Sequential):
+                return path, None
+            value = last
+        result = returned(owner.graph)
+        if result is not None and value is self.past_our_blocks(owner, result) and self._returns_one(owner):
+            return path, None
+        return path, label
+
+    def _returns_one(self, owner: OwnerGraph) -> bool:
+        """Whether the forward returns one tensor in training too, as far as that can be told."""
+        if owner.reads_training:
+            with contextlib.suppress(Untraceable):
+                return returned(self.trace.training_graph(owner)[0]) is not None
+        return True
+
+    def refusal(self, owner: OwnerGraph, value: fx.Node, path: str, written: str | None) -> str | None:
+        """Why a value can't be gated; None if it can."""
+        if written is None and path != owner.path and self.trace.calls.get(path, 0) > 1:
+            return f"`{path}` is called {self.trace.calls[path]} times: its output is not one value"
+        return self._uneditable(owner, value, written) or self._misread(owner, value)
+
+    def _uneditable(self, owner: OwnerGraph, value: fx.Node, written: str | None) -> str | None:
+        """Why the value can't be gated in this forward; None if it can."""
+        if written is None:
+            return None
+        if owner.path not in self.editable:
+            try:
+                check_editable(self.trace, owner)
+                self.editable[owner.path] = None
+            except SurgeryError as error:
+                self.editable[owner.path] = error.message
+        if self.editable[owner.path]:
+            return self.editable[owner.path]
+        if owner.reads_training:
+            training, _ = self.trace.training_graph(owner)
+            if not means_the_same(owner.graph, training, written):
+                return f"its forward computes `{written.partition('#')[0]}` more often in one mode than in the other"
+        if not value.users:
+            return "nobody reads its value: it is written into another, whose name is read"
+        order = {node: number for number, node in enumerate(owner.graph.nodes)}
+        alias = value
+        while (source := self._overwritten(owner, alias)) is not None:
+            if any(order[user] > order[value] for user in source.users):
+                return "its value is read by another name as well"
+            alias = source
+        return None
+
+    def _overwritten(self, owner: OwnerGraph, node: fx.Node) -> fx.Node | None:
+        """The value that a node writes its result into; None if it makes a new one."""
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node):
+            return None
+        if node.op == "call_module":
+            module = self.trace.model.get_submodule(self.trace.child(owner.path, node.target))
+            return first if getattr(module, "inplace", False) is True and is_leaf(module) else None
+        name = str(getattr(node.target, "__name__", node.target))
+        in_place = name in ("iadd", "isub", "imul", "itruediv") or (name.endswith("_") and not name.endswith("__"))
+        return first if in_place or node.kwargs.get("inplace") is True else None
+
+    def _misread(self, owner: OwnerGraph, value: fx.Node) -> str | None:
+        """Why dimension 1 of a value isn't its channels; None if it is, as far as the way back to a convolution tells."""
+        found = self._channels_at(owner, value, 1)
+        if found is True or (not isinstance(found, bool) and found == 1):
+            return None
+        return f"its value is not of the form (N, C, …): its channels are not dimension 1 of {tuple(value.meta['val'].shape)}"
+
+    def _channels_at(self, owner: OwnerGraph, node: fx.Node, axis: int) -> bool | int:
+        """Whether an axis of a value is its channels; if the way back ends at the graph's input, which axis of that."""
+        while True:
+            tensor = node.meta.get("val")
+            data = [source for source in node.all_input_nodes if is_data(source)]
+            kind = self.kind(owner, node)
+            if node.op == "placeholder":
+                return axis
+            if not isinstance(tensor, Tensor) or not data or kind in ("conv", "pool"):
+                return axis == 1
+            name = getattr(node.target, "__name__", node.target)
+            before = data[0].meta["val"]
+            inner = self.trace.graphs.get(self.trace.child(owner.path, node.target)) if kind == "module" else None
+            result = returned(inner.graph) if inner is not None else None
+            if inner is not None and result is not None:
+                found = self._channels_at(inner, result, axis)
+                if isinstance(found, bool):
+                    return found
+                axis = found
+            elif (node.op == "call_module" and isinstance(self.module(owner, node), nn.Linear)) or name == "linear":
+                return axis == tensor.dim() - 1
+            elif name == "permute":
+                dims = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+                axis = int(dims[axis]) % tensor.dim()  # type: ignore[arg-type]
+            elif name in ("transpose", "swapaxes", "swapdims"):
+                one, other = (int(dim) % tensor.dim() for dim in node.args[1:3])  # type: ignore[arg-type]
+                axis = {one: other, other: one}.get(axis, axis)
+            elif before.dim() != tensor.dim() and (axis != 1 or before.shape[1] != tensor.shape[1]):
+                return axis == 1 and tensor.dim() > 3
+            node = max(data, key=lambda source: source.meta["val"].numel())
+
+    def steps(self, path: str) -> list[dict[str, Any]]:
+        """The steps of ours that an owner's forward was edited by."""
+        body = getattr(type(self.trace.model.get_submodule(path)), "_se_inject_body", None)
+        return json.loads(body)["steps"] if body else []
