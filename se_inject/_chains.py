@@ -63,8 +63,11 @@ class Chains:
         while before is not None and not self._convolves(owner, before):
             data = [source for source in before.all_input_nodes if is_data(source)]
             before = data[0] if len(data) == 1 else None
-        after = [user for user in activation.users if self._convolves(owner, user)]
-        if before is None or len(after) != 1 or len(activation.users) != 1:
+        passed = activation
+        while len(passed.users) == 1 and self.values.kind(owner, next(iter(passed.users))) == "pass":
+            (passed,) = passed.users
+        after = [user for user in passed.users if self._convolves(owner, user)]
+        if before is None or len(after) != 1 or len(passed.users) != 1:
             return False
         (first, _), (_, second) = self._form(owner, before), self._form(owner, after[0])
         return first and second

@@ -8,6 +8,7 @@ flat list). What lies behind a backbone, a neck or a head, has stages as well, a
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from torch import Tensor, fx
@@ -56,6 +57,10 @@ class _Parts:
         """Of each site the path of its part."""
         self.units = {site.unit for site in (*sites, *nested)} | {site.graph for site in (*sites, *nested)}
         """Paths of modules, and addresses, that are units themselves."""
+        alone = Counter(path for site in sites for path in prefixes(site.unit))
+        self.units |= {
+            path for site in sites if site.kind == "conv" for path in prefixes(site.unit) if alone[path] == 1
+        }
         self.sizes = {site.address: site.size for site in sites}
         """Of each site the resolution it counts at."""
         self._below: dict[str, list[Site]] = {}

@@ -197,6 +197,28 @@ def _same_items(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+class _WatchedChildren(dict[str, Any]):
+    """A module's children, which notices if somebody goes through all of them."""
+
+    iterated = False
+
+    def _all(self, name: str) -> Any:
+        self.iterated = True
+        return getattr(super(), name)()
+
+    def __iter__(self) -> Any:
+        return self._all("__iter__")
+
+    def keys(self) -> Any:
+        return self._all("keys")
+
+    def values(self) -> Any:
+        return self._all("values")
+
+    def items(self) -> Any:
+        return self._all("items")
+
+
 class Form:
     """The length of ``*args``, or the names in ``**kwargs``."""
 
@@ -230,6 +252,7 @@ class OwnerTracer(TracerBase):
         self.path = path
         self.training = training
         self.reads_training = False
+        self.iterates = False
         self.replay = replay
         self.graph = fx.Graph()
         self.scope = Scope("", None)
@@ -302,11 +325,18 @@ class OwnerTracer(TracerBase):
         before = snapshot(self.owner)
         for key, value in before[0].items():
             if type(value) in (bool, int, float, str) and not key.startswith("_") and key != "training":
-                self.settings[key] = self.owner.__dict__.pop(key)
+                if hasattr(type(self.owner), key):  # reads would find the class's
+                    self.settings_read[key] = value
+                else:
+                    self.settings[key] = self.owner.__dict__.pop(key)
+        children = self.owner.__dict__["_modules"] = _WatchedChildren(before[0]["_modules"])
         try:
             result = forward(self.owner, *inputs, **keywords)
             self.create_node("output", "output", (self.create_arg(result),), {})
         finally:
+            self.iterates = children.iterated
+            if dict(children) == before[0]["_modules"]:
+                self.owner.__dict__["_modules"] = before[0]["_modules"]
             self.owner.__dict__.update(
                 {key: value for key, value in self.settings.items() if key not in self.owner.__dict__}
             )

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from se_inject._tracer import Untraceable
-from se_inject._ways import lineage
+from se_inject._ways import IN_PLACE, lineage, reaches_output
 from se_inject.bodies import check_editable
 from se_inject.errors import SurgeryError
-from se_inject.operations import convolutions, is_data, labels, means_the_same, operation, passed_through, returned
+from se_inject.operations import convolutions, is_data, means_the_same, operation, passed_through, returned
 from se_inject.tracing import OwnerGraph, Trace, is_leaf
 
 
@@ -81,7 +81,12 @@ class Values:
                 return path, None
             value = last
         result = returned(owner.graph)
-        if result is not None and value is self.past_our_blocks(owner, result) and self._returns_one(owner):
+        if (
+            result is not None
+            and value is self.past_our_blocks(owner, result)
+            and not owner.iterates
+            and self._returns_one(owner)
+        ):
             return path, None
         return path, label
 
@@ -94,9 +99,23 @@ class Values:
 
     def refusal(self, owner: OwnerGraph, value: fx.Node, path: str, written: str | None) -> str | None:
         """Why a value can't be gated; None if it can."""
-        if written is None and path != owner.path and self.trace.calls.get(path, 0) > 1:
-            return f"`{path}` is called {self.trace.calls[path]} times: its output is not one value"
-        return self._uneditable(owner, value, written) or self._misread(owner, value)
+        calls = self.trace.calls.get(path, 0)
+        if written is None and path != owner.path and calls > max(1, self.trace.calls.get(owner.path, 1)):
+            return f"`{path}` is called {calls} times: its output is not one value"
+        inner = self.trace.graphs.get(path)
+        if written is None and inner is not None and inner.iterates:
+            return f"the forward of `{path}` goes through all its children: a block would become one of them"
+        if self._is_repeated(owner, value):
+            return f"`{value.target}` is called several times in one forward: each call would get a block of its own"
+        reason = self._uneditable(owner, value, written) or self._misread(owner, value)
+        if reason is None and not reaches_output(self.trace, owner, value):
+            return "nothing that the network returns is made from it"
+        return reason
+
+    def _is_repeated(self, owner: OwnerGraph, value: fx.Node) -> bool:
+        """Whether a value is what a module with convolutions returns, and the same forward calls it again."""
+        calls = [node for node in owner.graph.nodes if node.op == "call_module" and node.target == value.target]
+        return len(calls) > 1 and convolutions(value) > 0
 
     def _uneditable(self, owner: OwnerGraph, value: fx.Node, written: str | None) -> str | None:
         """Why the value can't be gated in this forward; None if it can."""
@@ -133,7 +152,7 @@ class Values:
             module = self.trace.model.get_submodule(self.trace.child(owner.path, node.target))
             return first if getattr(module, "inplace", False) is True and is_leaf(module) else None
         name = str(getattr(node.target, "__name__", node.target))
-        in_place = name in ("iadd", "isub", "imul", "itruediv") or (name.endswith("_") and not name.endswith("__"))
+        in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         return first if in_place or node.kwargs.get("inplace") is True else None
 
     def _misread(self, owner: OwnerGraph, value: fx.Node) -> str | None:

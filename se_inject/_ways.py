@@ -6,8 +6,12 @@ import math
 
 from torch import fx
 
-from se_inject.operations import convolutions, is_bundle, is_data, operation
+from se_inject.operations import convolutions, is_bundle, is_data, operation, parent, prefixes
 from se_inject.tracing import OwnerGraph, Trace, sources
+
+IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "setitem"})
+"""Operators that write into their first operand."""
+_COLLECTING = frozenset({"append", "extend", "insert", "update"})
 
 
 def lineage(node: fx.Node) -> set[fx.Node]:
@@ -23,6 +27,66 @@ def shared_lineage(operands: list[fx.Node]) -> set[fx.Node]:
         values = set.intersection(*({id(node.meta["val"]) for node in nodes} for nodes in lineages))
         shared = {node for nodes in lineages for node in nodes if id(node.meta["val"]) in values}
     return shared
+
+
+def reaches_output(trace: Trace, owner: OwnerGraph, value: fx.Node) -> bool:
+    """Whether the network's output is made from a value, as far as the graphs of its callers tell."""
+    reached = _descendants([value])
+    result = next(iter(reversed(owner.graph.nodes)))
+    if result not in reached:
+        return False
+    if not owner.path:
+        return True
+    items = _items(result.args[0], reached)
+    for path in reversed(prefixes(parent(owner.path))):
+        caller = trace.graphs.get(path)
+        if caller is None:
+            continue
+        calls = [
+            node
+            for node in caller.graph.nodes
+            if node.op == "call_module" and trace.child(path, node.target) == owner.path
+        ]
+        readers = [reader for call in calls for reader in _readers(call, items)]
+        if calls:
+            return any(reaches_output(trace, caller, reader) for reader in readers)
+    return True
+
+
+def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:
+    """These nodes and all that is made from them; what they are written into counts."""
+    seen: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        pending += current.users
+        name = str(getattr(current.target, "__name__", current.target))
+        if (
+            current.args
+            and isinstance(current.args[0], fx.Node)
+            and (name.endswith("_") or name in IN_PLACE | _COLLECTING)
+        ):
+            pending.append(current.args[0])
+    return seen
+
+
+def _items(result: object, reached: set[fx.Node]) -> list[object] | None:
+    """The indices of a returned structure under which the reached values are; None: it is no flat structure."""
+    if isinstance(result, tuple | list):
+        return [index for index, item in enumerate(result) if item in reached or not isinstance(item, fx.Node)]
+    if isinstance(result, dict):
+        return [key for key, item in result.items() if item in reached or not isinstance(item, fx.Node)]
+    return None
+
+
+def _readers(call: fx.Node, items: list[object] | None) -> list[fx.Node]:
+    """The call, or of the values that are taken out of its result those with these indices."""
+    if items is None or any(getattr(user.target, "__name__", "") != "getitem" for user in call.users):
+        return [call]
+    return [user for user in call.users if user.args[1] in items]
 
 
 class Depths:

@@ -16,11 +16,11 @@ Within one another, the inner unit has the site: an outer addition or concatenat
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -101,9 +101,10 @@ class Finder:
     def _residuals(self, owner: OwnerGraph) -> None:
         """The branches of the additions in one graph; an addition around other units is held back."""
         found: list[tuple[fx.Node, set[fx.Node], str | None]] = []
+        cells = self._cells(owner)
         for node in owner.graph.nodes:
             operands = self._operands(owner, node, "add")
-            if len(operands) != 2:
+            if len(operands) != 2 or node in cells:
                 continue
             common = shared_lineage(operands)
             where = child_path(owner.path, labels(owner.graph)[node])
@@ -131,6 +132,16 @@ class Finder:
             found.append((node, inside, NESTED if around else None))
             self._add(owner, value, "residual", inside | own, found[-1][2], node)
         self._mark(owner, [nodes for _, nodes, held in found if held is None])
+
+    def _cells(self, owner: OwnerGraph) -> set[fx.Node]:
+        """All within the concatenations of sums (NASNet's cells): these have the site, not the sums."""
+        inside: set[fx.Node] = set()
+        for node in owner.graph.nodes:
+            operands = self._operands(owner, node, "cat")
+            sums = [operand for operand in operands if self.values.kind(owner, operand) == "add"]
+            if len(sums) > 1 and joins_channels(node):
+                inside |= lineage(node)
+        return inside
 
     def split(self, owner: OwnerGraph, join: fx.Node) -> tuple[fx.Node, fx.Node | None, set[fx.Node]]:
         """Branch and shortcut of an addition that is a residual unit's, and the values that both start from."""
@@ -189,11 +200,19 @@ class Finder:
                 or not any(map(convolutions, lineage(result)))
             ):
                 continue
-            joins = [(node, self._operands(owner, node, "add")) for node in reversed(owner.graph.nodes)]
-            given = [(node, self._only_deep(operands)) for node, operands in joins if len(operands) == 2]
-            join, value = next(((node, branch) for node, branch in given if branch is not None), (None, result))
-            if self._add(owner, self.values.unscaled(owner, value), "residual", lineage(result), None, join):
+            join, branch = self._given_shortcut(owner) or (None, result)
+            value = self.values.unscaled(owner, branch)
+            if self._add(owner, value, "residual", lineage(result), None, join):
                 self._mark(owner, [lineage(result)])
+
+    def _given_shortcut(self, owner: OwnerGraph) -> tuple[fx.Node, fx.Node] | None:
+        """The last addition whose one operand is the caller's, and its other operand."""
+        for node in reversed(owner.graph.nodes):
+            operands = self._operands(owner, node, "add")
+            branch = self._only_deep(operands) if len(operands) == 2 else None
+            if branch is not None:
+                return node, branch
+        return None
 
     def _joins(self, owner: OwnerGraph) -> None:
         """Concatenations and sums of branches in one graph, the outermost of nested ones."""
@@ -201,6 +220,7 @@ class Finder:
             return
         joins: list[tuple[fx.Node, str, set[fx.Node]]] = []
         taken = set(self.inside.get(owner.path, ()))
+        cells = self._cells(owner)
         for node in reversed(owner.graph.nodes):
             kind = self.values.kind(owner, node)
             operands = self._operands(owner, node, kind)
@@ -213,7 +233,7 @@ class Finder:
                 continue
             common = shared_lineage(operands)
             inside = set().union(*map(lineage, operands)) - common
-            if not common or not any(map(convolutions, inside)):
+            if not (common or node in cells) or not any(map(convolutions, inside)):
                 continue
             parts = self._parts(owner, operands, common) if kind == "add" else None
             if parts and not self._is_reparametrised(owner, *parts, common):

@@ -80,7 +80,7 @@ class _Unit:
             return self._pre()
         if position == "post":
             whole = self.join if self.join is not None else self.branch
-            return self._at(self.owner, self.finder.activated(self.owner, whole))
+            return self._at(self.owner, self.finder.values.activated(self.owner, whole))
         if position == "identity":
             if self.shortcut is None or self.join is None:
                 raise self._none("has no shortcut")
@@ -111,15 +111,15 @@ class _Unit:
     def _spatial(self, owner: OwnerGraph, nodes: list[fx.Node]) -> tuple[OwnerGraph, fx.Node] | None:
         """The value behind the last spatial convolution among these nodes, in whatever module it is."""
         for node in reversed(nodes):
-            if self.finder.kind(owner, node) == "conv" and self._is_spatial(owner, node):
-                return owner, self.finder.activated(owner, node)
+            if self.finder.values.kind(owner, node) == "conv" and self._is_spatial(owner, node):
+                return owner, self.finder.values.activated(owner, node)
             if node.op != "call_module":
                 continue
             inner = self.finder.trace.graphs.get(self.finder.trace.child(owner.path, node.target))
             if inner is not None:
                 found = self._spatial(inner, list(inner.graph.nodes))
                 if found is not None and found[0] is inner and found[1] is returned(inner.graph):
-                    return owner, self.finder.activated(owner, node)
+                    return owner, self.finder.values.activated(owner, node)
                 if found is not None:
                     return found
         return None
@@ -135,9 +135,10 @@ class _Unit:
         tensor = value.meta["val"]
         names = labels(owner.graph)
         if readers is None:
-            path, label = self.finder.written_back(owner, value, names[value])
-            if path != owner.path and self.finder.trace.calls.get(path, 0) > 1:
-                raise self._none(f"needs the output of `{path}`, which is called {self.finder.trace.calls[path]} times")
+            path, label = self.finder.values.written_back(owner, value, names[value])
+            reason = self.finder.values.refusal(owner, value, path, label)
+            if reason:
+                raise self._none(f"can't be gated there: {reason}")
             return Place(path, label, None, tensor.shape[1], tuple(tensor.shape[2:]))
         told = tuple(names[reader] for reader in readers)
         return Place(owner.path, names[value], told, tensor.shape[1], tuple(tensor.shape[2:]))

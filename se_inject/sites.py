@@ -159,12 +159,13 @@ class Sites(Sequence[Site]):
         return self
 
     def everything(self, *, attended: bool = False) -> Sites:
-        """The sites of all stages.
+        """The sites of all stages but those of necks and heads, if there are others.
 
         Raises:
             NoSites: there are none.
         """
-        return self._only([site for site in self.all_sites if site.stage is not None], attended, "the network")
+        inside = [site for site in self.all_sites if site.stage is not None]
+        return self._only([site for site in inside if site.held_back != NECK] or inside, attended, "the network")
 
     def _only(self, matched: Iterable[Site], attended: bool, asked: str) -> Sites:
         unique = sorted(set(matched), key=lambda site: site.order)

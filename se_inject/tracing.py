@@ -49,6 +49,7 @@ class OwnerGraph:
     """One module's forward as a graph, children as leaves.
 
     ``node.meta["val"]`` is the value a node had in the observed call, ``node.meta["time"]`` when it came to be.
+    ``iterates`` says whether the forward goes through all children, where a new one would be called as well.
     ``node.meta["counts"]`` says what a child's call did: (convolutions, their MACs, gates, attention matrices).
     """
 
@@ -58,6 +59,7 @@ class OwnerGraph:
     constants: dict[str, Any]
     guards: list[tuple[fx.Node, bool]]
     reads_training: bool
+    iterates: bool
     settings: dict[str, Any]
     inputs: tuple[tuple[Any, ...], dict[str, Any], frozenset[int | str]]
     kind: type
@@ -274,6 +276,7 @@ class Observer:
                 tracer.constants,
                 tracer.guards,
                 tracer.reads_training,
+                tracer.iterates,
                 tracer.settings_read,
                 (args, kwargs, symbolic),
                 type(module),

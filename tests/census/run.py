@@ -6,13 +6,15 @@
 
 Each network runs in a process of its own with limits on time and memory. Planning is done for every name, on the
 meta device. The numeric checks are done with random weights (normalisation statistics and affine parameters random
-as well) for the smallest network of each set of module classes; the others say which one stands in for them.
+as well) for the smallest network of each set of module classes; the others say which one stands in for them. The smallest of
+each family is exported to ONNX and run.
 A network counts as a CNN if at least half of its MACs are convolutions. Results: `results.jsonl`, one line for each
 network, and `table.md`.
 """
 
 import argparse
 import fnmatch
+import functools
 import json
 import os
 import resource
@@ -30,10 +32,13 @@ sys.path.insert(0, str(HERE.parent.parent))
 import timm  # noqa: E402 - the project's own tests folder comes first
 import torch  # noqa: E402
 import torchvision  # noqa: E402
+from torch.fx.passes.shape_prop import ShapeProp  # noqa: E402
 
 import se_inject as si  # noqa: E402
 from se_inject.errors import InjectError, NoSites  # noqa: E402
+from se_inject.finding import find_sites  # noqa: E402
 from se_inject.inputs import observe_model, real_inputs  # noqa: E402
+from se_inject.tracing import standing_in  # noqa: E402
 from tests.common import build, randomise  # noqa: E402
 
 SECONDS = {"plan": 120, "check": 240}
@@ -73,15 +78,21 @@ def plan_one(name):
         "classes": classes,
         "family": type(network).__module__,
     }
+    inputs = example_of(name, network)
     start = time.perf_counter()
-    trace = observe_model(network, example_of(name, network))
-    observed = time.perf_counter() - start
-    found = si.find_sites(network, example_of(name, network))
-    row |= {"how": trace.how, "seconds": round(observed, 3), "refused": [[r.address, r.reason] for r in found.refused]}
+    trace = observe_model(network, inputs)
+    found = find_sites(trace)
+    row |= {
+        "how": trace.how,
+        "seconds": round(time.perf_counter() - start, 3),
+        "symbolic_trace": symbolic(network, trace),
+    }
+    row["refused"] = Counter(reason for _, reason in ((r.address, r.reason) for r in found.refused))
     row["untraced"] = [[path, reason] for path, reason in trace.failures.items()]
     row["sites"] = Counter(site.kind for site in found.all_sites if site.stage is not None)
     row["held_back"] = Counter(site.held_back for site in found.all_sites if site.held_back)
     row["stages"] = [[stage.path, [round(s) for s in stage.strides[0]], len(stage.sites)] for stage in found.table]
+    row["free"] = len(found)
     if not detection:
         from se_inject.cost import cost_of_model
 
@@ -93,7 +104,19 @@ def plan_one(name):
     return row
 
 
-def check_one(name):
+def symbolic(network, trace):
+    """Seconds of whole-model symbolic tracing with shape propagation on meta tensors; why not, if it fails."""
+    with standing_in(network, "meta") as place:
+        args = place(trace.inputs[0])
+        start = time.perf_counter()
+        try:
+            ShapeProp(torch.fx.symbolic_trace(network)).propagate(*args)
+        except Exception as error:
+            return type(error).__name__
+        return round(time.perf_counter() - start, 3)
+
+
+def check_one(name, with_onnx):
     """Inject everywhere with random weights and compare."""
     torch.manual_seed(0)
     network = randomise(build(name)).eval()
@@ -115,14 +138,10 @@ def check_one(name):
         for a, b in zip(network.state_dict().values(), injected.state_dict().values(), strict=True)
     )
     row["ejected"] = same
-    if row_params(network) < ONNX_PARAMETERS and inputs is None:
+    if with_onnx and inputs is None:
         row |= onnx_one(network, plan)
     row["checked"] = verdict.passed and same
     return row
-
-
-def row_params(network):
-    return sum(p.numel() for p in network.parameters())
 
 
 def onnx_one(network, plan):
@@ -230,11 +249,13 @@ def main():
                 {stand_ins[name] for name in chosen if name in stand_ins}, key=lambda name: rows[name]["params"]
             )
             todo = [name for name in todo if rows[name].get("sites") and rows[name].get("conv_share", 0) > 0]
+            exported = {rows[name]["family"]: name for name in reversed(todo) if rows[name]["params"] < ONNX_PARAMETERS}
             for number, name in enumerate(todo):
                 if number % parts == part and (
                     options.again or ("checked" not in rows[name] and "check_crash" not in rows[name])
                 ):
-                    row = in_process(check_one, name, SECONDS["check"])
+                    sample = exported.get(rows[name]["family"]) == name
+                    row = in_process(functools.partial(check_one, with_onnx=sample), name, SECONDS["check"])
                     row = {("check_" + key if key in ("error", "crash") else key): value for key, value in row.items()}
                     keep(name, row)
                     print(
