@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from se_inject.errors import NoSites, OptionError, SiteNotFound
+from se_inject.tables import counted
 
 ATTENDED = "already has attention"
 INJECTED = "holds a block of ours"
@@ -110,16 +111,22 @@ class Sites(Sequence[Site]):
         return self.chosen[index]
 
     def stages(self, *names: int | str, attended: bool = False) -> Sites:
-        """Only the sites in these stages: numbers, ranges (``"2-4"``), or path prefixes (``"layer3"``).
+        """Only the sites in these stages.
+
+        Args:
+            *names: numbers, ranges (``"2-4"``), path prefixes (``"layer3"``), ``"all"``, or ``"all-but-last"``: the
+                paper's advice (section 4) where parameters are dear.
+            attended: also sites that have attention of their own already.
 
         Raises:
             SiteNotFound: a name that matches no site.
         """
         matched: list[Site] = []
+        last = max((site.stage or 0 for site in self.all_sites), default=0)
         for name in names:
-            found = [site for site in self.all_sites if site.stage is not None and _in_stage(site, name)]
+            found = [site for site in self.all_sites if site.stage is not None and _in_stage(site, name, last)]
             limits = _RANGE.fullmatch(str(name).strip())
-            if not found or (limits and int(limits[2]) > max(site.stage or 0 for site in self.all_sites)):
+            if not found or (limits and int(limits[2]) > last):
                 raise SiteNotFound(
                     f"no stage matches `{name}`",
                     seen=self._seen(),
@@ -155,7 +162,9 @@ class Sites(Sequence[Site]):
             SiteNotFound: there are more or fewer.
         """
         if len(self) != count:
-            raise SiteNotFound(f"expected {count} sites", seen=f"{len(self)} sites: {self._seen()}")
+            raise SiteNotFound(
+                f"expected {counted(count, 'site')}", seen=f"{counted(len(self), 'site')}: {self._seen()}"
+            )
         return self
 
     def everything(self, *, attended: bool = False) -> Sites:
@@ -172,7 +181,7 @@ class Sites(Sequence[Site]):
         if not kept and unique:
             raise NoSites(
                 f"every site of {asked} already has attention",
-                seen=f"{len(unique)} sites with a gate of their own, {unique[0].address} the first",
+                seen=f"{counted(len(unique), 'site')} with a gate of their own, {unique[0].address} the first",
                 hint="to add a second gate all the same: `attended=True` in Python, `--attended` on the command line",
             )
         if not kept:
@@ -181,9 +190,9 @@ class Sites(Sequence[Site]):
 
     def _seen(self) -> str:
         if not self.all_sites:
-            return f"no site, {len(self.refused)} refused places"
+            return f"no site, {counted(len(self.refused), 'refused place')}"
         numbers = [site.stage for site in self.all_sites if site.stage is not None]
-        text = f"{len(self.all_sites)} sites, `{self.all_sites[0].address}` … `{self.all_sites[-1].address}`"
+        text = f"{counted(len(self.all_sites), 'site')}, `{self.all_sites[0].address}` … `{self.all_sites[-1].address}`"
         return text + (f", stages 1 to {max(numbers)}" if numbers else "")
 
     def _similar(self, pattern: str) -> str:
@@ -227,11 +236,14 @@ def _is_within(path: str, container: str) -> bool:
     return not container or path == container or path.startswith(container + ".")
 
 
+ALL, ALL_BUT_LAST = "all", "all-but-last"
 _RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
 
 
-def _in_stage(site: Site, name: int | str) -> bool:
+def _in_stage(site: Site, name: int | str, last: int) -> bool:
     text = str(name).strip()
+    if text in (ALL, ALL_BUT_LAST):
+        return text == ALL or site.stage != last
     if text.isdigit():
         return site.stage == int(text)
     if found := _RANGE.fullmatch(text):
