@@ -11,31 +11,27 @@ from se_inject.blocks import build_block
 from se_inject.errors import PluginError
 from se_inject.surgery import Step
 
-SMALL = 8
-"""The longest side of the values that a start is measured on."""
-
 
 def start_factor(name: str, channels: int, size: Sequence[int], options: dict[str, Any], init: str) -> float:
     """The factor by which a new block scales its input: the a for which a·x is nearest to its output y.
 
-    a = Σ x·y / Σ x², for two random normal examples x, in eval mode. An identity has 1, a gate around σ(0) has 0.5.
+    a = Σ x·y / Σ x², for one random normal example x, in eval mode. An identity has 1, a gate around σ(0) has 0.5.
     No random state of the caller is used or changed.
 
     Args:
         name: of the block.
         channels: C of the values it gates.
-        size: their spatial size; each side is cut to ``SMALL``.
+        size: their spatial size.
         options: of the block.
         init: ``identity`` or ``paper``.
 
     Raises:
         PluginError: the block fails.
     """
-    small = [min(extent, SMALL) for extent in size]
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.manual_seed(0)
-        block = build_block(name, channels, small, options, init).eval()
-        x = torch.randn(2, channels, *small)
+        block = build_block(name, channels, size, options, init).eval()
+        x = torch.randn(1, channels, *size)
         try:
             y = block(x)
         except Exception as error:
@@ -49,9 +45,10 @@ def start_factors(steps: Iterable[Step]) -> dict[str, tuple[float, float]]:
     """The smallest and the largest factor of every block that doesn't start as x ↦ x."""
     found: dict[str, dict[str, float]] = {}
     for step in steps:
-        if step.init != "identity":
-            small = [min(extent, SMALL) for extent in step.size]
-            known, key = found.setdefault(step.block, {}), repr((step.channels, small, sorted(step.options.items())))
-            if key not in known:
-                known[key] = start_factor(step.block, step.channels, small, step.options, step.init)
+        if step.init == "identity":
+            continue
+        known = found.setdefault(step.block, {})
+        key = repr((step.channels, step.size, sorted(step.options.items())))
+        if key not in known:
+            known[key] = start_factor(step.block, step.channels, step.size, step.options, step.init)
     return {block: (min(factors.values()), max(factors.values())) for block, factors in found.items()}
