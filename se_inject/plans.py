@@ -228,7 +228,7 @@ def plan(
     shapes = None if kwargs or (listed := shapes_of(args)) is None else tuple(listed)
     if trace.failures:
         failed = counted(len(trace.failures), "module")
-        notes.append(f"{failed} can't be traced and left alone: `se-inject sites MODEL -v`")
+        notes.append(f"left alone: {failed} that can't be traced; `se-inject sites MODEL -v` says why")
     return Plan(steps, type(model).__name__, shapes, tuple(notes), trace)
 
 
