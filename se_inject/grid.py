@@ -174,9 +174,10 @@ def _choices(sites: Sites, base: Plan, stages: Iterable[Any] | int | str, attend
 
 
 def _each(sites: Sites, base: Plan) -> list[list[str]]:
-    last = max(site.stage or 0 for site in sites.all_sites)
     numbers = sorted({step.stage for step in base.steps if step.stage is not None})
-    names = [*map(str, numbers), ALL] + ([ALL_BUT_LAST] if any(number != last for number in numbers) else [])
+    names = [*map(str, numbers), ALL] + (
+        [ALL_BUT_LAST] if any(number != sites.last_stage for number in numbers) else []
+    )
     return [[name] for name in names]
 
 

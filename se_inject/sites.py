@@ -114,19 +114,18 @@ class Sites(Sequence[Site]):
         """Only the sites in these stages.
 
         Args:
-            *names: numbers, ranges (``"2-4"``), path prefixes (``"layer3"``), ``"all"``, or ``"all-but-last"``: the
-                paper's advice (section 4) where parameters are dear.
+            *names: numbers, ranges (``"2-4"``), path prefixes (``"layer3"``), ``"all"``, or ``"all-but-last"``: all
+                but the backbone's last, the paper's advice (section 4) where parameters are dear.
             attended: also sites that have attention of their own already.
 
         Raises:
             SiteNotFound: a name that matches no site.
         """
         matched: list[Site] = []
-        last = max((site.stage or 0 for site in self.all_sites), default=0)
         for name in names:
-            found = [site for site in self.all_sites if site.stage is not None and _in_stage(site, name, last)]
+            found = [site for site in self.all_sites if site.stage is not None and self._in_stage(site, name)]
             limits = _RANGE.fullmatch(str(name).strip())
-            if not found or (limits and int(limits[2]) > last):
+            if not found or (limits and int(limits[2]) > max(site.stage or 0 for site in self.all_sites)):
                 raise SiteNotFound(
                     f"no stage matches `{name}`",
                     seen=self._seen(),
@@ -134,6 +133,21 @@ class Sites(Sequence[Site]):
                 )
             matched += found
         return self._only(matched, attended, ", ".join(map(str, names)))
+
+    @property
+    def last_stage(self) -> int:
+        """The number of the backbone's last stage; 0 if there is none."""
+        return max((site.stage or 0 for site in self.all_sites if site.held_back != NECK), default=0)
+
+    def _in_stage(self, site: Site, name: int | str) -> bool:
+        text = str(name).strip()
+        if text in (ALL, ALL_BUT_LAST):
+            return text == ALL or site.stage != self.last_stage
+        if text.isdigit():
+            return site.stage == int(text)
+        if found := _RANGE.fullmatch(text):
+            return site.stage is not None and int(found[1]) <= site.stage <= int(found[2])
+        return site.address == text or site.address.startswith(text + ".")
 
     def at(self, *patterns: str, attended: bool = False) -> Sites:
         """Only the sites whose address matches a glob (``layer3.*``) or, after ``re:``, a regular expression.
@@ -238,17 +252,6 @@ def _is_within(path: str, container: str) -> bool:
 
 ALL, ALL_BUT_LAST = "all", "all-but-last"
 _RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
-
-
-def _in_stage(site: Site, name: int | str, last: int) -> bool:
-    text = str(name).strip()
-    if text in (ALL, ALL_BUT_LAST):
-        return text == ALL or site.stage != last
-    if text.isdigit():
-        return site.stage == int(text)
-    if found := _RANGE.fullmatch(text):
-        return site.stage is not None and int(found[1]) <= site.stage <= int(found[2])
-    return site.address == text or site.address.startswith(text + ".")
 
 
 def _matches(site: Site, pattern: str) -> bool:

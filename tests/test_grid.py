@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from se_inject.errors import ExportError, NoSites, OptionError, PluginError, Sit
 from se_inject.grid import block_costs
 from se_inject.plotting import plot_grid
 from se_inject.report import grid_data, grid_text
+from se_inject.sites import NECK, Site, Sites
 from se_inject.starts import start_factor, start_factors
 from se_inject.tables import counted, percent
 from tests.common import build
@@ -188,13 +190,26 @@ def test_choices(stages, labels):
 def test_all_but_last_is_a_choice_everywhere():
     network = Net()
     sites = si.find_sites(network, X)
-    last = max(site.stage or 0 for site in sites.all_sites)
+    last = sites.last_stage
+    assert last == 4
     chosen = [site.address for site in sites.stages("all-but-last")]
     assert chosen == [site.address for site in sites.stages(f"1-{last - 1}")]
     assert [step.site for step in si.plan(network, X, stages="all-but-last").steps] == chosen
     assert [step.site for step in si.plan(network, X, stages=["all-but-last", 4]).steps] == [
         site.address for site in sites.stages("all")
     ]
+
+
+def test_the_last_stage_is_the_backbones():
+    draft = Site("a", "a", None, "residual", 8, (4, 4), 0, "", "a", stage=1)
+    sites = tuple(
+        replace(draft, address=name, order=order, stage=stage, held_back=held)
+        for order, (name, stage, held) in enumerate([("a", 1, None), ("b", 2, None), ("c", 3, None), ("n", 4, NECK)])
+    )
+    found = Sites(sites, (), sites, (16, 16))
+    assert found.last_stage == 3
+    assert "c" not in [site.address for site in found.stages("all-but-last")]
+    assert [site.address for site in found.stages("all-but-last")][:2] == ["a", "b"]
 
 
 def test_a_network_of_one_stage_has_none_but_the_last():
