@@ -13,6 +13,7 @@ from se_inject._version import __version__
 
 if TYPE_CHECKING:
     from se_inject.api import (
+        CostGrid,
         CostReport,
         Exported,
         InjectError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         Site,
         Sites,
         Verdict,
+        cost_grid,
         eject_,
         export,
         find_sites,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "CostGrid",
     "CostReport",
     "Exported",
     "InjectError",
@@ -41,6 +44,7 @@ __all__ = [
     "Sites",
     "Verdict",
     "__version__",
+    "cost_grid",
     "eject_",
     "export",
     "find_sites",

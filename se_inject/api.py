@@ -14,6 +14,7 @@ from se_inject.errors import InjectError
 from se_inject.exporting import Exported
 from se_inject.exporting import export as _export
 from se_inject.finding import find_sites as _find_sites
+from se_inject.grid import CostGrid, cost_grid
 from se_inject.inputs import example_of, observe_model
 from se_inject.plans import Plan, inject, plan, plan_of
 from se_inject.sites import Site, Sites
@@ -60,6 +61,7 @@ def injected_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 __all__ = [
+    "CostGrid",
     "CostReport",
     "Exported",
     "InjectError",
@@ -67,6 +69,7 @@ __all__ = [
     "Site",
     "Sites",
     "Verdict",
+    "cost_grid",
     "eject_",
     "export",
     "find_sites",

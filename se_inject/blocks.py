@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib.metadata
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,10 +25,12 @@ def squeeze_width(channels: int, reduction: float = 16, divisor: int | None = No
     Rounding is to the nearest multiple and at least one, as timm's ``make_divisible(..., round_limit=0)`` has it.
 
     Raises:
-        OptionError: a reduction that is not positive, a divisor below 1.
+        OptionError: a reduction that is not positive and finite, a divisor below 1.
     """
-    if not reduction > 0:
-        raise OptionError("the reduction r must be positive", seen=f"r = {reduction}", hint="the paper uses 16")
+    if not 0 < reduction < math.inf:
+        raise OptionError(
+            "the reduction r must be positive and finite", seen=f"r = {reduction}", hint="the paper uses 16"
+        )
     if divisor is None:
         return max(1, int(channels // reduction))
     if divisor < 1:

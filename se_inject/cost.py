@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,19 +181,25 @@ def cost_of_step(step: Step, dtype: torch.dtype = torch.float32) -> CostRow:
 
 
 def cost_of_steps(model: nn.Module, trace: Trace, steps: Sequence[Step]) -> CostReport:
-    """The report for a plan. Equal blocks are measured once."""
+    """The report for a plan."""
     before, unknown = cost_of_model(model, trace)
+    return CostReport(before, rows_of_steps(trace, steps), unknown)
+
+
+def rows_of_steps(trace: Trace, steps: Iterable[Step]) -> tuple[CostRow, ...]:
+    """What every block adds, as often as its owner was called. Equal blocks are measured once."""
+    dtype = _dtype(trace.model)
     known: dict[Any, CostRow] = {}
     rows = []
     for step in steps:
         key = (step.block, step.channels, step.rank, step.size, step.init, repr(sorted(step.options.items())))
         if key not in known:
-            known[key] = cost_of_step(step, _dtype(model))
+            known[key] = cost_of_step(step, dtype)
         row = known[key]
         calls = max(1, trace.calls.get(step.owner, 1))
         cost = Cost(row.cost.params, row.cost.macs * calls, row.cost.elementwise * calls, row.cost.bytes * calls)
         rows.append(CostRow(step.site, step.stage, step.block, step.channels, row.width, cost))
-    return CostReport(before, tuple(rows), unknown)
+    return tuple(rows)
 
 
 def measure_latency(

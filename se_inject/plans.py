@@ -19,8 +19,9 @@ from se_inject.errors import AlreadyInjected, LoadError, OptionError, SiteNotFou
 from se_inject.finding import find_sites
 from se_inject.inputs import check_supported, inputs_from, observe_model, shapes_of
 from se_inject.positions import POSITIONS, Place, place_of
-from se_inject.sites import Site, Sites
+from se_inject.sites import ATTENDED, NECK, Site, Sites
 from se_inject.surgery import Step, inject_, steps_of
+from se_inject.tables import counted
 from se_inject.tracing import Trace
 
 VERSION = 1
@@ -226,7 +227,8 @@ def plan(
     args, kwargs = trace.inputs
     shapes = None if kwargs or (listed := shapes_of(args)) is None else tuple(listed)
     if trace.failures:
-        notes.append(f"{len(trace.failures)} modules can't be traced and were left alone: `se-inject sites MODEL -v`")
+        failed = counted(len(trace.failures), "module")
+        notes.append(f"left alone: {failed} that can't be traced; `se-inject sites MODEL -v` says why")
     return Plan(steps, type(model).__name__, shapes, tuple(notes), trace)
 
 
@@ -272,10 +274,16 @@ def _select(
     left = [site for site in found if not site.blocks]
     if not left:
         raise _already([path for site in taken for path in site.blocks], model)
-    notes = [f"{len(taken)} of the chosen sites hold a block of ours already and were left out"] if taken else []
-    held = [site for site in sites.all_sites if site.held_back and site.stage is not None and not site.blocks]
-    if held and not attended:
-        notes.append(f"{len(held)} sites already have attention of their own and were left out; `attended` adds them")
+    notes = [f"left out: {counted(len(taken), 'chosen site')} with a block of ours already"] if taken else []
+    stages = [site for site in sites.all_sites if site.stage is not None]
+    attention = sum(site.held_back == ATTENDED for site in stages)
+    if attention and not attended:
+        told = counted(attention, "site")
+        notes.append(f"left out: {told} with attention of their own already; `attended` adds them")
+    necks = {site.stage for site in stages if site.held_back == NECK} - {site.stage for site in found}
+    if necks:
+        told = counted(len(necks), "stage")
+        notes.append(f"left out: {told} of necks and heads; ask for them by number or path")
     return left, notes
 
 
@@ -310,7 +318,7 @@ def _places(trace: Trace, sites: Sequence[Site], position: str) -> tuple[list[tu
     if not places:
         raise refused[0]
     told = (
-        [f"{len(refused)} sites have no position `{position}` and were left out: {refused[0].message}"]
+        [f"left out: {counted(len(refused), 'site')} without a position `{position}`: {refused[0].message}"]
         if refused
         else []
     )
@@ -337,7 +345,9 @@ def _probed(
 ) -> tuple[str, list[str]]:
     """Build one block of each size, so that bad options are refused first of all: how it starts, and what is odd."""
     notes = []
+    narrow = []
     start = init or "identity"
+    reduction = options.get("reduction", 16)
     for channels, size in sorted({(place.channels, place.size) for place in places}):
         with torch.device("meta"):
             built = build_block(block, channels, size, options, "paper")
@@ -345,11 +355,11 @@ def _probed(
                 start = "paper"
                 notes.append(f"block `{block}` has no identity start: the network's output changes until it is trained")
             check_block(block, build_block(block, channels, size, options, start), channels, size, dtype)
-        reduction = options.get("reduction", 16)
         if getattr(built, "width", None) == 1 and reduction > channels:
-            notes.append(
-                f"r = {reduction:g} is more than the {channels} channels of some sites: the bottleneck is 1 wide"
-            )
+            narrow.append(channels)
+    if narrow:
+        told = " to ".join(str(channels) for channels in dict.fromkeys((min(narrow), max(narrow))))
+        notes.append(f"r = {reduction:g} is more than the {told} channels of some sites: the bottleneck is 1 wide")
     return start, list(dict.fromkeys(notes))
 
 

@@ -1,68 +1,19 @@
-"""Data → text, Markdown, CSV, JSON. Nothing here computes, and nothing here prints."""
+"""What the package found out → text and data for people and machines. Nothing here computes or prints."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
+from se_inject.tables import counted, percent, short, table
 
 if TYPE_CHECKING:
     from se_inject.cost import Cost, CostReport, CostRow, Latency
+    from se_inject.exporting import Exported
+    from se_inject.grid import BlockCost, CostGrid
     from se_inject.plans import Plan
     from se_inject.sites import Sites
     from se_inject.verification import Verdict
-
-FORMATS = ("text", "markdown", "csv")
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "text") -> str:
-    """Rows under headers, as aligned text, a Markdown table or CSV."""
-    if style == "csv":
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerows([headers, *rows])
-        return buffer.getvalue().rstrip("\n")
-    kinds = [
-        "left" if all(not isinstance(row[i], int | float) for row in rows) else "right" for i in range(len(headers))
-    ]
-    shown = [[_cell(value) for value in row] for row in rows]
-    return tabulate(
-        shown,
-        headers,
-        tablefmt="github" if style == "markdown" else "simple",
-        colalign=kinds if rows else None,
-        disable_numparse=True,
-    )
-
-
-def as_json(data: Any) -> str:
-    """Data as indented JSON."""
-    return json.dumps(data, indent=2)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def short(number: float, unit: str = "") -> str:
-    """A number with three significant digits and k, M, G or T."""
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= factor:
-            return f"{number / factor:.3g} {letter}{unit}"
-    return f"{number:.3g} {unit}".rstrip()
-
-
-def percent(part: float, whole: float) -> str:
-    """A share with its sign."""
-    return f"{100 * part / whole:+.2f} %" if whole else "–"
-
 
 # -- sites -------------------------------------------------------------------------------------------------
 
@@ -156,9 +107,41 @@ def plan_text(plan: Plan) -> str:
         [step.stage if step.stage is not None else "–", step.site, step.channels, step.block, step.path]
         for step in plan.steps
     ]
-    head = f"{len(plan.steps)} blocks for {plan.model}"
+    head = f"{counted(len(plan.steps), 'block')} for {plan.model}"
     notes = "".join(f"\nnote: {note}" for note in plan.notes)
     return f"{head}\n\n{table(('stage', 'site', 'channels', 'block', 'becomes'), rows)}{notes}"
+
+
+def plan_line(plan: Plan) -> str:
+    """A plan in one line: how many blocks of which kind, where, with what options and start."""
+    stages = sorted({step.stage for step in plan.steps if step.stage is not None})
+    where = f"in stage{'s' * (len(stages) != 1)} {', '.join(map(str, stages))}" if stages else "outside of the stages"
+    step = plan.steps[0]
+    options = {"reduction": 16, "bias": True} | step.options if step.block == "se" else step.options
+    told = [f"{'r' if key == 'reduction' else key} = {_plain(value)}" for key, value in options.items()]
+    start = "identity start" if step.init == "identity" else "the paper's start"
+    position = [f"position {step.position}"] if step.position != "standard" else []
+    blocks = counted(len(plan), f"{step.block.upper() if step.block == 'se' else step.block} block")
+    return f"{blocks} {where}: {', '.join([*position, *told, start])}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def start_notes(factors: dict[str, tuple[float, float]]) -> list[str]:
+    """A line for each block that doesn't start as x ↦ x."""
+    return [
+        f"at the start, block `{block}` scales its input by {_span(factor)} (on random normal values)"
+        for block, factor in factors.items()
+    ]
+
+
+def _span(factor: tuple[float, float]) -> str:
+    """``0.5``, or ``0.56 to 0.73``."""
+    return " to ".join(dict.fromkeys(f"{value:.2g}" for value in factor))
 
 
 def cost_text(report: CostReport, style: str = "text", *, by_site: bool = False) -> str:
@@ -241,6 +224,77 @@ def latency_line(latency: Latency) -> str:
     )
 
 
+# -- costs side by side ------------------------------------------------------------------------------------
+
+FIGURES = {"params": "parameters", "macs": "MACs", "elementwise": "element-wise operations", "bytes": "bytes"}
+"""The fields of a cost, and what they are called."""
+
+
+def grid_text(grid: CostGrid, style: str = "text") -> str:
+    """A table of stages × ratios for each kind of cost; as CSV a line for each cell."""
+    if style == "csv":
+        rows = [[cell.stages, cell.reduction, cell.blocks, *_figures(cell.added)] for cell in grid.cells]
+        return table(
+            ("stages", "r", "blocks", *FIGURES), [["" if v is None else v for v in row] for row in rows], style
+        )
+    return "\n\n".join(
+        f"{name} added to {getattr(grid.before, field):,}\n\n{_pivot(grid, field, style)}"
+        for field, name in FIGURES.items()
+    )
+
+
+def _pivot(grid: CostGrid, field: str, style: str) -> str:
+    whole = getattr(grid.before, field)
+    ratios = ["added" if reduction is None else f"r = {reduction:g}" for reduction in grid.reductions]
+    rows = []
+    for stages in grid.stages:
+        cells = [grid[stages, reduction] for reduction in grid.reductions]
+        parts = [getattr(cell.added, field) for cell in cells]
+        rows.append([stages, cells[0].blocks, *(f"{part:,} ({percent(part, whole)})" for part in parts)])
+    return table(("stages", "blocks", *ratios), rows, style, right=range(2, len(ratios) + 2))
+
+
+def grid_data(grid: CostGrid) -> dict[str, Any]:
+    """A cost grid for ``--json``."""
+    return {
+        "model": grid.model,
+        "block": grid.block,
+        "notes": list(grid.notes),
+        "before": _cost(grid.before),
+        "cells": [
+            {"stages": cell.stages, "r": cell.reduction, "blocks": cell.blocks, **_cost(cell.added)}
+            for cell in grid.cells
+        ],
+        "uncounted": list(grid.uncounted),
+    }
+
+
+def block_costs_text(costs: Sequence[BlockCost], style: str = "text") -> str:
+    """What each block adds to a network, and how it starts."""
+    rows = [
+        [item.block, *_figures(item.added), item.identity, _span(item.start)]
+        if item.added is not None and item.start is not None
+        else [item.block, *[None] * 5, item.refused]
+        for item in costs
+    ]
+    return table(("block", "params", "MACs", "element-wise", "bytes", "identity start", "start factor"), rows, style)
+
+
+def block_costs_data(costs: Sequence[BlockCost]) -> list[dict[str, Any]]:
+    """The same for ``--json``."""
+    return [
+        {
+            "block": item.block,
+            "from": item.origin,
+            "added": None if item.added is None else _cost(item.added),
+            "identity_start": item.identity,
+            "start_factor": item.start,
+            "refused": item.refused,
+        }
+        for item in costs
+    ]
+
+
 # -- verdicts ----------------------------------------------------------------------------------------------
 
 
@@ -259,4 +313,32 @@ def verdict_data(verdict: Verdict) -> dict[str, Any]:
         "passed": verdict.passed,
         "checks": [{"name": check.name, "passed": check.passed, "detail": check.detail} for check in verdict.checks],
         "notes": list(verdict.notes),
+    }
+
+
+# -- files -------------------------------------------------------------------------------------------------
+
+
+def exported_lines(item: Exported) -> list[str]:
+    """What was written, how, and what the comparison with the network gave."""
+    lines = [f"wrote {item.path} ({short(item.size_bytes, 'B')}, {item.how})"]
+    if item.checks:
+        worst = max(item.checks, key=lambda check: check.max_rel_error)
+        batches = ", ".join(str(check.batch) for check in item.checks)
+        errors = f"max error {worst.max_abs_error:.2g}, relative {worst.max_rel_error:.2g} (limit {item.tolerance:.0e})"
+        found = errors if item.tolerance else "outputs bit-equal"
+        lines.append(f"      loaded back and run at batch {batches}: {found}")
+    return lines + [f"      {note}" for note in item.notes]
+
+
+def exported_data(item: Exported) -> dict[str, Any]:
+    """A written file for ``--json``."""
+    return {
+        "path": str(item.path),
+        "format": item.format,
+        "bytes": item.size_bytes,
+        "how": item.how,
+        "checks": [check._asdict() for check in item.checks],
+        "tolerance": item.tolerance,
+        "notes": list(item.notes),
     }

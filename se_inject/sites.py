@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from se_inject.errors import NoSites, OptionError, SiteNotFound
+from se_inject.tables import counted
 
 ATTENDED = "already has attention"
 INJECTED = "holds a block of ours"
@@ -110,14 +111,19 @@ class Sites(Sequence[Site]):
         return self.chosen[index]
 
     def stages(self, *names: int | str, attended: bool = False) -> Sites:
-        """Only the sites in these stages: numbers, ranges (``"2-4"``), or path prefixes (``"layer3"``).
+        """Only the sites in these stages.
+
+        Args:
+            *names: numbers, ranges (``"2-4"``), path prefixes (``"layer3"``), ``"all"``, or ``"all-but-last"``: all
+                but the backbone's last, the paper's advice (section 4) where parameters are dear.
+            attended: also sites that have attention of their own already.
 
         Raises:
             SiteNotFound: a name that matches no site.
         """
         matched: list[Site] = []
         for name in names:
-            found = [site for site in self.all_sites if site.stage is not None and _in_stage(site, name)]
+            found = [site for site in self.all_sites if site.stage is not None and self._in_stage(site, name)]
             limits = _RANGE.fullmatch(str(name).strip())
             if not found or (limits and int(limits[2]) > max(site.stage or 0 for site in self.all_sites)):
                 raise SiteNotFound(
@@ -127,6 +133,21 @@ class Sites(Sequence[Site]):
                 )
             matched += found
         return self._only(matched, attended, ", ".join(map(str, names)))
+
+    @property
+    def last_stage(self) -> int:
+        """The number of the backbone's last stage; 0 if there is none."""
+        return max((site.stage or 0 for site in self.all_sites if site.held_back != NECK), default=0)
+
+    def _in_stage(self, site: Site, name: int | str) -> bool:
+        text = str(name).strip()
+        if text in (ALL, ALL_BUT_LAST):
+            return site.held_back != NECK and (text == ALL or site.stage != self.last_stage)
+        if text.isdigit():
+            return site.stage == int(text)
+        if found := _RANGE.fullmatch(text):
+            return site.stage is not None and int(found[1]) <= site.stage <= int(found[2])
+        return site.address == text or site.address.startswith(text + ".")
 
     def at(self, *patterns: str, attended: bool = False) -> Sites:
         """Only the sites whose address matches a glob (``layer3.*``) or, after ``re:``, a regular expression.
@@ -155,7 +176,9 @@ class Sites(Sequence[Site]):
             SiteNotFound: there are more or fewer.
         """
         if len(self) != count:
-            raise SiteNotFound(f"expected {count} sites", seen=f"{len(self)} sites: {self._seen()}")
+            raise SiteNotFound(
+                f"expected {counted(count, 'site')}", seen=f"{counted(len(self), 'site')}: {self._seen()}"
+            )
         return self
 
     def everything(self, *, attended: bool = False) -> Sites:
@@ -173,7 +196,7 @@ class Sites(Sequence[Site]):
         if not kept and unique:
             raise NoSites(
                 f"every site of {asked} already has attention",
-                seen=f"{len(unique)} sites with a gate of their own, {unique[0].address} the first",
+                seen=f"{counted(len(unique), 'site')} with a gate of their own, {unique[0].address} the first",
                 hint="to add a second gate all the same: `attended=True` in Python, `--attended` on the command line",
             )
         if not kept:
@@ -182,9 +205,9 @@ class Sites(Sequence[Site]):
 
     def _seen(self) -> str:
         if not self.all_sites:
-            return f"no site, {len(self.refused)} refused places"
+            return f"no site, {counted(len(self.refused), 'refused place')}"
         numbers = [site.stage for site in self.all_sites if site.stage is not None]
-        text = f"{len(self.all_sites)} sites, `{self.all_sites[0].address}` … `{self.all_sites[-1].address}`"
+        text = f"{counted(len(self.all_sites), 'site')}, `{self.all_sites[0].address}` … `{self.all_sites[-1].address}`"
         return text + (f", stages 1 to {max(numbers)}" if numbers else "")
 
     def _similar(self, pattern: str) -> str:
@@ -228,16 +251,8 @@ def _is_within(path: str, container: str) -> bool:
     return not container or path == container or path.startswith(container + ".")
 
 
+ALL, ALL_BUT_LAST = "all", "all-but-last"
 _RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
-
-
-def _in_stage(site: Site, name: int | str) -> bool:
-    text = str(name).strip()
-    if text.isdigit():
-        return site.stage == int(text)
-    if found := _RANGE.fullmatch(text):
-        return site.stage is not None and int(found[1]) <= site.stage <= int(found[2])
-    return site.address == text or site.address.startswith(text + ".")
 
 
 def _matches(site: Site, pattern: str) -> bool:

@@ -18,6 +18,7 @@ from se_inject.bodies import original_class
 from se_inject.errors import VerificationError
 from se_inject.inputs import observe_model, real_inputs
 from se_inject.surgery import Step, injected_blocks, steps_of
+from se_inject.tables import counted
 from se_inject.tracing import Trace, describe, preserved
 
 SMALL_SIDE = 64
@@ -293,7 +294,7 @@ def _kept_settings(before: nn.Module, after: nn.Module) -> Check:
         ):
             changed.append(f"{name}: requires_grad, dtype or device")
     count = len(list(before.modules()))
-    text = f"classes, modes, hooks, requires_grad, dtype and device of {count} modules as before"
+    text = f"classes, modes, hooks, requires_grad, dtype and device of {counted(count, 'module')} as before"
     return Check("settings kept", not changed, "; ".join(changed[:3]) if changed else text)
 
 
@@ -359,4 +360,5 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
         return Check("blocks trainable", False, f"not called: {', '.join(silent[:3])}")
     if missing or dead:
         return Check("blocks trainable", False, f"no gradient reaches {', '.join((missing or dead)[:3])}")
-    return Check("blocks trainable", True, f"gradients reach all {len(named)} new parameters of {len(blocks)} blocks")
+    told = f"gradients reach all {counted(len(named), 'new parameter')} of {counted(len(blocks), 'block')}"
+    return Check("blocks trainable", True, told)

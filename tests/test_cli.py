@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import itertools
 import json
 import logging
 import pickle
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import se_inject as si
-from se_inject import _files, cli
+from se_inject import _files, cli, commands
 from se_inject.errors import InjectError
 
 NETS = '''
@@ -272,6 +273,8 @@ def test_torch_logs_nothing_about_inputs_that_were_tried(se_inject, logged, argu
         (("--stages", "1"), SITES[:2]),
         (("--stages", "1,2"), SITES),
         (("--stages", "1-2"), SITES),
+        (("--stages", "all"), SITES),
+        (("--stages", "all-but-last"), SITES[:2]),
         (("--stages", "two"), SITES[2:]),
         (("--stages", "one, two"), SITES),
         (("--stages", "2,two.0"), SITES[2:]),
@@ -320,7 +323,7 @@ def test_sites_as_json_are_the_same(se_inject):
 
 def test_refusals_are_counted_and_with_v_explained(se_inject):
     brief = se_inject("sites", "nets.py:Undecided", *SMALL)
-    assert "refused: -v lists them" in brief.err
+    assert "1 place refused: -v says why" in brief.err
     long = se_inject("sites", "nets.py:Undecided", *SMALL, "-v").out
     table = long.partition("refused")[2]
     assert re.search(r"^odd\b.*self\.last", table, re.MULTILINE), long
@@ -426,7 +429,7 @@ def test_wrong_outputs_are_refused_before_any_work(se_inject, arguments, code, m
     def planning(*_):
         raise InjectError("planning has begun")
 
-    monkeypatch.setattr(cli, "_plan", planning)
+    monkeypatch.setattr(commands, "_plan", planning)
     assert "planning has begun" not in se_inject("nets.py:tiny", *SMALL, *arguments, code=code).err
 
 
@@ -477,6 +480,120 @@ def test_a_check_that_fails_is_exit_code_1_and_no_file(se_inject, tiny, monkeypa
     assert "weights kept: one is gone" in done.err
     assert "hint:" in done.err
     assert files() == {"tiny.pt"}
+
+
+def test_a_check_that_fails_is_in_the_json(se_inject, tiny, monkeypatch):
+    from se_inject import verification
+
+    verdict = verification.Verdict((verification.Check("weights kept", False, "one is gone"),))
+    monkeypatch.setattr(verification, "verify", lambda *_, **__: verdict)
+    data = document(se_inject("tiny.pt", *SMALL, "--json", code=1).out)
+    assert data["verification"]["passed"] is False
+    assert data["verification"]["checks"] == [{"name": "weights kept", "passed": False, "detail": "one is gone"}]
+    assert "files" not in data
+
+
+def test_a_file_that_is_equal_bit_for_bit_says_so(se_inject, tiny):
+    done = se_inject("tiny.pt", *SMALL, "-o", "x.pt", "-o", "x.ts")
+    told = {line.split()[1]: after for line, after in itertools.pairwise(done.out.splitlines()) if "wrote" in line}
+    assert told["x.pt"].strip() == "loaded back and run at batch 1, 2, 5: outputs bit-equal"
+    assert "(limit 1e-04)" in told["x.ts"]
+
+
+def test_one_block_is_no_blocks(se_inject):
+    done = se_inject("nets.py:tiny", *SMALL, "--at", "two.1.bn2", "-o", "x.pt")
+    assert "1 SE block in stage 2" in done.out
+    assert re.search(r"\b1 (SE )?(blocks|sites|modules|new parameters)\b", done.out) is None
+
+
+def test_a_block_without_identity_start_says_how_it_starts(se_inject):
+    done = se_inject("nets.py:tiny", *SMALL, "--dry-run", "--block", "simam")
+    assert "note: block `simam` has no identity start" in done.out
+    assert re.search(r"^note: at the start, block `simam` scales its input by 0\.\d+( to 0\.\d+)? ", done.out, re.M)
+    notes = document(se_inject("nets.py:tiny", *SMALL, "--dry-run", "--init", "paper", "--json").out)["notes"]
+    assert any(re.match(r"at the start, block `se` scales its input by 0\.[3-7]", note) for note in notes), notes
+    assert "at the start" not in se_inject("nets.py:tiny", *SMALL, "--dry-run").out
+
+
+# -- costs side by side ------------------------------------------------------------------------------------
+
+
+def test_the_grid_in_four_formats(se_inject):
+    arguments = ("cost", "nets.py:tiny", *SMALL, "--r", "4,16")
+    done = se_inject(*arguments, "--json")
+    data = document(done.out)
+    assert done.err == ""
+    assert [(cell["stages"], cell["r"], cell["blocks"]) for cell in data["cells"]] == [
+        (stages, r, blocks)
+        for stages, blocks in (("1", 2), ("2", 2), ("all", 4), ("all-but-last", 2))
+        for r in (4.0, 16.0)
+    ]
+    rows = list(csv.DictReader(io.StringIO(se_inject(*arguments, "--format", "csv").out)))
+    for row, cell in zip(rows, data["cells"], strict=True):
+        assert (row["stages"], float(row["r"])) == (cell["stages"], cell["r"])
+        assert all(int(row[key]) == cell[key] for key in ("blocks", "params", "macs", "elementwise", "bytes"))
+    text, markdown = se_inject(*arguments).out, se_inject(*arguments, "--format", "markdown").out
+    for cell in data["cells"]:
+        for key in ("params", "macs", "elementwise", "bytes"):
+            assert re.search(rf"^{cell['stages']} .* {cell[key]:,} \(", text, re.M)
+            assert re.search(rf"^\| {cell['stages']} .* {cell[key]:,} \(", markdown, re.M)
+            assert f"added to {data['before'][key]:,}" in text
+    assert files() == set()
+
+
+def test_the_options_offer_what_the_package_knows():
+    from se_inject.blocks import INITS
+    from se_inject.positions import POSITIONS
+
+    choices = {option.name: getattr(option.type, "choices", None) for option in cli.cli.commands["cost"].params}
+    assert tuple(choices["position"]) == tuple(POSITIONS)
+    assert tuple(choices["init"]) == INITS
+
+
+def test_the_grid_takes_several_choices_of_stages(se_inject):
+    arguments = ("cost", "nets.py:tiny", *SMALL, "--block", "eca", "--json")
+    data = document(se_inject(*arguments, "--stages", "two", "--stages", "1,2", "--stages", "all-but-last").out)
+    assert [(cell["stages"], cell["r"], cell["blocks"]) for cell in data["cells"]] == [
+        ("two", None, 2),
+        ("1,2", None, 4),
+        ("all-but-last", None, 2),
+    ]
+
+
+def test_the_grid_is_drawn_and_no_file_replaced(se_inject):
+    arguments = ("cost", "nets.py:tiny", *SMALL, "--r", "4,16", "--plot", "cost.svg")
+    done = se_inject(*arguments, "--format", "csv")
+    assert done.err == "wrote cost.svg\n"
+    first = Path("cost.svg").read_bytes()
+    assert first.startswith(b"<?xml")
+    Path("cost.svg").write_text("mine")
+    assert "`cost.svg` exists" in se_inject(*arguments, code=1).err
+    assert Path("cost.svg").read_text() == "mine"
+    se_inject(*arguments, "--force")
+    assert Path("cost.svg").read_bytes().startswith(b"<?xml")
+    assert files() == {"cost.svg"}
+
+
+def test_a_plot_without_matplotlib_is_refused_first(se_inject, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    done = se_inject("cost", "absent.pt", "--plot", "cost.png", code=1)
+    assert "matplotlib is not installed" in done.err
+    assert "hint: pip install 'se-inject[plot]'" in done.err
+
+
+def test_blocks_on_a_network(se_inject):
+    done = se_inject("blocks", "--on", "nets.py:tiny", "--json")
+    data = {item["block"]: item for item in json.loads(done.out)}
+    network = si.load("nets.py:tiny")
+    for name in ("se", "eca", "simam", "cbam"):
+        assert data[name]["added"]["params"] == si.plan(network, block=name).cost().added.params
+    assert (data["se"]["identity_start"], data["se"]["start_factor"]) == (True, [1, 1])
+    assert (data["simam"]["identity_start"], data["simam"]["refused"]) == (False, None)
+    text = se_inject("blocks", "--on", "nets.py:tiny").out
+    (one,) = json.loads(se_inject("blocks", "eca", "--on", "nets.py:tiny", *SMALL, "--json").out)
+    assert one["added"]["params"] == data["eca"]["added"]["params"]
+    assert one["added"]["bytes"] < data["eca"]["added"]["bytes"]
+    assert re.search(rf"^se  .* {data['se']['added']['bytes']:,}  .* yes  1\s*$", text, re.M)
 
 
 # -- what is written ---------------------------------------------------------------------------------------
@@ -548,7 +665,7 @@ def test_more_blocks_go_into_a_network_that_has_some(se_inject, tiny):
     assert injected.get_submodule("one.0.se").width == 1
     assert same(tiny, injected)
     done = se_inject("first.pt", *SMALL, "--dry-run")
-    assert "note: 2 of the chosen sites hold a block of ours already and were left out" in done.out
+    assert "note: left out: 2 chosen sites with a block of ours already" in done.out
     assert "2 SE blocks in stage 2" in done.out
 
 
@@ -664,6 +781,17 @@ BAD = {
     "no expression": (nothing, (*TINY, "--at", "re:(("), 2, "not a regular expression"),
     "r = 0": (nothing, (*TINY, "--r", "0"), 2, "must be positive"),
     "r < 0": (nothing, (*TINY, "--r", "-4"), 2, "must be positive"),
+    "r = inf": (nothing, (*TINY, "--r", "inf"), 2, "must be positive and finite"),
+    "r = inf as a setting": (nothing, (*TINY, "--set", "reduction=inf"), 2, "must be positive and finite"),
+    "r = inf in a grid": (nothing, ("cost", *TINY, "--r", "4,inf"), 2, "must be positive and finite"),
+    "r = 0 in a grid": (nothing, ("cost", *TINY, "--r", "4,0,2"), 2, "must be positive and finite"),
+    "a ratio set in a grid": (nothing, ("cost", *TINY, "--set", "reduction=4"), 2, "--r 4,8,16"),
+    "ratios of a block without": (nothing, ("cost", *TINY, "--block", "eca", "--r", "4"), 2, "no option `reduction`"),
+    "no such stage of a grid": (nothing, ("cost", *TINY, "--stages", "1", "--stages", "7"), 2, "no stage matches `7`"),
+    "no stage of a grid": (nothing, ("cost", *TINY, "--stages", ""), 2, "no stage matches ``"),
+    "a plot in no format": (nothing, ("cost", *TINY, "--plot", "x.gif"), 2, ".svg"),
+    "a plot over a file": (nothing, ("cost", *TINY, "--plot", "there.png"), 1, "`there.png` exists"),
+    "blocks on nothing": (nothing, ("blocks", "--on", "absent.pt"), 2, "no file `absent.pt`"),
     "r = nan": (nothing, (*TINY, "--r", "nan"), 2, "must be positive"),
     "divisor = 0": (nothing, (*TINY, "--divisor", "0"), 2, "at least 1"),
     "unknown block": (nothing, (*TINY, "--block", "eka"), 2, "did you mean `eca`"),
@@ -693,6 +821,7 @@ def test_bad_input_is_answered_and_nothing_is_written(se_inject, tiny, case, mon
     if case == "no GPU":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     make(tiny)
+    Path("there.png").touch()
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*") if "__pycache__" not in path.parts}
     done = se_inject(*arguments, code=code)
     assert done.err.startswith("error: ")
@@ -708,6 +837,7 @@ def test_bad_input_gets_a_hint(se_inject, tiny, case, monkeypatch):
     if case == "no GPU":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     make(tiny)
+    Path("there.png").touch()
     assert "\nhint: " in se_inject(*arguments, code=code).err
 
 
@@ -722,6 +852,9 @@ def test_bad_input_gets_a_hint(se_inject, tiny, case, monkeypatch):
         (("tiny.pt", "--format", "xml"), "markdown"),
         (("tiny.pt", "tiny.pt"), "unexpected extra argument"),
         (("sites",), "MODEL"),
+        (("cost",), "MODEL"),
+        (("cost", "tiny.pt", "--r", "4,many"), "4,8,16"),
+        (("cost", "tiny.pt", "--at", "two.*"), "--at"),
         (("sites", "tiny.pt", "--r", "4"), "--r"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
@@ -782,7 +915,7 @@ def test_a_fault_of_our_own_is_told_as_one(tiny, monkeypatch, capsys):
     def broken(*_, **__):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(cli, "_plan", broken)
+    monkeypatch.setattr(commands, "_plan", broken)
     monkeypatch.setattr(sys, "argv", ["se-inject", "tiny.pt"])
     monkeypatch.delenv("SE_INJECT_TRACEBACK", raising=False)
     with warnings.catch_warnings(), pytest.raises(SystemExit) as ending:

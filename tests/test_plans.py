@@ -229,7 +229,7 @@ def test_plans_for_other_sites_add_up():
     assert [step.site for step in si.plan_of(both).steps] == ["layer1.0.bn2", "layer3.0.bn2"]
     plan = si.plan(both, X)
     assert [step.stage for step in plan.steps] == [2, 4]
-    assert any("2 of the chosen sites hold a block" in note for note in plan.notes)
+    assert any("2 chosen sites with a block of ours already" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize("first", ["pre", "identity"])
@@ -322,7 +322,7 @@ def test_attention_of_the_networks_own_is_noted():
     x = torch.empty(1, 64, 8, 8, device="meta")
     plan = si.plan(network, x)
     assert [step.site for step in plan.steps] == ["0.0.bn2"]
-    assert any("2 sites already have attention of their own" in note for note in plan.notes)
+    assert any("2 sites with attention of their own already" in note for note in plan.notes)
     assert len(si.plan(network, x, attended=True)) == 3
 
 
