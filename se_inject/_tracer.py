@@ -448,7 +448,7 @@ def random_state() -> Any:
 
 def set_random_state(state: Any) -> None:
     """Put the generators back."""
-    torch.set_rng_state(torch.tensor(state[0], dtype=torch.uint8))
+    torch.set_rng_state(torch.tensor(state[0], dtype=torch.uint8, device="cpu"))
     random.setstate(state[1])
     if state[2] is not None:
         sys.modules["numpy"].random.set_state(state[2])

@@ -239,7 +239,7 @@ class Observer:
     def _drawn(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Random numbers, the same ones again and again: drawing millions takes longer than what is saved."""
         if self._numbers is None:
-            self._numbers = torch.randn(65_521, generator=torch.Generator().manual_seed(0))
+            self._numbers = torch.randn(65_521, generator=torch.Generator().manual_seed(0), device="cpu")
         count = math.prod(shape)
         return self._numbers.repeat(-(-count // len(self._numbers)))[:count].view(*shape).to(like)
 
