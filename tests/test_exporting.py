@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib
 import logging
 import os
 from pathlib import Path
@@ -18,12 +17,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from se_inject import _files
+from se_inject import _files, _onnx, exporting
+from se_inject._comparison import TOLERANCES, difference
+from se_inject._network import _at_batch
 from se_inject.errors import ExportError, OptionError
+from se_inject.exporting import export, export_all
 from tests.common import randomise
-
-exporting = importlib.import_module("se_inject.exporting")
-export, export_all = exporting.export, exporting.export_all
 
 SUFFIXES = [".onnx", ".ts", ".torchscript", ".pt2", ".pt", ".pth"]
 
@@ -316,7 +315,7 @@ def test_half_precision_is_a_copy(out):
     made = export_all(model, [out / "net.onnx", out / "net.pt2"], (image(),), dtype="float16")
     made.append(export(model, out / "net.pt", (image(),), dtype=torch.float16))
     assert [len(item.checks) for item in made] == [3, 3, 3]
-    assert made[0].tolerance == exporting.TOLERANCES[torch.float16]
+    assert made[0].tolerance == TOLERANCES[torch.float16]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.load(out / "net.pt", weights_only=False).head.weight.dtype == torch.float16
 
@@ -418,7 +417,7 @@ def test_nothing_is_printed_or_logged(out, capfd, caplog):
 
 @pytest.mark.parametrize(
     ("suffix", "loader"),
-    [(".onnx", "se_inject.exporting._in_onnxruntime"), (".ts", "torch.jit.load"), (".pt", "torch.load")],
+    [(".onnx", "se_inject._onnx._in_onnxruntime"), (".ts", "torch.jit.load"), (".pt", "torch.load")],
 )
 def test_a_mismatch_leaves_no_file(suffix, loader, out, monkeypatch):
     wrong = net().eval()
@@ -464,7 +463,7 @@ def test_what_the_exporter_said_first_is_told(out):
 
 
 def test_preconditions_come_before_any_work(out, monkeypatch):
-    monkeypatch.setattr(exporting, "_Network", pytest.fail)
+    monkeypatch.setattr(exporting, "Network", pytest.fail)
     (out / "old.pt").write_text("old")
     paths = [out / "net.pt", out / "missing" / "net.pt", out / "old.pt", out / "old.pt" / "net.pt"]
     for path, seen in zip(paths[1:], ["does not exist", None, "is not a directory"], strict=True):
@@ -529,7 +528,7 @@ def test_an_interrupt_leaves_no_debris(out, monkeypatch):
         assert path.exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exporting, "_in_onnxruntime", interrupted)
+    monkeypatch.setattr(_onnx, "_in_onnxruntime", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(net(), out / "net.onnx", (image(),))
     assert not list(out.iterdir())
@@ -560,17 +559,17 @@ def test_a_link_stays_one(out):
 )
 def test_the_error_of_an_output(got, want, expected):
     outputs = [[("output", torch.tensor(values))] for values in (got, want)]
-    assert exporting._difference(*outputs) == pytest.approx(expected)
+    assert difference(*outputs) == pytest.approx(expected)
 
 
 def test_inputs_at_another_batch_size_are_like_the_example():
     generator = torch.Generator().manual_seed(0)
     photo = torch.rand(2, 3, 4, 4) * 255
-    drawn = exporting._at_batch(photo, 5, generator)
+    drawn = _at_batch(photo, 5, generator)
     assert drawn.shape == (5, 3, 4, 4) and set(drawn.flatten().tolist()) <= set(photo.flatten().tolist())
-    assert exporting._at_batch(photo, 2, generator) is photo
-    assert exporting._at_batch(torch.zeros(1, 3), 2, generator).std() > 0
-    assert exporting._at_batch(torch.tensor([[1, 2], [3, 4]]), 3, generator).tolist() == [
+    assert _at_batch(photo, 2, generator) is photo
+    assert _at_batch(torch.zeros(1, 3), 2, generator).std() > 0
+    assert _at_batch(torch.tensor([[1, 2], [3, 4]]), 3, generator).tolist() == [
         [1, 2],
         [3, 4],
         [1, 2],
