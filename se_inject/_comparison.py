@@ -80,12 +80,15 @@ def difference(got: Iterable[tuple[str, Tensor]], want: Iterable[tuple[str, Tens
     return max(absolute for absolute, _ in worst), max(relative for _, relative in worst)
 
 
+_SCHEMA = re.compile(r"\S+\(.*\) -> .*:")  # torch.jit prints the function's signature before what is wrong
+
+
 def reason(error: BaseException) -> str:
     """The line of an exception that says most: of its root cause, without colours and advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line] or [""]
+    lines = [line for line in lines if line and not _SCHEMA.fullmatch(line)] or [""]
     if lines[0].startswith("Constraints violated"):  # torch.export: what was violated comes after
         lines = [line.removeprefix("- ") for line in lines if line.startswith("- ")] or lines
     line = lines[0] if isinstance(error, (Rejected, ExportError)) else f"{type(error).__name__}: {lines[0]}"

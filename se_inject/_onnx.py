@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ._comparison import Rejected, tensors
 from ._network import Network, Written
+from .errors import ExportError
 
 
 def write_onnx(network: Network, path: Path, dynamic: bool) -> Written:
@@ -26,7 +27,10 @@ def write_onnx(network: Network, path: Path, dynamic: bool) -> Written:
     program.save(path, external_data=False)  # above 1.5 GB the weights go to a file beside it all the same
     opset = _checked_opset(path, full_check=brain_float)
     if network.opset not in (None, opset):
-        raise Rejected(f"opset {network.opset} was asked for, this exporter wrote {opset}")
+        raise ExportError(
+            f"opset {network.opset} was asked for, this exporter wrote {opset}",
+            hint="leave the opset out for the exporter's own choice",
+        )
     notes = ["ONNX has no memory format: the runtime chooses its own"] if network.conversion.memory_format else []
     run = None
     try:

@@ -103,7 +103,8 @@ def _device(device: str | torch.device | None) -> torch.device | None:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted.type == "cuda" and (wanted.index or 0) >= count:
         raise ExportError(
-            f"asked for {wanted}, this machine has {count or 'none'}",
+            f"asked for {wanted}, torch finds {count or 'none'} here",
+            seen=None if torch.version.cuda or torch.version.hip else "this torch is a build for the CPU alone",
             hint="export on the CPU: an ONNX file made there runs on a GPU as well, through onnxruntime-gpu",
         )
     return wanted

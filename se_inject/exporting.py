@@ -199,9 +199,9 @@ def _described(
     how, notes = written.how, [*written.notes]
     if format == "torchscript" and failures:
         how += f" ({failures[0]})"
-    if format == "pt":
-        notes.append(f"compared on {describe(*network.example)}") if network.cropped else None
-    else:
+    if network.cropped:
+        notes.insert(0, f"compared on {describe(*network.example)}")
+    if format != "pt":
         how += ", dynamic batch" if dynamic else f", batch fixed at {network.batch}"
         notes += [] if dynamic else [f"batch fixed at {network.batch}: {network.fixed or failures[-1]}"]
     for name, tensor in network.answers[network.batch]:

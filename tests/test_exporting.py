@@ -343,7 +343,7 @@ def test_channels_last(out):
 
 def test_cuda_without_a_gpu(out, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ExportError, match="asked for cuda, this machine has none") as error:
+    with pytest.raises(ExportError, match="asked for cuda, torch finds none here") as error:
         export(net(), out / "net.onnx", (image(),), device="cuda")
     assert "onnxruntime-gpu" in error.value.hint
     assert not list(out.iterdir())
