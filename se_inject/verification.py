@@ -288,5 +288,6 @@ def _grads_of(output: Any, named: dict[str, nn.Parameter]) -> dict[str, Tensor |
     if not named or not outputs:
         return dict.fromkeys(named)
     generator = torch.Generator().manual_seed(3)
-    loss = torch.stack([(out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs]).sum()
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True))
+    directions = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
+    grads = torch.autograd.grad(outputs, list(named.values()), directions, allow_unused=True)
+    return dict(zip(named, grads, strict=True))

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import logging
 import os
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ class Remembering(Residual):
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
-        self.seen = {}
+        self.seen, self.last = OrderedDict(), None
 
     def forward(self, x):
         self.calls += 1
@@ -238,6 +239,25 @@ def test_a_trace_where_scripting_fails(out):
     assert exported.how.endswith(", dynamic batch")
 
 
+class Listing(Residual):
+    """The scripting compiler takes the argument for a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.last_layer = nn.Sequential(self.head)
+
+    def forward(self, x):
+        return self.last_layer([self.features(x).mean(self.dims)][0:1][0]) + self.sum([x])
+
+    def sum(self, xs):
+        return self.dropout(xs)[0].sum() if isinstance(xs, torch.Tensor) else xs[0].sum()
+
+
+def test_what_the_scripting_compiler_says_is_told_without_its_signature(out):
+    exported = export(net(Listing), out / "net.ts", (image(),))
+    assert exported.how.startswith("traced (scripting failed: RuntimeError: Expected a value of type 'Tensor")
+
+
 def test_a_trace_that_baked_a_branch_in_is_kept_for_its_batch_only(out):
     exported = export(net(Branching), out / "net.ts", (image(2),))
     assert exported.how.startswith("traced (scripting failed: ") and exported.how.endswith("), batch fixed at 2")
@@ -260,6 +280,36 @@ def test_a_dynamic_batch_that_the_exporter_refuses(out):
     exported = export(net(Baking), out / "net.pt2", (image(2),))
     assert exported.how == "torch.export, batch fixed at 2"
     assert any(note.startswith("batch fixed at 2: dynamic batch failed: UserError: ") for note in exported.notes)
+
+
+# Inputs ----------------------------------------------------------------------------------------------------
+
+
+class AtLeast(Residual):
+    def forward(self, x):
+        if x.shape[-1] < 80:
+            raise ValueError("too small")
+        return super().forward(x)
+
+
+def test_a_pickle_is_compared_on_small_inputs_and_other_files_on_those_given(out):
+    module, program = export_all(net(), [out / "net.pt", out / "net.pt2"], (image(2, 96, 80),))
+    assert module.notes[0] == "compared on 1 input of 2×3×64×64"
+    assert not any(note.startswith("compared on") for note in program.notes)
+    assert torch.export.load(program.path).example_inputs[0][0].shape == (5, 3, 96, 80)
+
+
+@pytest.mark.parametrize(("model", "shape"), [(AtLeast, (96, 96)), (Residual, (16, 16))])
+def test_a_pickle_is_compared_on_the_inputs_given_if_need_be(model, shape, out):
+    exported = export(net(model), out / "net.pt", (image(2, *shape),))
+    assert not any(note.startswith("compared on") for note in exported.notes)
+    assert len(exported.checks) == 3
+
+
+def test_a_pickle_of_a_network_that_takes_neither(out):
+    with pytest.raises(ExportError, match="own forward fails on the example inputs"):
+        export(net(), out / "net.pt", (torch.zeros(1, 4, 96, 96),))
+    assert not list(out.iterdir())
 
 
 # ONNX ------------------------------------------------------------------------------------------------------
@@ -346,6 +396,10 @@ def test_cuda_without_a_gpu(out, monkeypatch):
     with pytest.raises(ExportError, match="asked for cuda, torch finds none here") as error:
         export(net(), out / "net.onnx", (image(),), device="cuda")
     assert "onnxruntime-gpu" in error.value.hint
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(ExportError, match="this torch is a build for the CPU alone"):
+        export(net(), out / "net.onnx", (image(),), device="cuda")
     assert not list(out.iterdir())
 
 

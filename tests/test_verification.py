@@ -136,6 +136,23 @@ def other_class(network):
     network.stem[2] = OtherReLU()
 
 
+class SubReLU(nn.ReLU):
+    """Passes for the original in an `isinstance`."""
+
+
+def subclass(network):
+    network.stem[2] = SubReLU()
+
+
+def extra_module(network):
+    network.units[0].add_module("visitor", nn.Identity())
+
+
+def forgotten_statistics(network):
+    """Batch statistics are used in training as before, and no longer remembered."""
+    network.units[0].bn1.momentum = 0.0
+
+
 def extra_operation(network):
     network.head.register_forward_hook(lambda module, args, output: output + 1)
 
@@ -177,6 +194,9 @@ SAME, WITHOUT = CHECKS[2], CHECKS[3]
         (forward_hook, ["settings kept"], "stem: _forward_hooks"),
         (backward_hook, ["settings kept"], "stem: _backward_hooks"),
         (other_class, ["settings kept"], "stem.2: class"),
+        (subclass, ["settings kept"], "stem.2: class"),
+        (extra_module, ["settings kept"], "units.0.visitor: a new module"),
+        (forgotten_statistics, [SAME, WITHOUT], "train: `units.0.bn1.running_mean` is updated otherwise"),
         (extra_operation, ["settings kept", SAME, WITHOUT], "differs by up to 1"),
         (detached, ["blocks trainable"], "units.0.se"),
         (without_gradient, ["blocks trainable"], "no gradient reaches units.0.se"),
@@ -295,6 +315,55 @@ def test_weights_that_are_no_numbers_are_told():
     verdict = si.verify(network, si.inject(network, X), X)
     assert verdict.passed
     assert any("NaN" in note for note in verdict.notes)
+
+
+def test_an_output_without_a_finite_number_is_told():
+    network, _ = pair()
+    nn.init.constant_(network.head.bias, float("inf"))
+    verdict = si.verify(network, si.inject(network, X), X)
+    assert verdict.passed
+    assert any("equal outputs tell nothing" in note for note in verdict.notes)
+
+
+def test_a_large_network_that_takes_no_small_input_is_checked_on_a_large_one():
+    class Picky(Net):
+        def forward(self, x):
+            if x.shape[-1] < 400:
+                raise ValueError("too small")
+            return super().forward(x)
+
+    network = randomise(Picky())
+    x = torch.empty(2, 3, 400, 400, device="meta")
+    verdict = si.verify(network, si.inject(network, x), x)
+    assert verdict.passed
+    assert verdict.notes == ("numeric checks on 1 input of 3×3×400×400",)
+
+
+@pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        (lambda y: torch.complex(y, y + 1), "differs by up to 1"),
+        (lambda y: [torch.complex(y, y)], "another structure"),
+        (lambda y: torch.complex(y, y)[:1], "became"),
+        (lambda y: torch.complex(y, y * float("nan")), "differs by up to inf"),
+    ],
+)
+def test_outputs_of_any_kind_are_compared(change, detail):
+    network, injected = pair()
+    network.head.register_forward_hook(lambda module, args, y: torch.complex(y, y))
+    injected.head.register_forward_hook(lambda module, args, y: change(y))
+    verdict = si.verify(network, injected, X)
+    assert failed(verdict) == [SAME, WITHOUT]
+    assert all(detail in check.detail for check in verdict.checks if check.passed is False)
+
+
+def test_every_output_counts_for_the_gradients():
+    class Two(Net):
+        def forward(self, x):
+            return self.stem(x).sum() + self.head.weight.sum(), super().forward(x)
+
+    network = randomise(Two())
+    assert si.verify(network, si.inject(network, X), X).passed
 
 
 def test_a_large_network_is_checked_on_a_small_input():
