@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ._comparison import Rejected, same_value
-from ._files import write_in_one_go
+from ._files import write_through
 from ._network import Network, Written
 
 
@@ -30,7 +30,7 @@ def write_traced(network: Network, path: Path, dynamic: bool) -> Written:
 
 
 def _write_torchscript(module: Any, path: Path, how: str) -> Written:
-    write_in_one_go(path, lambda buffer: torch.jit.save(module, buffer))
+    write_through(path, lambda file: torch.jit.save(module, file))
     note = "PyTorch has deprecated TorchScript and recommends `.pt2`"
     return Written(how, torch.jit.load(os.fspath(path)), (note,))  # type: ignore[no-untyped-call]
 
@@ -43,7 +43,7 @@ def write_pt2(network: Network, path: Path, dynamic: bool) -> Written:
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # would tell paths on this machine
-    write_in_one_go(path, lambda buffer: torch.export.save(program, buffer))
+    write_through(path, lambda file: torch.export.save(program, file))
     note = "for inference: `torch.export.load(path).module()` runs it, and its `.train()` raises"
     return Written("torch.export", torch.export.load(path).module(), (note,))
 
@@ -51,7 +51,7 @@ def write_pt2(network: Network, path: Path, dynamic: bool) -> Written:
 def write_module(network: Network, path: Path, dynamic: bool) -> Written:
     """The pickled module, with the modes it has; loaded back it must have the same modes and weights."""
     model = network.model
-    write_in_one_go(path, lambda buffer: torch.save(model, buffer))
+    write_through(path, lambda file: torch.save(model, file))
     loaded = torch.load(path, weights_only=False)  # written a moment ago, so it may be trusted
     modes = [[(name, module.training) for name, module in net.named_modules()] for net in (model, loaded)]
     before, after = model.state_dict(), loaded.state_dict()

@@ -98,7 +98,7 @@ def verify(
 def weight_warnings(model: nn.Module) -> list[str]:
     """What is wrong with a network's weights before anything is done to it."""
     tensors = [t for t in model.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()]
-    if all(torch.isfinite(tensor).all() for tensor in tensors):
+    if all(tensor.sum().isfinite() or tensor.isfinite().all() for tensor in tensors):  # a sum is soon made
         return []
     return ["warning: the network's weights hold NaN or infinite values"]
 
@@ -241,8 +241,12 @@ def _awakened(model: nn.Module, new: dict[str, nn.Parameter]) -> dict[str, Tenso
     return {
         name: torch.randn(parameter.shape, generator=generator).to(parameter)
         for name, parameter in model.named_parameters()
-        if name not in new and parameter.is_floating_point() and not parameter.any()
+        if name not in new and parameter.is_floating_point() and _all_zero(parameter)
     }
+
+
+def _all_zero(tensor: Tensor) -> bool:
+    return not tensor.flatten()[:1].any() and not tensor.any()  # of most, one number tells it
 
 
 def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> Check:

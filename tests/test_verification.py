@@ -167,6 +167,17 @@ def without_gradient(network):
     block.forward = lambda x: forward(block, x).detach()
 
 
+def with_a_gradient_of_zero(network):
+    block = network.units[0].se
+    block.forward = lambda x: x + 0 * sum(parameter.sum() for parameter in block.parameters())
+
+
+def with_an_idle_parameter(network):
+    block = network.units[0].se
+    bias = block.fc1.bias
+    block.fc1.forward = lambda x: nn.functional.conv2d(x, block.fc1.weight, bias.detach())
+
+
 def gate(network):
     with torch.no_grad():
         network.units[1].se.fc2.bias.fill_(1)
@@ -200,6 +211,8 @@ SAME, WITHOUT = CHECKS[2], CHECKS[3]
         (extra_operation, ["settings kept", SAME, WITHOUT], "differs by up to 1"),
         (detached, ["blocks trainable"], "units.0.se"),
         (without_gradient, ["blocks trainable"], "no gradient reaches units.0.se"),
+        (with_a_gradient_of_zero, ["blocks trainable"], "no gradient reaches units.0.se"),
+        (with_an_idle_parameter, ["blocks trainable"], "no gradient reaches units.0.se.fc1.bias"),
         (gate, [SAME], "differs by up to"),
         (eval_only, [SAME], "eval: differs by up to"),
     ],
@@ -284,6 +297,14 @@ def test_a_block_without_parameters_has_no_gradients_to_miss():
     verdict = si.verify(network, injected, X)
     assert verdict.passed
     assert verdict.checks[2].passed is None
+
+
+def test_a_block_without_parameters_must_be_called():
+    network, injected = pair(block="simam")
+    injected.units[0].forward = BasicBlock.forward.__get__(injected.units[0])
+    verdict = si.verify(network, injected, X)
+    assert failed(verdict) == ["blocks trainable"]
+    assert verdict.checks[-1].detail == "not called: units.0.se"
 
 
 def test_only_what_was_added_is_asked_about():
