@@ -569,7 +569,7 @@ def test_when_moving_the_last_file_fails_none_appears(out, monkeypatch):
 @pytest.mark.parametrize("suffix", [".ts", ".pt2", ".pt"])
 def test_a_full_disk_leaves_no_debris(suffix, out, monkeypatch):
     def open_full(path, mode):
-        return open("/dev/full", mode)  # noqa: SIM115 - in place of `open`
+        return open("/dev/full", mode)
 
     monkeypatch.setattr(_files, "open", open_full, raising=False)
     with pytest.raises(ExportError, match="no space left to write"):

@@ -160,7 +160,7 @@ torch.save(network, "copy.pt")
 """
 
 
-def command(rounds=7):
+def command(rounds=5):
     """The whole command on a ResNet-50 file, and `--help`, as processes: the least of each.
 
     Other work on the machine only ever adds to a time, hence the least. The CPU's seconds (user and system, of
