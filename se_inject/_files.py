@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any, cast
 
 from .errors import ExportError
 
@@ -104,14 +104,39 @@ def atomic_all(paths: Sequence[str | os.PathLike[str]], force: bool = False) -> 
             shutil.rmtree(path.parent, ignore_errors=True)
 
 
-def write_in_one_go(path: Path, write: Callable[[io.BytesIO], object]) -> None:
-    """Serialise in memory, then write: torch's own file writer can end the process when the disk is full.
+def write_through(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let torch write a file, and tell it nothing of a full disk before it is done.
 
-    Its destructor throws (torch 2.14: `std::terminate`), and so nothing could be cleaned up.
+    Its own file writer can end the process then: its destructor throws (torch 2.14: `std::terminate`), and
+    nothing could be cleaned up.
+
+    Raises:
+        OSError: the first write that failed.
     """
-    buffer = io.BytesIO()
-    write(buffer)
-    path.write_bytes(buffer.getbuffer())
+    with open(path, "wb") as file:
+        stream = _Uncomplaining(file)
+        write(cast("IO[bytes]", stream))
+        if stream.error is not None:
+            raise stream.error
+
+
+class _Uncomplaining:
+    """A file to write to that keeps its first error to itself, and takes no more from there on."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed when it is closed."""
 
 
 def no_space(error: BaseException | None) -> bool:

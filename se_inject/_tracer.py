@@ -167,9 +167,13 @@ def holds_tensor(argument: Any) -> bool:
 
 
 def snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A module's attributes, and copies of the plain lists, dicts and sets among them."""
+    """A module's attributes, and copies of the plain lists, dicts and sets among them; hooks are in dicts too."""
     attributes = dict(module.__dict__)
-    return attributes, {key: copy.copy(value) for key, value in attributes.items() if type(value) in (dict, list, set)}
+    contents = {key: value.copy() if value else () for key, value in attributes.items() if type(value) in _PLAIN}
+    return attributes, contents
+
+
+_PLAIN = frozenset([dict, OrderedDict, list, set])  # others may run code of their own when they are copied
 
 
 def restore(module: nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> list[str]:
@@ -182,7 +186,7 @@ def restore(module: nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> 
         now.update(attributes)
     for key, content in contents.items():
         value = attributes[key]
-        if len(value) != len(content) or not _same_items(value, content):
+        if len(value) != len(content) or (content and not _same_items(value, content)):
             changed.append(key)
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)

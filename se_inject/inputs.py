@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_inject.errors import NoSites, OptionError, TraceError, UnsupportedModel
 from se_inject.tracing import Trace, describe, observe
 
 SIZES = {1: (1024, 16000, 128), 2: (224, 32, 28, 64, 96, 128, 299, 256, 384, 512), 3: (16, 32, 64, 8)}
 """Spatial sizes that are tried, in this order, for networks of one, two and three dimensions."""
+
+SMALL_SIDE = 64
+"""Sides of the images that numeric checks are made on where large ones would tell no more."""
 
 
 def observe_model(model: nn.Module, example_inputs: Any = None, example_kwargs: dict[str, Any] | None = None) -> Trace:
@@ -93,10 +96,10 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape if len(shape) > 3 else (2, *shape)
 
 
-def real_inputs(inputs: Any, *, batch: int, device: torch.device, dtype: torch.dtype, side: int | None = None) -> Any:
-    """Inputs with numbers in them, of the given batch size and, if asked, a smaller side.
+def real_inputs(inputs: Any, *, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """Inputs with numbers in them, of the given batch size.
 
-    Tensors that have values already keep them unless a size changes.
+    Tensors that have values already keep them unless their size changes.
     """
     generator = torch.Generator().manual_seed(0)
     first = _batch(inputs)
@@ -105,8 +108,6 @@ def real_inputs(inputs: Any, *, batch: int, device: torch.device, dtype: torch.d
         shape = list(tensor.shape)
         if shape and shape[0] == first:
             shape[0] = batch
-        if side is not None and len(shape) > 3:
-            shape[2:] = [min(side, extent) for extent in shape[2:]]
         if list(tensor.shape) == shape and tensor.device.type != "meta":
             return tensor.to(device)
         if not tensor.is_floating_point():
@@ -116,9 +117,23 @@ def real_inputs(inputs: Any, *, batch: int, device: torch.device, dtype: torch.d
     return tree_map_only(Tensor, make, inputs)
 
 
-def _batch(inputs: Any) -> int | None:
-    from torch.utils._pytree import tree_leaves
+def cropped(inputs: Any, side: int) -> Any:
+    """The same inputs with no image or volume larger than this in any direction."""
 
+    def crop(tensor: Tensor) -> Tensor:
+        for dimension in range(2, tensor.dim() if tensor.dim() > 3 else 0):
+            tensor = tensor.narrow(dimension, 0, min(side, tensor.size(dimension)))
+        return tensor
+
+    return tree_map_only(Tensor, crop, inputs)
+
+
+def copied(inputs: Any) -> Any:
+    """The same inputs for another call: what changes them in place changes these alone."""
+    return tree_map_only(Tensor, torch.clone, inputs)
+
+
+def _batch(inputs: Any) -> int | None:
     return next((leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 1), None)
 
 
@@ -190,6 +205,4 @@ def example_of(
 
 
 def _tensors(inputs: Any) -> list[Tensor]:
-    from torch.utils._pytree import tree_leaves
-
     return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]

@@ -24,9 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from se_inject._comparison import TOLERANCES
+from se_inject._network import BATCHES
 from se_inject.blocks import Factory, find_block, has_identity_start
 from se_inject.errors import InjectError, OptionError
-from se_inject.exporting import BATCHES, TOLERANCES, export
+from se_inject.exporting import export
 
 SIZES = {1: (12,), 2: (9, 8), 3: (5, 6, 4)}
 """The spatial size of the values, by rank; sides differ so that a swap of two is seen."""

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_leaves
 
-from se_inject._tracer import random_state, set_random_state
+from se_inject._comparison import same_value
+from se_inject._runs import Seen, difference, first_line, observed_in_eval, observed_in_training, run, run_awake
 from se_inject.bodies import original_class
 from se_inject.errors import VerificationError
-from se_inject.inputs import observe_model, real_inputs
+from se_inject.inputs import observe_model
 from se_inject.surgery import Step, injected_blocks, steps_of
 from se_inject.tables import counted
-from se_inject.tracing import Trace, describe, preserved
-
-SMALL_SIDE = 64
-LARGE = 500_000_000
-"""MACs of convolutions in the observed call from which on the numeric checks use a smaller input."""
+from se_inject.tracing import Trace, describe
 
 
 @dataclass(frozen=True)
@@ -89,104 +84,66 @@ def verify(
     trace = trace or observe_model(before, example_inputs, example_kwargs)
     steps = {step.path for step in steps_of(after)} - {step.path for step in steps_of(before)}
     blocks = {path: block for path, block in injected_blocks(after) if path in steps}
-    inputs, notes = _numeric_inputs(before, trace)
+    inputs, in_eval = observed_in_eval(before, trace)
     checks = [
         _kept_state(before, after, blocks),
-        _kept_settings(before, after),
-        *_outputs(before, after, blocks, inputs, fresh),
+        _kept_settings(before, after, blocks),
+        *_outputs({"eval": in_eval, "train": observed_in_training(before, inputs)}, after, blocks, inputs, fresh),
         _gradients(after, blocks, inputs),
     ]
-    notes += weight_warnings(before)
+    notes = [f"numeric checks on {describe(*inputs)}", *_overflow(in_eval), *weight_warnings(before)]
     return Verdict(tuple(checks), tuple(notes))
 
 
 def weight_warnings(model: nn.Module) -> list[str]:
     """What is wrong with a network's weights before anything is done to it."""
     tensors = [t for t in model.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()]
-    if all(torch.isfinite(tensor).all() for tensor in tensors):
+    if all(tensor.sum().isfinite() or tensor.isfinite().all() for tensor in tensors):  # a sum is soon made
         return []
     return ["warning: the network's weights hold NaN or infinite values"]
 
 
-def _numeric_inputs(model: nn.Module, trace: Trace) -> tuple[Any, list[str]]:
-    """Inputs for the numeric checks: of another batch size than the observed ones, and small if they are large."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    sides: list[int | None] = [SMALL_SIDE, None] if trace.macs > LARGE else [None]
-    for side in sides:
-        inputs = real_inputs(trace.inputs, batch=3, device=parameter.device, dtype=parameter.dtype, side=side)
-        try:
-            _run(model, inputs, training=False, seed=0)
-        except Exception:
-            if side is None:
-                raise
-            continue
-        return inputs, [f"numeric checks on {describe(*inputs)}"]
-    raise AssertionError("unreachable")  # pragma: no cover
-
-
-def _run(
-    model: nn.Module, inputs: Any, *, training: bool, seed: int, parameters: dict[str, Tensor] | None = None
-) -> Any:
-    """One call with nothing left behind: modes, buffers, attributes and the random generator as before."""
-    args, kwargs = inputs
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    state = random_state()
-    try:
-        with preserved(model):
-            for module in model.modules():
-                module.training = training
-            torch.manual_seed(seed)
-            random.seed(seed)
-            return functional_call(model, {**buffers, **(parameters or {})}, tuple(_copied(args)), _copied(kwargs))
-    finally:
-        set_random_state(state)
-
-
-def _copied(value: Any) -> Any:
-    from torch.utils._pytree import tree_map_only
-
-    return tree_map_only(Tensor, torch.clone, value)
+def _overflow(seen: Seen) -> list[str]:
+    numbers = [leaf for leaf in tree_leaves(seen.output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if any(bool(leaf.isfinite().any()) for leaf in numbers) or not any(leaf.numel() for leaf in numbers):
+        return []
+    return ["warning: no number in the network's own output is finite: equal outputs tell nothing"]
 
 
 def _outputs(
-    before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module], inputs: Any, fresh: bool
+    expected: dict[str, Seen | str], after: nn.Module, blocks: dict[str, nn.Module], inputs: Any, fresh: bool
 ) -> list[Check]:
     """Outputs with the blocks as they start, and with every block replaced by an identity."""
-    results: dict[tuple[str, str], str] = {}
-    modes = ("eval", "train")
-    for mode in modes:
-        with torch.no_grad():
-            try:
-                expected = _run(before, inputs, training=mode == "train", seed=1)
-            except Exception as error:  # the network's own: batch norm on one value, say
-                results["fresh", mode] = results["without", mode] = f"not run: {str(error).splitlines()[0][:80]}"
-                continue
-            results["fresh", mode] = _compared(expected, after, inputs, mode)
-            with _without(after, blocks):
-                results["without", mode] = _compared(expected, after, inputs, mode)
-    if _starts_as_identity(after, blocks, fresh):
-        text, passed = _answer([results["fresh", mode] for mode in modes], modes)
-        first = Check("same output as before", passed, text)
-    else:
-        first = Check(
-            "same output as before", None, "the blocks are not at their identity start: outputs are meant to differ"
-        )
-    text, passed = _answer([results["without", mode] for mode in modes], modes)
-    return [first, Check("same output without the blocks", passed, text)]
+    as_they_start = {mode: _compared(seen, after, inputs, mode) for mode, seen in expected.items()}
+    with _without(after, blocks):
+        without = {mode: _compared(seen, after, inputs, mode) for mode, seen in expected.items()}
+    names = ("same output as before", "same output without the blocks")
+    first, second = (
+        Check(name, *_answer(results)) for name, results in zip(names, (as_they_start, without), strict=True)
+    )
+    if not _starts_as_identity(after, blocks, fresh):
+        first = Check(names[0], None, "the blocks are not at their identity start: outputs are meant to differ")
+    return [first, second]
 
 
-def _compared(expected: Any, after: nn.Module, inputs: Any, mode: str) -> str:
+def _compared(expected: Seen | str, after: nn.Module, inputs: Any, mode: str) -> str:
+    """Empty if the injected network does the same bit for bit, else what differs or why it was not run."""
+    if isinstance(expected, str):
+        return f"not run: {expected}"
     try:
-        return _difference(expected, _run(after, inputs, training=mode == "train", seed=1))
+        with torch.no_grad():
+            seen = run(after, inputs, mode)
     except Exception as error:
-        return f"the injected network fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+        return f"the injected network fails: {type(error).__name__}: {first_line(error)}"
+    unlike = [name for name, value in expected.buffers.items() if not same_value(value, seen.buffers.get(name))]
+    return difference(expected.output, seen.output) or (f"`{unlike[0]}` is updated otherwise" if unlike else "")
 
 
-def _answer(results: list[str], modes: tuple[str, ...]) -> tuple[str, bool | None]:
-    ran = [result for result in results if not result.startswith("not run")]
-    passed = all(not result for result in ran) if ran else None
-    words = [f"{mode}: {result or 'bit-equal'}" for mode, result in zip(modes, results, strict=True)]
-    return ("bit-equal in eval and in train" if not any(results) else "; ".join(words)), passed
+def _answer(results: dict[str, str]) -> tuple[bool | None, str]:
+    ran = [result for result in results.values() if not result.startswith("not run")]
+    words = [f"{mode}: {result or 'bit-equal'}" for mode, result in results.items()]
+    text = "; ".join(words) if any(results.values()) else "bit-equal in eval and in train"
+    return (not any(ran) if ran else None), text
 
 
 def _starts_as_identity(after: nn.Module, blocks: dict[str, nn.Module], fresh: bool) -> bool:
@@ -211,27 +168,6 @@ def _is_identity(block: nn.Module, step: Step) -> bool:
         block.train(mode)
 
 
-def _difference(expected: Any, seen: Any) -> str:
-    """Empty if two outputs are the same bit for bit; else what differs."""
-    (leaves, structure), (others, other_structure) = tree_flatten(expected), tree_flatten(seen)
-    if structure != other_structure:
-        return "the output has another structure"
-    worst = 0.0
-    for one, other in zip(leaves, others, strict=True):
-        if not isinstance(one, Tensor):
-            if one != other:
-                return f"{one} became {other}"
-        elif one.shape != other.shape or one.dtype != other.dtype:
-            return f"{tuple(one.shape)} {one.dtype} became {tuple(other.shape)} {other.dtype}"
-        elif not _same_bits(one, other):
-            worst = max(worst, float((one.double() - other.double()).abs().nan_to_num(nan=float("inf")).max()))
-    return f"differs by up to {worst:.3g}" if worst else ""
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
 @contextlib.contextmanager
 def _without(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[None]:
     """The model with an identity in every block's place."""
@@ -250,7 +186,7 @@ def _without(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[None]:
 
 def _kept_state(before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module]) -> Check:
     old, new = before.state_dict(), after.state_dict()
-    kept = [key for key, value in old.items() if key in new and _same_value(value, new[key])]
+    kept = [key for key, value in old.items() if key in new and same_value(value, new[key])]
     added = [key for key in new if key not in old]
     ours = {id(tensor) for block in blocks.values() for tensor in block.state_dict(keep_vars=True).values()}
     kept_vars = after.state_dict(keep_vars=True)
@@ -264,38 +200,31 @@ def _kept_state(before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module
     return Check("weights kept", not lost and not foreign, text)
 
 
-def _same_value(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return bool(one == other)
-    same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-    return same and (one.data_ptr() == other.data_ptr() != 0 or _same_bits(one, other))
-
-
-def _kept_settings(before: nn.Module, after: nn.Module) -> Check:
-    modules = dict(after.named_modules())
-    changed = []
-    for path, module in before.named_modules():
-        twin = modules.get(path)
-        if twin is None or not isinstance(twin, original_class(module)):
+def _kept_settings(before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module]) -> Check:
+    old, new = dict(before.named_modules()), dict(after.named_modules())
+    ours = {id(module) for block in blocks.values() for module in block.modules()}
+    changed = [f"{path}: a new module" for path, module in new.items() if path not in old and id(module) not in ours]
+    for path, module in old.items():
+        twin = new.get(path)
+        if twin is None or original_class(twin) is not original_class(module):
             changed.append(f"{path or '(the network)'}: class")
             continue
-        changed += [
-            f"{path}: {name}"
-            for name in ("training", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-            if _setting(module, name) != _setting(twin, name)
-        ]
+        changed += [f"{path}: {name}" for name in _SETTINGS if _setting(module, name) != _setting(twin, name)]
     parameters = dict(after.named_parameters())
-    for name, parameter in before.named_parameters():
-        twin_parameter = parameters.get(name)
-        if twin_parameter is None or (parameter.requires_grad, parameter.dtype, parameter.device) != (
-            twin_parameter.requires_grad,
-            twin_parameter.dtype,
-            twin_parameter.device,
-        ):
-            changed.append(f"{name}: requires_grad, dtype or device")
-    count = len(list(before.modules()))
-    text = f"classes, modes, hooks, requires_grad, dtype and device of {counted(count, 'module')} as before"
+    changed += [
+        f"{name}: requires_grad, dtype or device"
+        for name, parameter in before.named_parameters()
+        if name not in parameters or _traits(parameters[name]) != _traits(parameter)
+    ]
+    text = f"classes, modes, hooks, requires_grad, dtype and device of {counted(len(old), 'module')} as before"
     return Check("settings kept", not changed, "; ".join(changed[:3]) if changed else text)
+
+
+_SETTINGS = ("training", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _traits(parameter: nn.Parameter) -> tuple[Any, ...]:
+    return parameter.requires_grad, parameter.dtype, parameter.device
 
 
 def _setting(module: nn.Module, name: str) -> Any:
@@ -312,53 +241,57 @@ def _awakened(model: nn.Module, new: dict[str, nn.Parameter]) -> dict[str, Tenso
     return {
         name: torch.randn(parameter.shape, generator=generator).to(parameter)
         for name, parameter in model.named_parameters()
-        if name not in new and parameter.is_floating_point() and not parameter.any()
+        if name not in new and parameter.is_floating_point() and _all_zero(parameter)
     }
+
+
+def _all_zero(tensor: Tensor) -> bool:
+    return not tensor.flatten()[:1].any() and not tensor.any()  # of most, one number tells it
 
 
 def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> Check:
     """One backward pass of a random projection of the outputs, towards the new parameters only."""
-    named = {
-        f"{path}.{name}": p for path, block in blocks.items() for name, p in block.named_parameters() if p.requires_grad
-    }
-    awake = _awakened(after, named)
+    name = "blocks trainable"
+    new = {path: {key: p for key, p in block.named_parameters() if p.requires_grad} for path, block in blocks.items()}
+    named = {f"{path}.{key}": p for path, parameters in new.items() for key, p in parameters.items()}
+    with _calls_of(blocks) as called, torch.enable_grad():
+        try:
+            output = run_awake(after, inputs, _awakened(after, named))
+        except Exception as error:
+            return Check(name, False, f"the injected network fails: {first_line(error)}")
+    if silent := sorted(set(blocks) - called):
+        return Check(name, False, f"not called: {', '.join(silent[:3])}")
+    grads = _grads_of(output, named)
+    missing = [key for key in named if grads[key] is None]
+    dead = [
+        path
+        for path, parameters in new.items()
+        if parameters and not any((grad := grads[f"{path}.{key}"]) is not None and grad.any() for key in parameters)
+    ]
+    if missing or dead:
+        return Check(name, False, f"no gradient reaches {', '.join((missing or dead)[:3])}")
+    told = f"gradients reach all {counted(len(named), 'new parameter')} of {counted(len(blocks), 'block')}"
+    return Check(name, True, told)
+
+
+@contextlib.contextmanager
+def _calls_of(blocks: dict[str, nn.Module]) -> Iterator[set[str]]:
+    """The paths of the blocks that are called meanwhile."""
     called: set[str] = set()
     hooks = [block.register_forward_hook(lambda *_, path=path: called.add(path)) for path, block in blocks.items()]
     try:
-        with torch.enable_grad():
-            try:  # in training, if the network itself can be
-                result = _run(after, inputs, training=True, seed=2, parameters=awake)
-            except Exception:
-                try:
-                    result = _run(after, inputs, training=False, seed=2, parameters=awake)
-                except Exception as error:
-                    return Check("blocks trainable", False, f"the injected network fails: {error}")
-            outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
-            generator = torch.Generator().manual_seed(3)
-            loss = sum((out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs)
-            grads: Any = ()
-            if named and outputs:
-                grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)  # type: ignore[arg-type]
+        yield called
     finally:
         for hook in hooks:
             hook.remove()
-    silent = sorted(set(blocks) - called)
-    missing = [name for name, grad in zip(named, grads, strict=False) if grad is None]
-    if not outputs and named:
-        missing = list(named)
-    dead = [
-        path
-        for path in blocks
-        if any(name.startswith(path + ".") for name in named)
-        and not any(
-            grad is not None and bool(grad.any())
-            for name, grad in zip(named, grads, strict=False)
-            if name.startswith(path + ".")
-        )
-    ]
-    if silent:
-        return Check("blocks trainable", False, f"not called: {', '.join(silent[:3])}")
-    if missing or dead:
-        return Check("blocks trainable", False, f"no gradient reaches {', '.join((missing or dead)[:3])}")
-    told = f"gradients reach all {counted(len(named), 'new parameter')} of {counted(len(blocks), 'block')}"
-    return Check("blocks trainable", True, told)
+
+
+def _grads_of(output: Any, named: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    """The gradients of a random projection of all outputs; None where there is no way back."""
+    outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not named or not outputs:
+        return dict.fromkeys(named)
+    generator = torch.Generator().manual_seed(3)
+    directions = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
+    grads = torch.autograd.grad(outputs, list(named.values()), directions, allow_unused=True)
+    return dict(zip(named, grads, strict=True))

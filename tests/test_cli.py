@@ -810,7 +810,7 @@ BAD = {
     "a directory for a file": (folder, (*TINY, "-o", "bad.pt"), 1, "it is a directory"),
     "the same file twice": (nothing, (*TINY, "-o", "x.pt", "-o", "x.pt"), 1, "x.pt, x.pt"),
     "unknown suffix": (nothing, (*TINY, "-o", "x.tflite"), 2, ".onnx"),
-    "no GPU": (nothing, (*TINY, "-o", "x.pt", "--device", "cuda"), 1, "this machine has none"),
+    "no GPU": (nothing, (*TINY, "-o", "x.pt", "--device", "cuda"), 1, "torch finds none here"),
     "no device": (nothing, (*TINY, "-o", "x.pt", "--device", "abacus"), 2, "abacus"),
 }
 

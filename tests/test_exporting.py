@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib
 import logging
 import os
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from se_inject import _files
+from se_inject import _files, _onnx, exporting
+from se_inject._comparison import TOLERANCES, difference
+from se_inject._network import _at_batch
 from se_inject.errors import ExportError, OptionError
+from se_inject.exporting import export, export_all
 from tests.common import randomise
-
-exporting = importlib.import_module("se_inject.exporting")
-export, export_all = exporting.export, exporting.export_all
 
 SUFFIXES = [".onnx", ".ts", ".torchscript", ".pt2", ".pt", ".pth"]
 
@@ -104,7 +104,7 @@ class Remembering(Residual):
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
-        self.seen = {}
+        self.seen, self.last = OrderedDict(), None
 
     def forward(self, x):
         self.calls += 1
@@ -239,6 +239,25 @@ def test_a_trace_where_scripting_fails(out):
     assert exported.how.endswith(", dynamic batch")
 
 
+class Listing(Residual):
+    """The scripting compiler takes the argument for a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.last_layer = nn.Sequential(self.head)
+
+    def forward(self, x):
+        return self.last_layer([self.features(x).mean(self.dims)][0:1][0]) + self.sum([x])
+
+    def sum(self, xs):
+        return self.dropout(xs)[0].sum() if isinstance(xs, torch.Tensor) else xs[0].sum()
+
+
+def test_what_the_scripting_compiler_says_is_told_without_its_signature(out):
+    exported = export(net(Listing), out / "net.ts", (image(),))
+    assert exported.how.startswith("traced (scripting failed: RuntimeError: Expected a value of type 'Tensor")
+
+
 def test_a_trace_that_baked_a_branch_in_is_kept_for_its_batch_only(out):
     exported = export(net(Branching), out / "net.ts", (image(2),))
     assert exported.how.startswith("traced (scripting failed: ") and exported.how.endswith("), batch fixed at 2")
@@ -261,6 +280,36 @@ def test_a_dynamic_batch_that_the_exporter_refuses(out):
     exported = export(net(Baking), out / "net.pt2", (image(2),))
     assert exported.how == "torch.export, batch fixed at 2"
     assert any(note.startswith("batch fixed at 2: dynamic batch failed: UserError: ") for note in exported.notes)
+
+
+# Inputs ----------------------------------------------------------------------------------------------------
+
+
+class AtLeast(Residual):
+    def forward(self, x):
+        if x.shape[-1] < 80:
+            raise ValueError("too small")
+        return super().forward(x)
+
+
+def test_a_pickle_is_compared_on_small_inputs_and_other_files_on_those_given(out):
+    module, program = export_all(net(), [out / "net.pt", out / "net.pt2"], (image(2, 96, 80),))
+    assert module.notes[0] == "compared on 1 input of 2×3×64×64"
+    assert not any(note.startswith("compared on") for note in program.notes)
+    assert torch.export.load(program.path).example_inputs[0][0].shape == (5, 3, 96, 80)
+
+
+@pytest.mark.parametrize(("model", "shape"), [(AtLeast, (96, 96)), (Residual, (16, 16))])
+def test_a_pickle_is_compared_on_the_inputs_given_if_need_be(model, shape, out):
+    exported = export(net(model), out / "net.pt", (image(2, *shape),))
+    assert not any(note.startswith("compared on") for note in exported.notes)
+    assert len(exported.checks) == 3
+
+
+def test_a_pickle_of_a_network_that_takes_neither(out):
+    with pytest.raises(ExportError, match="own forward fails on the example inputs"):
+        export(net(), out / "net.pt", (torch.zeros(1, 4, 96, 96),))
+    assert not list(out.iterdir())
 
 
 # ONNX ------------------------------------------------------------------------------------------------------
@@ -316,7 +365,7 @@ def test_half_precision_is_a_copy(out):
     made = export_all(model, [out / "net.onnx", out / "net.pt2"], (image(),), dtype="float16")
     made.append(export(model, out / "net.pt", (image(),), dtype=torch.float16))
     assert [len(item.checks) for item in made] == [3, 3, 3]
-    assert made[0].tolerance == exporting.TOLERANCES[torch.float16]
+    assert made[0].tolerance == TOLERANCES[torch.float16]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.load(out / "net.pt", weights_only=False).head.weight.dtype == torch.float16
 
@@ -344,9 +393,13 @@ def test_channels_last(out):
 
 def test_cuda_without_a_gpu(out, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ExportError, match="asked for cuda, this machine has none") as error:
+    with pytest.raises(ExportError, match="asked for cuda, torch finds none here") as error:
         export(net(), out / "net.onnx", (image(),), device="cuda")
     assert "onnxruntime-gpu" in error.value.hint
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(ExportError, match="this torch is a build for the CPU alone"):
+        export(net(), out / "net.onnx", (image(),), device="cuda")
     assert not list(out.iterdir())
 
 
@@ -418,7 +471,7 @@ def test_nothing_is_printed_or_logged(out, capfd, caplog):
 
 @pytest.mark.parametrize(
     ("suffix", "loader"),
-    [(".onnx", "se_inject.exporting._in_onnxruntime"), (".ts", "torch.jit.load"), (".pt", "torch.load")],
+    [(".onnx", "se_inject._onnx._in_onnxruntime"), (".ts", "torch.jit.load"), (".pt", "torch.load")],
 )
 def test_a_mismatch_leaves_no_file(suffix, loader, out, monkeypatch):
     wrong = net().eval()
@@ -464,7 +517,7 @@ def test_what_the_exporter_said_first_is_told(out):
 
 
 def test_preconditions_come_before_any_work(out, monkeypatch):
-    monkeypatch.setattr(exporting, "_Network", pytest.fail)
+    monkeypatch.setattr(exporting, "Network", pytest.fail)
     (out / "old.pt").write_text("old")
     paths = [out / "net.pt", out / "missing" / "net.pt", out / "old.pt", out / "old.pt" / "net.pt"]
     for path, seen in zip(paths[1:], ["does not exist", None, "is not a directory"], strict=True):
@@ -512,15 +565,25 @@ def test_when_moving_the_last_file_fails_none_appears(out, monkeypatch):
     assert not list(out.iterdir())
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".ts", ".pt2", ".pt"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("suffix", [".ts", ".pt2", ".pt"])
 def test_a_full_disk_leaves_no_debris(suffix, out, monkeypatch):
+    def open_full(path, mode):
+        return open("/dev/full", mode)
+
+    monkeypatch.setattr(_files, "open", open_full, raising=False)
+    with pytest.raises(ExportError, match="no space left to write"):
+        export(net(), out / f"net{suffix}", (image(),))
+    assert not list(out.iterdir())
+
+
+def test_a_disk_full_for_onnx_leaves_no_debris(out, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
     monkeypatch.setattr("torch.onnx.ONNXProgram.save", full)
     with pytest.raises(ExportError, match="no space left to write"):
-        export(net(), out / f"net{suffix}", (image(),))
+        export(net(), out / "net.onnx", (image(),))
     assert not list(out.iterdir())
 
 
@@ -529,7 +592,7 @@ def test_an_interrupt_leaves_no_debris(out, monkeypatch):
         assert path.exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exporting, "_in_onnxruntime", interrupted)
+    monkeypatch.setattr(_onnx, "_in_onnxruntime", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(net(), out / "net.onnx", (image(),))
     assert not list(out.iterdir())
@@ -560,17 +623,17 @@ def test_a_link_stays_one(out):
 )
 def test_the_error_of_an_output(got, want, expected):
     outputs = [[("output", torch.tensor(values))] for values in (got, want)]
-    assert exporting._difference(*outputs) == pytest.approx(expected)
+    assert difference(*outputs) == pytest.approx(expected)
 
 
 def test_inputs_at_another_batch_size_are_like_the_example():
     generator = torch.Generator().manual_seed(0)
     photo = torch.rand(2, 3, 4, 4) * 255
-    drawn = exporting._at_batch(photo, 5, generator)
+    drawn = _at_batch(photo, 5, generator)
     assert drawn.shape == (5, 3, 4, 4) and set(drawn.flatten().tolist()) <= set(photo.flatten().tolist())
-    assert exporting._at_batch(photo, 2, generator) is photo
-    assert exporting._at_batch(torch.zeros(1, 3), 2, generator).std() > 0
-    assert exporting._at_batch(torch.tensor([[1, 2], [3, 4]]), 3, generator).tolist() == [
+    assert _at_batch(photo, 2, generator) is photo
+    assert _at_batch(torch.zeros(1, 3), 2, generator).std() > 0
+    assert _at_batch(torch.tensor([[1, 2], [3, 4]]), 3, generator).tolist() == [
         [1, 2],
         [3, 4],
         [1, 2],

@@ -136,6 +136,23 @@ def other_class(network):
     network.stem[2] = OtherReLU()
 
 
+class SubReLU(nn.ReLU):
+    """Passes for the original in an `isinstance`."""
+
+
+def subclass(network):
+    network.stem[2] = SubReLU()
+
+
+def extra_module(network):
+    network.units[0].add_module("visitor", nn.Identity())
+
+
+def forgotten_statistics(network):
+    """Batch statistics are used in training as before, and no longer remembered."""
+    network.units[0].bn1.momentum = 0.0
+
+
 def extra_operation(network):
     network.head.register_forward_hook(lambda module, args, output: output + 1)
 
@@ -148,6 +165,17 @@ def without_gradient(network):
     block = network.units[0].se
     forward = type(block).forward
     block.forward = lambda x: forward(block, x).detach()
+
+
+def with_a_gradient_of_zero(network):
+    block = network.units[0].se
+    block.forward = lambda x: x + 0 * sum(parameter.sum() for parameter in block.parameters())
+
+
+def with_an_idle_parameter(network):
+    block = network.units[0].se
+    bias = block.fc1.bias
+    block.fc1.forward = lambda x: nn.functional.conv2d(x, block.fc1.weight, bias.detach())
 
 
 def gate(network):
@@ -170,16 +198,21 @@ SAME, WITHOUT = CHECKS[2], CHECKS[3]
     [
         (weight, ["weights kept", SAME, WITHOUT], "head.weight"),
         (statistic, ["weights kept", SAME, WITHOUT], "units.0.bn1.running_mean"),
-        (counter, ["weights kept"], "num_batches_tracked"),
+        (counter, ["weights kept", SAME, WITHOUT], "num_batches_tracked"),
         (foreign_key, ["weights kept"], "new and not a block's: units.visitor"),
         (training_flag, ["settings kept"], "units.0.bn1: training"),
         (requires_grad, ["settings kept"], "stem.0.weight: requires_grad"),
         (forward_hook, ["settings kept"], "stem: _forward_hooks"),
         (backward_hook, ["settings kept"], "stem: _backward_hooks"),
         (other_class, ["settings kept"], "stem.2: class"),
+        (subclass, ["settings kept"], "stem.2: class"),
+        (extra_module, ["settings kept"], "units.0.visitor: a new module"),
+        (forgotten_statistics, [SAME, WITHOUT], "train: `units.0.bn1.running_mean` is updated otherwise"),
         (extra_operation, ["settings kept", SAME, WITHOUT], "differs by up to 1"),
         (detached, ["blocks trainable"], "units.0.se"),
         (without_gradient, ["blocks trainable"], "no gradient reaches units.0.se"),
+        (with_a_gradient_of_zero, ["blocks trainable"], "no gradient reaches units.0.se"),
+        (with_an_idle_parameter, ["blocks trainable"], "no gradient reaches units.0.se.fc1.bias"),
         (gate, [SAME], "differs by up to"),
         (eval_only, [SAME], "eval: differs by up to"),
     ],
@@ -223,7 +256,7 @@ def test_a_network_that_no_longer_runs_fails_a_check():
 def test_a_failure_is_an_error_that_names_the_checks():
     network, injected = pair()
     training_flag(injected)
-    counter(injected)
+    foreign_key(injected)
     with pytest.raises(VerificationError, match="failed 2 of 5 checks") as caught:
         si.verify(network, injected, X).expect_passed()
     assert "weights kept" in caught.value.seen
@@ -266,6 +299,14 @@ def test_a_block_without_parameters_has_no_gradients_to_miss():
     assert verdict.checks[2].passed is None
 
 
+def test_a_block_without_parameters_must_be_called():
+    network, injected = pair(block="simam")
+    injected.units[0].forward = BasicBlock.forward.__get__(injected.units[0])
+    verdict = si.verify(network, injected, X)
+    assert failed(verdict) == ["blocks trainable"]
+    assert verdict.checks[-1].detail == "not called: units.0.se"
+
+
 def test_only_what_was_added_is_asked_about():
     _, first = pair(stages="units.0")
     train(first)
@@ -295,6 +336,55 @@ def test_weights_that_are_no_numbers_are_told():
     verdict = si.verify(network, si.inject(network, X), X)
     assert verdict.passed
     assert any("NaN" in note for note in verdict.notes)
+
+
+def test_an_output_without_a_finite_number_is_told():
+    network, _ = pair()
+    nn.init.constant_(network.head.bias, float("inf"))
+    verdict = si.verify(network, si.inject(network, X), X)
+    assert verdict.passed
+    assert any("equal outputs tell nothing" in note for note in verdict.notes)
+
+
+def test_a_large_network_that_takes_no_small_input_is_checked_on_a_large_one():
+    class Picky(Net):
+        def forward(self, x):
+            if x.shape[-1] < 400:
+                raise ValueError("too small")
+            return super().forward(x)
+
+    network = randomise(Picky())
+    x = torch.empty(2, 3, 400, 400, device="meta")
+    verdict = si.verify(network, si.inject(network, x), x)
+    assert verdict.passed
+    assert verdict.notes == ("numeric checks on 1 input of 3×3×400×400",)
+
+
+@pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        (lambda y: torch.complex(y, y + 1), "differs by up to 1"),
+        (lambda y: [torch.complex(y, y)], "another structure"),
+        (lambda y: torch.complex(y, y)[:1], "became"),
+        (lambda y: torch.complex(y, y * float("nan")), "differs by up to inf"),
+    ],
+)
+def test_outputs_of_any_kind_are_compared(change, detail):
+    network, injected = pair()
+    network.head.register_forward_hook(lambda module, args, y: torch.complex(y, y))
+    injected.head.register_forward_hook(lambda module, args, y: change(y))
+    verdict = si.verify(network, injected, X)
+    assert failed(verdict) == [SAME, WITHOUT]
+    assert all(detail in check.detail for check in verdict.checks if check.passed is False)
+
+
+def test_every_output_counts_for_the_gradients():
+    class Two(Net):
+        def forward(self, x):
+            return self.stem(x).sum() + self.head.weight.sum(), super().forward(x)
+
+    network = randomise(Two())
+    assert si.verify(network, si.inject(network, X), X).passed
 
 
 def test_a_large_network_is_checked_on_a_small_input():

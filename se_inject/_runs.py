@@ -1,0 +1,103 @@
+"""One call of a network for the numeric checks, with nothing left behind, and two of them compared."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten
+
+from se_inject._comparison import same_numbers
+from se_inject._tracer import random_state, set_random_state
+from se_inject.inputs import SMALL_SIDE, copied, cropped, real_inputs
+from se_inject.tracing import Trace, preserved
+
+LARGE = 500_000_000
+"""MACs of convolutions in the observed call from which on the numeric checks use a smaller input."""
+
+
+class Seen(NamedTuple):
+    """What one call of a network gave: its output, and its buffers afterwards."""
+
+    output: Any
+    buffers: dict[str, Tensor]
+
+
+def observed_in_eval(model: nn.Module, trace: Trace) -> tuple[Any, Seen]:
+    """Inputs for the numeric checks, and what the model makes of them in eval mode.
+
+    They are of another batch size than the observed ones, and small if those are large.
+    """
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    choices = [trace.inputs]
+    if trace.macs > LARGE:
+        choices.insert(0, cropped(trace.inputs, SMALL_SIDE))
+    for choice in choices:
+        inputs = real_inputs(choice, batch=3, device=parameter.device, dtype=parameter.dtype)
+        try:
+            with torch.no_grad():
+                return inputs, run(model, inputs, "eval")
+        except Exception:
+            if choice is trace.inputs:
+                raise
+    raise AssertionError("unreachable")  # pragma: no cover
+
+
+def observed_in_training(model: nn.Module, inputs: Any) -> Seen | str:
+    """What the model makes of the inputs in training mode, or why it can't: batch norm on one value, say."""
+    try:
+        with torch.no_grad():
+            return run(model, inputs, "train")
+    except Exception as error:
+        return first_line(error)
+
+
+def run(model: nn.Module, inputs: Any, mode: str, parameters: dict[str, Tensor] | None = None) -> Seen:
+    """One call with nothing left behind: modes, buffers, attributes and the random generator as before."""
+    args, kwargs = inputs
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = random_state()
+    try:
+        with preserved(model):
+            for module in model.modules():
+                module.training = mode == "train"
+            torch.manual_seed(1)
+            random.seed(1)
+            output = functional_call(model, {**buffers, **(parameters or {})}, *copied((tuple(args), kwargs)))
+            return Seen(output, buffers)
+    finally:
+        set_random_state(state)
+
+
+def difference(expected: Any, seen: Any) -> str:
+    """Empty if two outputs are the same bit for bit; else what differs."""
+    (leaves, structure), (others, other_structure) = tree_flatten(expected), tree_flatten(seen)
+    if structure != other_structure:
+        return "the output has another structure"
+    errors = []
+    for one, other in zip(leaves, others, strict=True):
+        if not isinstance(one, Tensor):
+            if one != other:
+                return f"{one} became {other}"
+        elif one.shape != other.shape or one.dtype != other.dtype:
+            return f"{tuple(one.shape)} {one.dtype} became {tuple(other.shape)} {other.dtype}"
+        elif not same_numbers(one, other):
+            wide = torch.promote_types(one.dtype, torch.float64)
+            errors.append(float((one.to(wide) - other.to(wide)).abs().nan_to_num(nan=float("inf")).max()))
+    return f"differs by up to {max(errors):.3g}" if errors else ""
+
+
+def run_awake(model: nn.Module, inputs: Any, awake: dict[str, Tensor]) -> Any:
+    """The output in training, if the network can be, with these weights in place of its own."""
+    try:
+        return run(model, inputs, "train", awake).output
+    except Exception:
+        return run(model, inputs, "eval", awake).output
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, shortened to part of a line."""
+    return (str(error).splitlines() or [""])[0][:80] or type(error).__name__

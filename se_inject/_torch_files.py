@@ -1,0 +1,62 @@
+"""The network as a file that torch itself loads: TorchScript, an exported program, a pickled module."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._comparison import Rejected, same_value
+from ._files import write_through
+from ._network import Network, Written
+
+
+def write_scripted(network: Network, path: Path, dynamic: bool) -> Written:
+    """TorchScript compiled from the source: every branch is in it."""
+    return _write_torchscript(torch.jit.script(network.model.eval()), path, "scripted")
+
+
+def write_traced(network: Network, path: Path, dynamic: bool) -> Written:
+    """TorchScript recorded from one call: a branch that depends on the input is baked in."""
+    args, kwargs = network.call(dynamic)
+    inputs: dict[str, Any] = {"example_inputs": args}
+    if kwargs:  # a trace takes positions or names, not both
+        inputs = {"example_kwarg_inputs": dict(network.signature.bind(*args, **kwargs).arguments)}
+    model = network.model.eval()
+    traced = torch.jit.trace(model, check_trace=False, strict=False, **inputs)  # type: ignore[no-untyped-call]
+    return _write_torchscript(traced, path, "traced")
+
+
+def _write_torchscript(module: Any, path: Path, how: str) -> Written:
+    write_through(path, lambda file: torch.jit.save(module, file))
+    note = "PyTorch has deprecated TorchScript and recommends `.pt2`"
+    return Written(how, torch.jit.load(os.fspath(path)), (note,))  # type: ignore[no-untyped-call]
+
+
+def write_pt2(network: Network, path: Path, dynamic: bool) -> Written:
+    """The program that `torch.export` makes."""
+    args, kwargs = network.call(dynamic)
+    shapes = network.dynamic_shapes(torch.export.Dim("batch")) if dynamic else None
+    program = torch.export.export(network.model.eval(), args, kwargs, dynamic_shapes=shapes, strict=False)
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # would tell paths on this machine
+    write_through(path, lambda file: torch.export.save(program, file))
+    note = "for inference: `torch.export.load(path).module()` runs it, and its `.train()` raises"
+    return Written("torch.export", torch.export.load(path).module(), (note,))
+
+
+def write_module(network: Network, path: Path, dynamic: bool) -> Written:
+    """The pickled module, with the modes it has; loaded back it must have the same modes and weights."""
+    model = network.model
+    write_through(path, lambda file: torch.save(model, file))
+    loaded = torch.load(path, weights_only=False)  # written a moment ago, so it may be trusted
+    modes = [[(name, module.training) for name, module in net.named_modules()] for net in (model, loaded)]
+    before, after = model.state_dict(), loaded.state_dict()
+    same = before.keys() == after.keys() and all(same_value(before[key], after[key]) for key in before)
+    if not same or modes[0] != modes[1]:
+        raise Rejected("what is loaded back has other weights or modes")
+    note = f"a pickle: loading it needs the code of `{type(model).__module__}.{type(model).__qualname__}`"
+    return Written("whole module", loaded.eval(), (note,))
