@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from se_inject._tracer import random_state, set_random_state
@@ -125,9 +126,18 @@ def _numeric_inputs(model: nn.Module, trace: Trace) -> tuple[Any, list[str]]:
 
 
 def _run(
-    model: nn.Module, inputs: Any, *, training: bool, seed: int, parameters: dict[str, Tensor] | None = None
+    model: nn.Module,
+    inputs: Any,
+    *,
+    training: bool,
+    seed: int,
+    parameters: dict[str, Tensor] | None = None,
+    then: Callable[[Any], Any] = lambda result: result,
 ) -> Any:
-    """One call with nothing left behind: modes, buffers, attributes and the random generator as before."""
+    """One call with nothing left behind: modes, buffers, attributes and the random generator as before.
+
+    ``then`` gets what the call returned while all is still set: a checkpointed network runs again in its backward pass.
+    """
     args, kwargs = inputs
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     state = random_state()
@@ -137,7 +147,8 @@ def _run(
                 module.training = training
             torch.manual_seed(seed)
             random.seed(seed)
-            return functional_call(model, {**buffers, **(parameters or {})}, tuple(_copied(args)), _copied(kwargs))
+            with _reparametrize_module(model, {**buffers, **(parameters or {})}, tie_weights=True):
+                return then(model(*_copied(args), **_copied(kwargs)))
     finally:
         set_random_state(state)
 
@@ -322,42 +333,51 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
         f"{path}.{name}": p for path, block in blocks.items() for name, p in block.named_parameters() if p.requires_grad
     }
     awake = _awakened(after, named)
-    called: set[str] = set()
-    hooks = [block.register_forward_hook(lambda *_, path=path: called.add(path)) for path, block in blocks.items()]
+    calls: Counter[str] = Counter()
+    watched = {path: after.get_submodule(path) for block in blocks for path in (block, block.rpartition(".")[0])}
+    hooks = [
+        module.register_forward_hook(lambda *_, path=path: calls.update([path])) for path, module in watched.items()
+    ]
+
+    def backward(result: Any) -> tuple[Counter[str], Any]:
+        made = calls.copy()  # before anything is called again in the backward pass
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not named or not outputs:
+            return made, [None] * len(named)
+        generator = torch.Generator().manual_seed(3)
+        loss = sum((out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs)
+        return made, torch.autograd.grad(loss, list(named.values()), allow_unused=True)  # type: ignore[arg-type]
+
     try:
         with torch.enable_grad():
             try:  # in training, if the network itself can be
-                result = _run(after, inputs, training=True, seed=2, parameters=awake)
+                made, grads = _run(after, inputs, training=True, seed=2, parameters=awake, then=backward)
             except Exception:
-                try:
-                    result = _run(after, inputs, training=False, seed=2, parameters=awake)
-                except Exception as error:
-                    return Check("blocks trainable", False, f"the injected network fails: {error}")
-            outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
-            generator = torch.Generator().manual_seed(3)
-            loss = sum((out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs)
-            grads: Any = ()
-            if named and outputs:
-                grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)  # type: ignore[arg-type]
+                calls.clear()
+                made, grads = _run(after, inputs, training=False, seed=2, parameters=awake, then=backward)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        return Check("blocks trainable", False, f"the injected network fails: {type(error).__name__}: {reason}")
     finally:
         for hook in hooks:
             hook.remove()
-    silent = sorted(set(blocks) - called)
-    missing = [name for name, grad in zip(named, grads, strict=False) if grad is None]
-    if not outputs and named:
-        missing = list(named)
+    silent = sorted(path for path in blocks if not made[path])
+    repeated = sorted(path for path in blocks if 0 < made[path.rpartition(".")[0]] < made[path])
+    missing = [name for name, grad in zip(named, grads, strict=True) if grad is None]
     dead = [
         path
         for path in blocks
         if any(name.startswith(path + ".") for name in named)
         and not any(
             grad is not None and bool(grad.any())
-            for name, grad in zip(named, grads, strict=False)
+            for name, grad in zip(named, grads, strict=True)
             if name.startswith(path + ".")
         )
     ]
     if silent:
         return Check("blocks trainable", False, f"not called: {', '.join(silent[:3])}")
+    if repeated:
+        return Check("blocks trainable", False, f"called more often than their owners: {', '.join(repeated[:3])}")
     if missing or dead:
         return Check("blocks trainable", False, f"no gradient reaches {', '.join((missing or dead)[:3])}")
     told = f"gradients reach all {counted(len(named), 'new parameter')} of {counted(len(blocks), 'block')}"
