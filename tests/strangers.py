@@ -483,10 +483,8 @@ class ThriftyEncoder(nn.Module):
         features = []
         x = self.stem(x)
         for stage in self.stages:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(stage, x, use_reentrant=False)
-            else:
-                x = stage(x)
+            again = self.grad_checkpointing and self.training
+            x = checkpoint(stage, x, use_reentrant=False) if again else stage(x)
             features.append(x)
         return tuple(features)
 
