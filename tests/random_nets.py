@@ -412,12 +412,16 @@ class Moody(nn.Module):
 
 
 class Told(nn.Module):
-    """Its inner block is told what to do by keyword."""
+    """Its inner block is told what to do by keyword; what the class says may be said again by an instance."""
+
+    scale: float | None = 1.0
+    flag = False
 
     def __init__(self, rank, channels, out, inner, scale=None, flag=True):
         super().__init__()
         self.body = Obedient(inner)
-        self.scale, self.flag = scale, flag
+        if flag:
+            self.scale, self.flag = scale, flag
 
     def forward(self, x, unused=None):
         return self.body(x, scale=self.scale, flag=self.flag)
@@ -641,7 +645,9 @@ def shuffled(draw, channels, out, depth):
 def dense(draw, channels, out, depth):
     growth, count = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     parts = tuple(draw(blocks(channels + i * growth, growth, 0)) for i in range(count))
-    return Part(Dense, channels, channels + count * growth, parts)
+    return Part(
+        Dense, channels, channels + count * growth, parts, {"how": draw(st.sampled_from(["names", "children"]))}
+    )
 
 
 @st.composite

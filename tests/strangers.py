@@ -24,13 +24,12 @@ class Stranger:
     Args:
         build: makes it.
         inputs: shapes of the positional arguments without the batch.
-        stages: for each its stride (the first dimension's; None if the input has no such dimension) and the addresses
-            of its sites.
+        stages: for each its stride (of several branches, their strides) and the addresses of its sites.
     """
 
     build: Callable[[], nn.Module]
     inputs: tuple[tuple[int, ...], ...]
-    stages: tuple[tuple[float | None, tuple[str, ...]], ...]
+    stages: tuple[tuple[float | tuple[float, ...], tuple[str, ...]], ...]
 
     def make(self) -> nn.Module:
         """The network in evaluation mode, with the same random weights every time."""
@@ -442,10 +441,7 @@ class Fusion(nn.Module):
 
 @stranger(
     (2, ("stage1.0.n2", "stage1.1.n2")),
-    (2, ("stage2.0.branches.0.0.n2", "stage2.0.branches.0.1.n2")),
-    (4, ("stage2.0.branches.1.0.n2", "stage2.0.branches.1.1.n2")),
-    (2, ("stage2.1.branches.0.0.n2", "stage2.1.branches.0.1.n2")),
-    (4, ("stage2.1.branches.1.0.n2", "stage2.1.branches.1.1.n2")),
+    ((2, 4), tuple(f"stage2.{m}.branches.{b}.{unit}.n2" for m in range(2) for b in range(2) for unit in range(2))),
 )
 class HighResolution(nn.Module):
     def __init__(self):
@@ -591,7 +587,7 @@ class GrowingBlock(nn.Module):
         return self.main(x) + self.bypass(x)
 
 
-@stranger((None, ("blocks.0.main",)), (None, ("blocks.1.main",)), inputs=((6,),))
+@stranger((1 / 2, ("blocks.0.main",)), (1 / 4, ("blocks.1.main",)), inputs=((6,),))
 class Generator(nn.Module):
     def __init__(self):
         super().__init__()
@@ -794,14 +790,13 @@ class TemporalBlock(nn.Module):
 
 
 @stranger(
-    (None, ("separator.repeats.0.0.net", "separator.repeats.0.1.net")),
-    (None, ("separator.repeats.1.0.net", "separator.repeats.1.1.net")),
+    (8, tuple(f"separator.repeats.{r}.{b}.net" for r in range(2) for b in range(2))),
     inputs=((160,),),
 )
 class SpeechSeparation(nn.Module):
     def __init__(self, speakers=2, n=10, c=6):
         super().__init__()
-        self.encoder = nn.Conv1d(1, n, 16, stride=8, bias=False)
+        self.encoder = nn.Conv1d(1, n, 16, stride=8, padding=4, bias=False)
         separator = nn.Module()
         separator.norm = nn.GroupNorm(1, n)
         separator.bottleneck = nn.Conv1d(n, c, 1)
@@ -810,7 +805,7 @@ class SpeechSeparation(nn.Module):
         )
         separator.mask = nn.Conv1d(c, speakers * n, 1)
         self.separator = separator
-        self.decoder = nn.ConvTranspose1d(n, 1, 16, stride=8, bias=False)
+        self.decoder = nn.ConvTranspose1d(n, 1, 16, stride=8, padding=4, bias=False)
         self.speakers = speakers
 
     def forward(self, mixture):
@@ -843,7 +838,7 @@ class AlignNet(nn.Module):
         return (self.fc(x) + iden).view(-1, self.k, self.k)
 
 
-@stranger((1, ("stn.relu", "stn.relu#2")), (1, ("relu", "relu#2")), inputs=((3, 40),))
+@stranger((1, ("stn.relu", "stn.relu#2", "relu", "relu#2")), inputs=((3, 40),))
 class Points(nn.Module):
     def __init__(self):
         super().__init__()
