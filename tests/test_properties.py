@@ -24,7 +24,8 @@ from se_inject.plans import Plan, plan, plan_of
 from se_inject.positions import POSITIONS
 from se_inject.surgery import eject_, injected_blocks
 from tests.common import difference, portrait, same_portrait
-from tests.random_nets import Dense, Hourglass, Joined, Partial, Residual, Shuffled, networks
+from tests.random_nets import networks
+from tests.random_parts import Dense, Hourglass, Joined, Partial, Residual, Shuffled
 
 
 def run(model, recipe, *, training=False, batch=3):
