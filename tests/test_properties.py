@@ -50,10 +50,10 @@ def gradients(model, recipe):
 
 
 def trains(model, recipe):
-    """Whether the network as drawn can be trained: one that overwrites what its backward pass needs can't."""
+    """Whether the network as drawn can be trained: not if it overwrites what its backward pass needs, or normalises one value."""
     try:
         gradients(model, recipe)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return False
     return True
 
