@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_flatten
 
 from se_inject._comparison import same_numbers
@@ -55,8 +56,17 @@ def observed_in_training(model: nn.Module, inputs: Any) -> Seen | str:
         return first_line(error)
 
 
-def run(model: nn.Module, inputs: Any, mode: str, parameters: dict[str, Tensor] | None = None) -> Seen:
-    """One call with nothing left behind: modes, buffers, attributes and the random generator as before."""
+def run(
+    model: nn.Module,
+    inputs: Any,
+    mode: str,
+    parameters: dict[str, Tensor] | None = None,
+    then: Callable[[Any], Any] = lambda output: output,
+) -> Seen:
+    """One call with nothing left behind: modes, buffers, attributes and the random generator as before.
+
+    ``then`` gets what the call returned while all is still set: a checkpointed network runs again on the way back.
+    """
     args, kwargs = inputs
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     state = random_state()
@@ -66,8 +76,9 @@ def run(model: nn.Module, inputs: Any, mode: str, parameters: dict[str, Tensor] 
                 module.training = mode == "train"
             torch.manual_seed(1)
             random.seed(1)
-            output = functional_call(model, {**buffers, **(parameters or {})}, *copied((tuple(args), kwargs)))
-            return Seen(output, buffers)
+            args, kwargs = copied((tuple(args), kwargs))
+            with _reparametrize_module(model, {**buffers, **(parameters or {})}, tie_weights=True):
+                return Seen(then(model(*args, **kwargs)), buffers)
     finally:
         set_random_state(state)
 
@@ -90,12 +101,12 @@ def difference(expected: Any, seen: Any) -> str:
     return f"differs by up to {max(errors):.3g}" if errors else ""
 
 
-def run_awake(model: nn.Module, inputs: Any, awake: dict[str, Tensor]) -> Any:
-    """The output in training, if the network can be, with these weights in place of its own."""
+def run_awake(model: nn.Module, inputs: Any, awake: dict[str, Tensor], then: Callable[[Any], Any]) -> Any:
+    """What ``then`` makes of the output in training, if the network can be, with these weights in place of its own."""
     try:
-        return run(model, inputs, "train", awake).output
+        return run(model, inputs, "train", awake, then).output
     except Exception:
-        return run(model, inputs, "eval", awake).output
+        return run(model, inputs, "eval", awake, then).output
 
 
 def first_line(error: Exception) -> str:

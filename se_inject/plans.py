@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -296,7 +297,15 @@ def _already(paths: Sequence[str], model: nn.Module) -> AlreadyInjected:
 
 
 def _check_names(model: nn.Module, steps: Sequence[Step]) -> None:
-    """Whether the blocks' names are free on their owners."""
+    """Whether the blocks' names are free on their owners, and each is one block's."""
+    paths = Counter(step.path for step in steps)
+    for path, count in paths.items():
+        if count > 1:
+            raise SurgeryError(
+                f"{count} blocks are to become `{path}`",
+                seen=", ".join(step.site for step in steps if step.path == path),
+                hint="choose one of these sites at a time, each with a name of its own: `at=` and `name=` in Python",
+            )
     for step in steps:
         if getattr(model.get_submodule(step.owner), step.block_name, None) is not None:
             raise SurgeryError(
@@ -307,22 +316,30 @@ def _check_names(model: nn.Module, steps: Sequence[Step]) -> None:
 
 
 def _places(trace: Trace, sites: Sequence[Site], position: str) -> tuple[list[tuple[Site, Place]], list[str]]:
-    """Where the block of each site goes; sites without this position are left out, unless all are."""
-    places: list[tuple[Site, Place]] = []
+    """Where the block of each site goes.
+
+    Sites without this position are left out, unless all are, and so are those whose place another site has: a unit
+    and the unit within it may end in the same convolution.
+    """
+    places: dict[Place, Site] = {}
     refused: list[OptionError] = []
+    shared = 0
     for site in sites:
         try:
-            places.append((site, place_of(trace, site, position)))
+            place = place_of(trace, site, position)
         except OptionError as error:
             refused.append(error)
+            continue
+        shared += place in places
+        places.setdefault(place, site)
     if not places:
         raise refused[0]
-    told = (
-        [f"left out: {counted(len(refused), 'site')} without a position `{position}`: {refused[0].message}"]
-        if refused
-        else []
-    )
-    return places, told
+    told = []
+    if refused:
+        told.append(f"left out: {counted(len(refused), 'site')} without a position `{position}`: {refused[0].message}")
+    if shared:
+        told.append(f"left out: {counted(shared, 'site')} whose place at position `{position}` is another's")
+    return [(site, place) for place, site in places.items()], told
 
 
 def _step(draft: Step, site: Site, place: Place, name: str | None) -> Step:

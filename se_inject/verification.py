@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -254,14 +255,20 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
     name = "blocks trainable"
     new = {path: {key: p for key, p in block.named_parameters() if p.requires_grad} for path, block in blocks.items()}
     named = {f"{path}.{key}": p for path, parameters in new.items() for key, p in parameters.items()}
-    with _calls_of(blocks) as called, torch.enable_grad():
+    with _calls_of(after, blocks) as calls, torch.enable_grad():
+
+        def backward(output: Any) -> tuple[Counter[str], dict[str, Tensor | None]]:
+            made = calls.copy()  # before anything is called again on the way back
+            return made, _grads_of(output, named)
+
         try:
-            output = run_awake(after, inputs, _awakened(after, named))
+            made, grads = run_awake(after, inputs, _awakened(after, named), backward)
         except Exception as error:
             return Check(name, False, f"the injected network fails: {first_line(error)}")
-    if silent := sorted(set(blocks) - called):
+    if silent := sorted(path for path in blocks if not made[path]):
         return Check(name, False, f"not called: {', '.join(silent[:3])}")
-    grads = _grads_of(output, named)
+    if repeated := sorted(path for path in blocks if 0 < made[path.rpartition(".")[0]] < made[path]):
+        return Check(name, False, f"called more often than their owners: {', '.join(repeated[:3])}")
     missing = [key for key in named if grads[key] is None]
     dead = [
         path
@@ -275,12 +282,15 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
 
 
 @contextlib.contextmanager
-def _calls_of(blocks: dict[str, nn.Module]) -> Iterator[set[str]]:
-    """The paths of the blocks that are called meanwhile."""
-    called: set[str] = set()
-    hooks = [block.register_forward_hook(lambda *_, path=path: called.add(path)) for path, block in blocks.items()]
+def _calls_of(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[Counter[str]]:
+    """How often the blocks and their owners are called meanwhile."""
+    calls: Counter[str] = Counter()
+    watched = {path: model.get_submodule(path) for block in blocks for path in (block, block.rpartition(".")[0])}
+    hooks = [
+        module.register_forward_hook(lambda *_, path=path: calls.update([path])) for path, module in watched.items()
+    ]
     try:
-        yield called
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,11 +1,13 @@
-"""What several test files need: networks by name, weights that hide nothing, outputs as a flat list."""
+"""What several test files need: networks by name, weights that hide nothing, outputs, and comparisons to the bit."""
 
+import dataclasses
 import inspect
+import random
 
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 
@@ -48,3 +50,65 @@ def outputs(model, *args, seed=0, **kwargs):
     with torch.no_grad():
         result = torch.func.functional_call(model, buffers, args, kwargs)
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def difference(one, other, where="output"):
+    """Empty if two results are the same bit for bit, in the same structure, layout and format."""
+    if isinstance(one, Tensor):
+        if not isinstance(other, Tensor) or (one.dtype, one.shape, one.device) != (
+            other.dtype,
+            other.shape,
+            other.device,
+        ):
+            return f"{where}: {describe(one)} became {describe(other)}"
+        if one.stride() != other.stride():
+            return f"{where}: strides {one.stride()} became {other.stride()}"
+        return "" if torch.equal(one, other) else f"{where}: differs by {(one - other).abs().max():.3g}"
+    if type(one) is not type(other):
+        return f"{where}: a {type(one).__name__} became a {type(other).__name__}"
+    if dataclasses.is_dataclass(one):
+        one, other = vars(one), vars(other)
+    if isinstance(one, dict):
+        if list(one) != list(other):
+            return f"{where}: {list(one)} became {list(other)}"
+        return "".join(difference(one[key], other[key], f"{where}[{key}]") for key in one)
+    if isinstance(one, tuple | list):
+        if len(one) != len(other):
+            return f"{where}: {len(one)} became {len(other)}"
+        return "".join(difference(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(one, other, strict=True)))
+    return "" if one == other else f"{where}: {one} became {other}"
+
+
+def describe(value):
+    return (
+        f"{tuple(value.shape)} {value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+    )
+
+
+def portrait(model):
+    """All that a look must not change: identities of what is in every module, flags, contents, random generators."""
+    modules = [
+        (path, type(module), {key: id(value) for key, value in vars(module).items()}, contents(module))
+        for path, module in model.named_modules(remove_duplicate=False)
+    ]
+    state = [(key, value._version, value.clone()) for key, value in model.state_dict(keep_vars=True).items()]
+    return modules, state, torch.get_rng_state(), random.getstate(), torch.is_grad_enabled()
+
+
+def contents(module):
+    return {
+        key: [id(item) for item in (value.values() if isinstance(value, dict) else value)]
+        for key, value in vars(module).items()
+        if isinstance(value, dict | list | set)
+    }
+
+
+def same_portrait(one, other):
+    (modules, state, generator, python, grad), (modules2, state2, generator2, python2, grad2) = one, other
+    assert modules == modules2
+    for (key, version, value), (key2, version2, value2) in zip(state, state2, strict=True):
+        assert (key, version) == (key2, version2)
+        assert torch.equal(value, value2), key
+    assert torch.equal(generator, generator2)
+    assert python == python2
+    assert grad == grad2

@@ -427,6 +427,28 @@ def forward(network, blocks, x, position):
     return network.fc(x.mean((2, 3)))
 
 
+class Around(nn.Module):
+    """A residual unit whose branch ends in another unit, and so in that unit's convolution."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.conv = inner, nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.inner(self.conv(x))
+
+
+def test_units_that_share_a_place_share_a_block():
+    inner = Around(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)))
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Around(inner))
+    found = si.plan(network, X, at=["2.inner", "2.inner.inner"], position="conv3x3", reduction=2)
+    assert [step.site for step in found.steps] == ["2.inner.inner"]
+    assert "left out: 1 site whose place at position `conv3x3` is another's" in found.notes
+    injected = found.apply(network)
+    assert sum(p.numel() for p in si.injected_parameters(injected)) == found.cost().added.params
+    assert si.verify(network, injected, X).passed
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])

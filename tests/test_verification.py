@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
 
 import se_inject as si
@@ -190,6 +191,13 @@ def eval_only(network):
     block.forward = lambda x: forward(block, x) * (1 if block.training else 2)
 
 
+def called_twice(network):
+    """What happens to a block that its owner takes for one of its own layers."""
+    unit = network.units[0]
+    forward = type(unit).forward
+    unit.forward = lambda x: unit.se(forward(unit, x))
+
+
 SAME, WITHOUT = CHECKS[2], CHECKS[3]
 
 
@@ -213,6 +221,7 @@ SAME, WITHOUT = CHECKS[2], CHECKS[3]
         (without_gradient, ["blocks trainable"], "no gradient reaches units.0.se"),
         (with_a_gradient_of_zero, ["blocks trainable"], "no gradient reaches units.0.se"),
         (with_an_idle_parameter, ["blocks trainable"], "no gradient reaches units.0.se.fc1.bias"),
+        (called_twice, ["blocks trainable"], "called more often than their owners: units.0.se"),
         (gate, [SAME], "differs by up to"),
         (eval_only, [SAME], "eval: differs by up to"),
     ],
@@ -406,6 +415,18 @@ def test_a_network_that_does_not_train_is_compared_in_eval():
     assert verdict.passed
     assert "train: not run: for inference alone" in verdict.checks[2].detail
     assert "eval: bit-equal" in verdict.checks[2].detail
+
+
+def test_a_network_that_runs_again_in_its_backward_pass():
+    class Recomputed(Net):
+        def forward(self, x):
+            x = self.stem(x)
+            for unit in self.units:
+                x = checkpoint(unit, x, use_reentrant=False) if self.training else unit(x)
+            return self.head(x.mean((2, 3)))
+
+    network = randomise(Recomputed()).eval()  # and is trained for the check
+    assert si.verify(network, si.inject(network, X), X).passed
 
 
 def test_a_check_that_does_not_apply_is_no_failure():
