@@ -32,7 +32,8 @@ class SqueezeExcitation(Bottleneck):
     By: Jie Hu, Li Shen, Samuel Albanie, Gang Sun, Enhua Wu: "Squeeze-and-Excitation Networks", CVPR 2018 and TPAMI
     2020, arXiv 1709.01507.
     Not when: latency on a device that is slow at small kernels counts more than accuracy; with ``norm`` not when
-    training with one example per device, since the norm then has one value for each channel.
+    training with one example per device, since the norm then has one value for each channel; with ``gate=relu`` not in
+    float16 with large values: it has no upper bound, so y grows as x² (and table 12 has it below no SE at all).
     Start: the identity is exact, with W2 zero and a gate that is 1 at 0; else the factor is about 0.5 for the sigmoids
     and about 0 for tanh and ReLU.
 
