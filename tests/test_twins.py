@@ -209,7 +209,7 @@ def regnet(se_ratio):
     )
 
 
-def mobile(name, kind=SqueezeExcite, keep=()):
+def without_and_with(name, kind=SqueezeExcite, keep=()):
     theirs = build(name)
     return without(theirs, kind, keep), theirs
 
@@ -218,28 +218,28 @@ IN_SEQUENCE = {r"block\.0\.2\.se\.": "block.1.", r"block\.1\.2\.se\.": "block.2.
 BESIDE = {r"\.se_block\.fc1": ".se.conv_reduce", r"\.se_block\.fc2": ".se.conv_expand"}
 OWN_WIDTHS = {
     "torchvision mobilenet_v3_small": (
-        lambda: mobile("torchvision:mobilenet_v3_small", SqueezeExcitation),
+        lambda: without_and_with("torchvision:mobilenet_v3_small", SqueezeExcitation),
         {"gate": "hard_sigmoid"},
         IN_SEQUENCE,
     ),
     "torchvision mobilenet_v3_large": (
-        lambda: mobile("torchvision:mobilenet_v3_large", SqueezeExcitation),
+        lambda: without_and_with("torchvision:mobilenet_v3_large", SqueezeExcitation),
         {"gate": "hard_sigmoid"},
         IN_SEQUENCE,
     ),
     "torchvision efficientnet_b0": (
-        lambda: mobile("torchvision:efficientnet_b0", SqueezeExcitation),
+        lambda: without_and_with("torchvision:efficientnet_b0", SqueezeExcitation),
         {"activation": "silu"},
         IN_SEQUENCE,
     ),
     "torchvision regnet_y_400mf": (lambda: (regnet(None), regnet(0.25)), {}, {r"\.b\.2\.se\.": ".se."}),
     "timm mobilenetv3_small_050": (
-        lambda: mobile("timm:mobilenetv3_small_050", keep="blocks.0"),
+        lambda: without_and_with("timm:mobilenetv3_small_050", keep="blocks.0"),
         {"gate": "hard_sigmoid"},
         BESIDE,
     ),
     "timm efficientnet_b0": (
-        lambda: mobile("timm:efficientnet_b0", keep="blocks.0"),
+        lambda: without_and_with("timm:efficientnet_b0", keep="blocks.0"),
         {"activation": "silu"},
         BESIDE,
     ),
@@ -264,3 +264,10 @@ def test_networks_whose_se_has_a_width_of_its_own_at_each_site(name):
     steps = [replace(step, options=options | {"width": len(w)}) for step, w in first if w is not None]
     ours = replace(plan, steps=tuple(steps)).apply(base)
     assert_twins(ours, theirs, base, lambda key: replaced(key, names))
+
+
+def test_timms_legacy_networks():
+    """Their SE squeezes to C // 16 without rounding, under the name that pretrainedmodels gave it."""
+    base, theirs = without_and_with("timm:legacy_seresnet18", timm.models.senet.SEModule)
+    ours = si.inject(base, X, init="paper")
+    assert_twins(ours, stirred(theirs), base, lambda key: key.replace(".se.", ".se_module."))
