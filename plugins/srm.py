@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.layers import convolution, deviation, zero_
+from se_inject.layers import convolution, mean_and_deviation, zero_
 
 
 class StyleRecalibration(nn.Module):
@@ -61,7 +61,7 @@ class StyleRecalibration(nn.Module):
         zero_(self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        spread = deviation(x, self.space, self.epsilon)
-        style = torch.stack([x.mean(self.space), spread.flatten(1)], 2)
+        mean, deviation = mean_and_deviation(x, self.space, self.epsilon)
+        style = torch.stack([mean.flatten(1), deviation.flatten(1)], 2)
         gate = self.gain * torch.sigmoid(self.norm((style * self.weight).sum(2)))
         return x * gate.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005 -- TorchScript has no unpacking

@@ -62,11 +62,15 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
-def deviation(x: Tensor, space: list[int], epsilon: float) -> Tensor:
-    """√(var + ε) over space, the variance divided by the number of positions; its gradient is finite at var = 0."""
+def mean_and_deviation(x: Tensor, space: list[int], epsilon: float) -> tuple[Tensor, Tensor]:
+    """The mean over space and √(var + ε), the variance divided by the number of positions.
+
+    The gradient is finite where the variance is 0. Half precision is widened for the sums.
+    """
     wide = widened(x)
-    centred = wide - wide.mean(space, keepdim=True)
-    return (centred.square().mean(space, keepdim=True) + epsilon).sqrt().to(x.dtype)
+    mean = wide.mean(space, keepdim=True)
+    spread = ((wide - mean).square().mean(space, keepdim=True) + epsilon).sqrt()
+    return mean.to(x.dtype), spread.to(x.dtype)
 
 
 def squeeze_width(

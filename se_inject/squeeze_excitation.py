@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from se_inject.layers import Bottleneck, chosen, deviation, zero_
+from se_inject.layers import Bottleneck, chosen, mean_and_deviation, zero_
 
 SQUEEZES = ("avg", "max", "avg+max", "std")
 GATES = ("sigmoid", "hard_sigmoid", "tanh", "relu")
@@ -118,7 +118,7 @@ class SqueezeExcitation(Bottleneck):
         if self.squeeze == "max":
             return x.amax(self.space, keepdim=True)
         if self.squeeze == "std":
-            return deviation(x, self.space, 1e-5)
+            return mean_and_deviation(x, self.space, 1e-5)[1]
         return 0.5 * x.mean(self.space, keepdim=True) + 0.5 * x.amax(self.space, keepdim=True)
 
     def gated(self, a: Tensor) -> Tensor:
