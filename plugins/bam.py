@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from se_inject.blocks import squeeze_width
-
-from ._layers import batch_norm, chosen, convolution, zero_
+from se_inject.layers import batch_norm, chosen, convolution, squeeze_width, zero_
 
 
 class BottleneckAttention(nn.Module):
@@ -73,8 +73,7 @@ class BottleneckAttention(nn.Module):
         rank: int = 2,
         reduction: float = 16,
         divisor: int | None = None,
-        dilation: int = 4,
-        combine: str = "product",
+        **_: Any,
     ) -> int:
         """(2Cm + 3m + C) + (Cm + 3m) + (2·3^rank·m² + 6m) + (m + 1), m = C/r."""
         m = squeeze_width(channels, reduction, divisor)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from se_inject.blocks import squeeze_width
+from se_inject.layers import Bottleneck, batch_norm, convolution, zero_
 
-from ._layers import batch_norm, convolution, odd_kernel, zero_
+from ._layers import odd_kernel
 
 
-class ConvolutionalBlockAttention(nn.Module):
+class ConvolutionalBlockAttention(Bottleneck):
     """A channel gate from average and maximum, then a spatial gate from one 7×7 convolution.
 
     x' = x · σ(W2 δ(W1 avg(x)) + W2 δ(W1 max(x))), avg and max over space, δ = ReLU, W1 of C/r × C; then
@@ -50,30 +52,15 @@ class ConvolutionalBlockAttention(nn.Module):
         kernel: int = 7,
         bias: bool = True,
     ) -> None:
-        super().__init__()
-        layer = convolution(rank)
-        self.width = squeeze_width(channels, reduction, divisor)
-        self.fc1 = layer(channels, self.width, 1, bias=bias)
-        self.relu = nn.ReLU()
-        self.fc2 = layer(self.width, channels, 1, bias=bias)
-        self.conv = layer(2, 1, odd_kernel(kernel), padding=kernel // 2, bias=False)
+        super().__init__(channels, rank=rank, reduction=reduction, divisor=divisor, bias=bias)
+        self.conv = convolution(rank)(2, 1, odd_kernel(kernel), padding=kernel // 2, bias=False)
         self.norm = batch_norm(rank)(1)
-        self.space = list(range(2, 2 + rank))
         self.gain = 1
 
     @staticmethod
-    def count(
-        channels: int,
-        *,
-        rank: int = 2,
-        reduction: float = 16,
-        divisor: int | None = None,
-        kernel: int = 7,
-        bias: bool = True,
-    ) -> int:
+    def count(channels: int, *, rank: int = 2, kernel: int = 7, **options: Any) -> int:
         """2Cm (+ m + C) + 2·k^rank + 2, m = C/r."""
-        width = squeeze_width(channels, reduction, divisor)
-        return 2 * channels * width + bias * (width + channels) + 2 * kernel**rank + 2
+        return Bottleneck.count(channels, **options) + 2 * kernel**rank + 2
 
     def identity_init(self) -> None:
         """Start as x ↦ x: W2, and scale and shift of the spatial gate's norm, are zero; both gates are 2·σ(0) = 1."""
@@ -82,8 +69,8 @@ class ConvolutionalBlockAttention(nn.Module):
         zero_(self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = self.fc2(self.relu(self.fc1(x.mean(self.space, keepdim=True))))
-        peak = self.fc2(self.relu(self.fc1(x.amax(self.space, keepdim=True))))
+        mean = self.excite(x.mean(self.space, keepdim=True))
+        peak = self.excite(x.amax(self.space, keepdim=True))
         x = x * (self.gain * torch.sigmoid(mean + peak))
         pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
         return x * (self.gain * torch.sigmoid(self.norm(self.conv(pooled))))

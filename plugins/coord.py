@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from se_inject.blocks import squeeze_width
-
-from ._layers import zero_
+from se_inject.layers import squeeze_width, zero_
 
 
 def _width(channels: int, reduction: float, divisor: int | None, least: int) -> int:
@@ -79,4 +77,4 @@ class CoordinateAttention(nn.Module):
         rows, columns = self.act(self.norm(self.conv(strips))).split([x.size(2), x.size(3)], 2)
         by_row = self.gain * torch.sigmoid(self.rows(rows))
         by_column = self.gain * torch.sigmoid(self.columns(columns.transpose(2, 3)))
-        return x * by_row * by_column
+        return x * by_column * by_row

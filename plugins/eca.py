@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from se_inject.errors import OptionError
+from se_inject.layers import convolution
 
-from ._layers import convolution, odd_kernel
+from ._layers import odd_kernel
 
 
 def kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> int:
@@ -61,7 +63,7 @@ class EfficientChannelAttention(nn.Module):
         self.gain = 1
 
     @staticmethod
-    def count(channels: int, *, rank: int = 2, kernel: int | None = None, gamma: float = 2, beta: float = 1) -> int:
+    def count(channels: int, *, kernel: int | None = None, gamma: float = 2, beta: float = 1, **_: Any) -> int:
         """k."""
         return kernel or kernel_size(channels, gamma, beta)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._layers import convolution, zero_
+from se_inject.layers import convolution, zero_
 
 
 class EffectiveSqueezeExcitation(nn.Module):
@@ -40,7 +42,7 @@ class EffectiveSqueezeExcitation(nn.Module):
         self.gain = 1
 
     @staticmethod
-    def count(channels: int, *, rank: int = 2, bias: bool = True) -> int:
+    def count(channels: int, *, bias: bool = True, **_: Any) -> int:
         """C² (+ C)."""
         return channels * channels + bias * channels
 

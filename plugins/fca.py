@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from se_inject.blocks import squeeze_width
 from se_inject.errors import OptionError
-
-from ._layers import zero_
+from se_inject.layers import Bottleneck, zero_
 
 # (u along the height, v along the width) of a transform of 7 × 7 points: the best sixteen of the 49, by the paper's
 # experiments with one frequency at a time
@@ -20,7 +19,7 @@ FREQUENCIES = (
 )
 
 
-class FrequencyChannelAttention(nn.Module):
+class FrequencyChannelAttention(Bottleneck):
     """Frequency channel attention: SE whose squeeze takes other frequencies than zero, each for a group of channels.
 
     z_c = Σ_h Σ_w x_chw B_u(h) B_v(w), B_u(h) = a_u cos(π u (h + ½) / H), a_0 = 1/√H, else √(2/H): a coefficient of
@@ -61,29 +60,17 @@ class FrequencyChannelAttention(nn.Module):
         frequencies: int = 16,
         bias: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(channels, reduction=reduction, divisor=divisor, bias=bias)
         if not 1 <= frequencies <= len(FREQUENCIES):
             raise OptionError(f"1 to {len(FREQUENCIES)} frequencies", seen=f"frequencies = {frequencies}")
-        self.width = squeeze_width(channels, reduction, divisor)
-        self.fc1 = nn.Conv2d(channels, self.width, 1, bias=bias)
-        self.relu = nn.ReLU()
-        self.fc2 = nn.Conv2d(self.width, channels, 1, bias=bias)
         self.vertical = [u for u, _ in FREQUENCIES[:frequencies]]
         self.horizontal = [v for _, v in FREQUENCIES[:frequencies]]
         self.gain = 1
 
     @staticmethod
-    def count(
-        channels: int,
-        *,
-        reduction: float = 16,
-        divisor: int | None = None,
-        frequencies: int = 16,
-        bias: bool = False,
-    ) -> int:
+    def count(channels: int, *, bias: bool = False, **options: Any) -> int:
         """2Cm (+ m + C), m = C/r."""
-        width = squeeze_width(channels, reduction, divisor)
-        return 2 * channels * width + bias * (width + channels)
+        return Bottleneck.count(channels, bias=bias, **options)
 
     def identity_init(self) -> None:
         """Start as x ↦ x: W2 is zero and the gate is 2·σ(0) = 1."""
@@ -94,7 +81,7 @@ class FrequencyChannelAttention(nn.Module):
         rows = _cosines(self.vertical, x.size(2), x)
         columns = _cosines(self.horizontal, x.size(3), x)
         squeezed = ((x * columns.unsqueeze(1)).sum(3) * rows).sum(2).unsqueeze(2).unsqueeze(3)
-        return x * (self.gain * torch.sigmoid(self.fc2(self.relu(self.fc1(squeezed)))))
+        return x * (self.gain * torch.sigmoid(self.excite(squeezed)))
 
 
 def _cosines(frequencies: list[int], length: int, x: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ._layers import convolution, widened
+from se_inject.layers import convolution, widened
 
 
 class GatedChannelTransformation(nn.Module):
@@ -45,7 +47,7 @@ class GatedChannelTransformation(nn.Module):
         self.epsilon = epsilon
 
     @staticmethod
-    def count(channels: int, *, rank: int = 2, epsilon: float = 1e-5) -> int:
+    def count(channels: int, **_: Any) -> int:
         """3C."""
         return 3 * channels
 

@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from se_inject.blocks import squeeze_width
 from se_inject.errors import OptionError
-
-from ._layers import chosen, zero_
+from se_inject.layers import chosen, squeeze_width, zero_
 
 
 class GatherExcite(nn.Module):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from se_inject.blocks import squeeze_width
-
-from ._layers import convolution, zero_
+from se_inject.layers import Bottleneck, zero_
 
 
-class NoSqueeze(nn.Module):
+class NoSqueeze(Bottleneck):
     """SE without the squeeze: the same two layers as 1×1 convolutions on the map, a gate for every position.
 
     y = x · σ(W2 δ(W1 x)), W1 of C/r × C, W2 of C × C/r, δ = ReLU: equation 3 of SE with x in the place of its mean.
@@ -47,21 +45,8 @@ class NoSqueeze(nn.Module):
         divisor: int | None = None,
         bias: bool = True,
     ) -> None:
-        super().__init__()
-        layer = convolution(rank)
-        self.width = squeeze_width(channels, reduction, divisor)
-        self.fc1 = layer(channels, self.width, 1, bias=bias)
-        self.relu = nn.ReLU()
-        self.fc2 = layer(self.width, channels, 1, bias=bias)
+        super().__init__(channels, rank=rank, reduction=reduction, divisor=divisor, bias=bias)
         self.gain = 1
-
-    @staticmethod
-    def count(
-        channels: int, *, rank: int = 2, reduction: float = 16, divisor: int | None = None, bias: bool = True
-    ) -> int:
-        """2Cm (+ m + C), m = C/r."""
-        width = squeeze_width(channels, reduction, divisor)
-        return 2 * channels * width + bias * (width + channels)
 
     def identity_init(self) -> None:
         """Start as x ↦ x: W2 is zero and the gate is 2·σ(0) = 1 everywhere."""
@@ -69,4 +54,4 @@ class NoSqueeze(nn.Module):
         zero_(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.gain * torch.sigmoid(self.fc2(self.relu(self.fc1(x)))))
+        return x * (self.gain * torch.sigmoid(self.excite(x)))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from se_inject.blocks import squeeze_width
-
-from ._layers import chosen, convolution, zero_
+from se_inject.layers import Bottleneck, chosen, convolution, zero_
 
 
-class ConcurrentSqueezeExcitation(nn.Module):
+class ConcurrentSqueezeExcitation(Bottleneck):
     """Spatial and channel squeeze and excitation side by side, made for segmentation.
 
     y = x · (g_c + g_s), or by option max(x · g_c, x · g_s), with the channel gate g_c = σ(W2 δ(W1 mean(x))) of SE
@@ -49,30 +49,15 @@ class ConcurrentSqueezeExcitation(nn.Module):
         bias: bool = True,
         combine: str = "sum",
     ) -> None:
-        super().__init__()
-        layer = convolution(rank)
-        self.width = squeeze_width(channels, reduction, divisor)
-        self.fc1 = layer(channels, self.width, 1, bias=bias)
-        self.relu = nn.ReLU()
-        self.fc2 = layer(self.width, channels, 1, bias=bias)
-        self.spatial = layer(channels, 1, 1)
+        super().__init__(channels, rank=rank, reduction=reduction, divisor=divisor, bias=bias)
+        self.spatial = convolution(rank)(channels, 1, 1)
         self.combine = chosen("way to combine", combine, ("sum", "max"))
-        self.space = list(range(2, 2 + rank))
         self.gain = 1
 
     @staticmethod
-    def count(
-        channels: int,
-        *,
-        rank: int = 2,
-        reduction: float = 16,
-        divisor: int | None = None,
-        bias: bool = True,
-        combine: str = "sum",
-    ) -> int:
+    def count(channels: int, **options: Any) -> int:
         """2Cm (+ m + C) + C + 1, m = C/r."""
-        width = squeeze_width(channels, reduction, divisor)
-        return 2 * channels * width + bias * (width + channels) + channels + 1
+        return Bottleneck.count(channels, **options) + channels + 1
 
     def identity_init(self) -> None:
         """Start as x ↦ x: W2 and the spatial weights are zero; the sum of gates is 1, for the maximum each is 2·σ(0)."""
@@ -81,7 +66,7 @@ class ConcurrentSqueezeExcitation(nn.Module):
         zero_(self.spatial)
 
     def forward(self, x: Tensor) -> Tensor:
-        channel = self.gain * torch.sigmoid(self.fc2(self.relu(self.fc1(x.mean(self.space, keepdim=True)))))
+        channel = self.gain * torch.sigmoid(self.excite(x.mean(self.space, keepdim=True)))
         spatial = self.gain * torch.sigmoid(self.spatial(x))
         if self.combine == "max":
             return torch.maximum(x * channel, x * spatial)

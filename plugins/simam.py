@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ._layers import convolution, widened
+from se_inject.layers import convolution, widened
 
 
 class SimAM(nn.Module):
@@ -42,7 +44,7 @@ class SimAM(nn.Module):
         self.epsilon = epsilon
 
     @staticmethod
-    def count(channels: int, *, rank: int = 2, epsilon: float = 1e-4) -> int:
+    def count(channels: int, **_: Any) -> int:
         """None."""
         return 0
 

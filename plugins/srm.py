@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ._layers import convolution, widened, zero_
+from se_inject.layers import convolution, mean_and_deviation, zero_
 
 
 class StyleRecalibration(nn.Module):
@@ -45,7 +47,7 @@ class StyleRecalibration(nn.Module):
         self.gain = 1
 
     @staticmethod
-    def count(channels: int, *, rank: int = 2, epsilon: float = 1e-5) -> int:
+    def count(channels: int, **_: Any) -> int:
         """4C."""
         return 4 * channels
 
@@ -59,9 +61,7 @@ class StyleRecalibration(nn.Module):
         zero_(self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = widened(x)
-        mean = wide.mean(self.space, keepdim=True)
-        deviation = ((wide - mean).square().mean(self.space) + self.epsilon).sqrt()
-        style = torch.stack([mean.flatten(1), deviation], 2).to(x.dtype)
+        mean, deviation = mean_and_deviation(x, self.space, self.epsilon)
+        style = torch.stack([mean.flatten(1), deviation.flatten(1)], 2)
         gate = self.gain * torch.sigmoid(self.norm((style * self.weight).sum(2)))
         return x * gate.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005 -- TorchScript has no unpacking

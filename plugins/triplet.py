@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._layers import odd_kernel, zero_
+from se_inject.layers import zero_
+
+from ._layers import odd_kernel
 
 
 class _PlaneGate(nn.Module):

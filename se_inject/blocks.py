@@ -1,105 +1,19 @@
-"""The block that is put in, and the registry in which it is found by name."""
+"""The registry in which blocks are found by name, and what a block must do."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.metadata
 import inspect
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from se_inject._names import named
+from se_inject._names import did_you_mean, named
 from se_inject.errors import InjectError, OptionError, PluginError
-
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-
-
-def squeeze_width(channels: int, reduction: float = 16, divisor: int | None = None) -> int:
-    """The width of the bottleneck: max(1, C // r), or C / r rounded to a multiple of ``divisor``.
-
-    Rounding is to the nearest multiple and at least one, as timm's ``make_divisible(..., round_limit=0)`` has it.
-
-    Raises:
-        OptionError: a reduction that is not positive and finite, a divisor below 1.
-    """
-    if not 0 < reduction < math.inf:
-        raise OptionError(
-            "the reduction r must be positive and finite", seen=f"r = {reduction}", hint="the paper uses 16"
-        )
-    if divisor is None:
-        return max(1, int(channels // reduction))
-    if divisor < 1:
-        raise OptionError("the divisor must be at least 1", seen=f"divisor = {divisor}")
-    return max(divisor, int(channels / reduction + divisor / 2) // divisor * divisor)
-
-
-class SqueezeExcitation(nn.Module):
-    """The Squeeze-and-Excitation block (Hu et al., arXiv 1709.01507, equations 2 to 4).
-
-    z_c = mean over space of u_c; s = σ(W2 δ(W1 z)), W1 of C/r × C and W2 of C × C/r, δ = ReLU; x_c = s_c · u_c.
-    W1 is ``fc1`` and W2 is ``fc2``, written as 1×1 convolutions. No shape is baked in.
-
-    Args:
-        channels: C.
-        rank: number of spatial dimensions: 1, 2 or 3.
-        reduction: r; the bottleneck is max(1, C // r) wide.
-        divisor: round C / r to a multiple of this instead; 8 is what timm does.
-        bias: whether W1 and W2 have biases: the paper's ablations have none, its released models do.
-
-    Shape:
-        (N, C, *) to (N, C, *), with ``rank`` dimensions for the star.
-
-    Raises:
-        OptionError: no such rank, reduction or divisor.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        *,
-        rank: int = 2,
-        reduction: float = 16,
-        divisor: int | None = None,
-        bias: bool = True,
-    ) -> None:
-        super().__init__()
-        if rank not in _CONVOLUTIONS:
-            raise OptionError("a block needs 1 to 3 spatial dimensions", seen=f"rank = {rank}")
-        convolution = _CONVOLUTIONS[rank]
-        width = squeeze_width(channels, reduction, divisor)
-        self.fc1 = convolution(channels, width, 1, bias=bias)
-        self.relu = nn.ReLU()
-        self.fc2 = convolution(width, channels, 1, bias=bias)
-        self.space = list(range(2, 2 + rank))
-        self.gain = 1
-
-    def identity_init(self) -> None:
-        """Start as x ↦ x, exactly and in every floating-point format: W2 is zero and the gate is 2·σ(0) = 1.
-
-        Gradients reach W2 at once and W1 from the second step on.
-        """
-        self.gain = 2
-        nn.init.zeros_(self.fc2.weight)
-        if self.fc2.bias is not None:
-            nn.init.zeros_(self.fc2.bias)
-
-    @property
-    def width(self) -> int:
-        """The width of the bottleneck that was built."""
-        return self.fc1.out_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.fc2(self.relu(self.fc1(x.mean(self.space, keepdim=True)))))
-        return x * (gate if self.gain == 1 else self.gain * gate)
-
-    def extra_repr(self) -> str:
-        return f"gate={'sigmoid' if self.gain == 1 else '2·sigmoid'}"
-
+from se_inject.squeeze_excitation import SqueezeExcitation
 
 GROUP = "se_inject.blocks"
 """The entry-point group in which packages announce their blocks."""
@@ -168,7 +82,7 @@ def find_block(name: str) -> Factory:
         place, _, attribute = name.rpartition(":")
         return named(place, attribute)  # type: ignore[no-any-return]
     known = block_names()
-    raise OptionError(f"no block is called `{name}`", seen=", ".join(sorted(known)), hint=_similar(name, known))
+    raise OptionError(f"no block is called `{name}`", seen=", ".join(sorted(known)), hint=did_you_mean(name, known))
 
 
 def block_options(name: str) -> dict[str, inspect.Parameter]:
@@ -240,7 +154,7 @@ def check_options(name: str, options: dict[str, Any]) -> None:
             raise OptionError(
                 f"block `{name}` has no option `{key}`",
                 seen=", ".join(known) or "it has none",
-                hint=_similar(key, known),
+                hint=did_you_mean(key, known),
             )
 
 
@@ -330,8 +244,3 @@ def _check_call(name: str, block: nn.Module, value: Tensor) -> None:
 def has_identity_start(block: nn.Module) -> bool:
     """Whether a block can start as x ↦ x."""
     return callable(getattr(block, "identity_init", None))
-
-
-def _similar(word: str, known: Iterable[str]) -> str | None:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean `{close[0]}`?" if close else None

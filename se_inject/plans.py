@@ -200,7 +200,7 @@ def plan(
         init: ``identity``: the block starts as x ↦ x, so the network's output stays the same bit for bit until it is
             trained; ``paper``: as its authors start it. None: ``identity`` if the block has it.
         name: attribute that a block gets on its owner; None: ``se``, or ``se_<value>`` if an owner has several.
-        **block_options: the block's, for SE ``reduction=16``, ``divisor=None``, ``bias=True``.
+        **block_options: the block's, for SE ``reduction=16``, ``bias=True``, ``gate="sigmoid"`` and more.
 
     Raises:
         NoSites: the network has no place for a block.
@@ -364,7 +364,7 @@ def _probed(
     notes = []
     narrow = []
     start = init or "identity"
-    reduction = options.get("reduction", 16)
+    reduction = options.get("reduction") or 16
     for channels, size in sorted({(place.channels, place.size) for place in places}):
         with torch.device("meta"):
             built = build_block(block, channels, size, options, "paper")
@@ -372,7 +372,7 @@ def _probed(
                 start = "paper"
                 notes.append(f"block `{block}` has no identity start: the network's output changes until it is trained")
             check_block(block, build_block(block, channels, size, options, start), channels, size, dtype)
-        if getattr(built, "width", None) == 1 and reduction > channels:
+        if getattr(built, "width", None) == 1 and options.get("width") is None and reduction > channels:
             narrow.append(channels)
     if narrow:
         told = " to ".join(str(channels) for channels in dict.fromkeys((min(narrow), max(narrow))))

@@ -117,7 +117,9 @@ def plan_line(plan: Plan) -> str:
     stages = sorted({step.stage for step in plan.steps if step.stage is not None})
     where = f"in stage{'s' * (len(stages) != 1)} {', '.join(map(str, stages))}" if stages else "outside of the stages"
     step = plan.steps[0]
-    options = {"reduction": 16, "bias": True} | step.options if step.block == "se" else step.options
+    options = {"reduction": 16, "bias": True} | step.options if step.block == "se" else dict(step.options)
+    if options.get("width") is not None:
+        options.pop("reduction", None)
     told = [f"{'r' if key == 'reduction' else key} = {_plain(value)}" for key, value in options.items()]
     start = "identity start" if step.init == "identity" else "the paper's start"
     position = [f"position {step.position}"] if step.position != "standard" else []

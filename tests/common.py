@@ -10,6 +10,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+TIMM_NAMES = {
+    "cbam": {"fc1": "channel.fc1", "fc2": "channel.fc2", "conv": "spatial.conv.conv", "norm": "spatial.conv.bn"},
+    "coord": {"conv": "conv1", "norm": "bn1", "rows": "conv_h", "columns": "conv_w"},
+    "gc": {"attention": "conv_attn", "fc1": "mlp_add.fc1", "norm": "mlp_add.norm", "fc2": "mlp_add.fc2"},
+    "gc scale": {"attention": "conv_attn", "fc1": "mlp_scale.fc1", "norm": "mlp_scale.norm", "fc2": "mlp_scale.fc2"},
+}
+"""The layers of blocks that timm has under other names: ours → timm's."""
+
 
 def build(name):
     """A network with random weights from ``torchvision:NAME`` or ``timm:NAME``."""

@@ -436,6 +436,8 @@ def test_wrong_outputs_are_refused_before_any_work(se_inject, arguments, code, m
 def test_options_of_the_block_are_told(se_inject):
     done = se_inject("nets.py:tiny", *SMALL, "--dry-run", "--no-bias", "--r", "4", "--init", "paper")
     assert "r = 4, bias = no, the paper's start" in done.out
+    done = se_inject("nets.py:tiny", *SMALL, "--dry-run", "--set", "width=3", "--set", "gate=tanh")
+    assert ": bias = yes, width = 3, gate = tanh, identity start" in done.out
     data = document(se_inject("nets.py:tiny", *SMALL, "--dry-run", "--json", "--divisor", "8", "--position", "pre").out)
     assert {site["width"] for site in data["cost"]["sites"]} == {8}
     assert {step["position"] for step in data["plan"]} == {"pre"}
@@ -799,6 +801,8 @@ BAD = {
     "option of another block": (nothing, (*TINY, "--block", "eca", "--r", "4"), 2, "no option `reduction`"),
     "option without a value": (nothing, (*TINY, "--set", "reduction"), 2, "key=value"),
     "option of another type": (nothing, (*TINY, "--set", "divisor=many"), 2, "can't be `many`"),
+    "unknown value": (nothing, (*TINY, "--set", "gate=sigmiod"), 2, "did you mean `sigmoid`"),
+    "width beside r": (nothing, (*TINY, "--r", "4", "--set", "width=8"), 2, "given twice"),
     "no shape": (nothing, ("tiny.pt", "--input", "3x"), 2, "3x224x224"),
     "a rejected input": (nothing, ("nets.py:Picky", *SMALL), 1, "forty pixels, no more and no less (nets.py:"),
     "no input found": (nothing, ("nets.py:Picky",), 1, "forty pixels"),

@@ -1,0 +1,179 @@
+"""What attention blocks are made of: layers of any rank, SE's bottleneck, statistics that don't overflow, checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from se_inject._names import did_you_mean
+from se_inject.errors import OptionError
+
+_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "hard_swish": nn.Hardswish,
+}
+"""δ, the activation inside the bottleneck, by name."""
+
+
+def convolution(rank: int) -> Any:
+    """The class of convolutions for this many spatial dimensions.
+
+    Raises:
+        OptionError: not 1, 2 or 3.
+    """
+    if rank not in _CONVOLUTIONS:
+        raise OptionError("a block needs 1 to 3 spatial dimensions", seen=f"rank = {rank}")
+    return _CONVOLUTIONS[rank]
+
+
+def batch_norm(rank: int) -> Any:
+    """The class of batch normalisation for this many spatial dimensions."""
+    return _NORMS[rank]
+
+
+def zero_(layer: Any) -> None:
+    """Make a layer's weight and bias zero: what it returns is then zero, and its gradient is not."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def chosen(what: str, value: str, known: Iterable[str]) -> str:
+    """The value itself, if it is one of those known.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if value not in known:
+        raise OptionError(f"no such {what}: `{value}`", seen=", ".join(known), hint=did_you_mean(str(value), known))
+    return value
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half precision as float32, for sums of squares: 65504, float16's largest number, is soon reached."""
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
+def mean_and_deviation(x: Tensor, space: list[int], epsilon: float) -> tuple[Tensor, Tensor]:
+    """The mean over space and √(var + ε), the variance divided by the number of positions.
+
+    The gradient is finite where the variance is 0. Half precision is widened for the sums.
+    """
+    wide = widened(x)
+    mean = wide.mean(space, keepdim=True)
+    spread = ((wide - mean).square().mean(space, keepdim=True) + epsilon).sqrt()
+    return mean.to(x.dtype), spread.to(x.dtype)
+
+
+def squeeze_width(
+    channels: int, reduction: float | None = None, divisor: int | None = None, width: int | None = None
+) -> int:
+    """The width of the bottleneck: max(1, C // r), C / r rounded to a multiple of ``divisor``, or ``width`` itself.
+
+    Rounding is to the nearest multiple and at least one, as timm's ``make_divisible(..., round_limit=0)`` has it.
+
+    Args:
+        channels: C.
+        reduction: r; None: 16.
+        divisor: None: no rounding.
+        width: instead of the two.
+
+    Raises:
+        OptionError: a reduction that is not positive and finite, a divisor or width below 1, a width beside the others.
+    """
+    if width is not None:
+        if reduction is not None or divisor is not None:
+            raise OptionError(
+                "the width of the bottleneck is given twice",
+                seen=f"width = {width}, " + (f"r = {reduction:g}" if reduction is not None else f"divisor = {divisor}"),
+                hint="give either a width, or a reduction r and perhaps a divisor",
+            )
+        if width < 1:
+            raise OptionError("the bottleneck must be at least 1 wide", seen=f"width = {width}")
+        return width
+    reduction = 16 if reduction is None else reduction
+    if not 0 < reduction < math.inf:
+        raise OptionError(
+            "the reduction r must be positive and finite", seen=f"r = {reduction}", hint="the paper uses 16"
+        )
+    if divisor is None:
+        return max(1, int(channels // reduction))
+    if divisor < 1:
+        raise OptionError("the divisor must be at least 1", seen=f"divisor = {divisor}")
+    return max(divisor, int(channels / reduction + divisor / 2) // divisor * divisor)
+
+
+class Bottleneck(nn.Module):
+    """W2 δ(W1 z) of SE (arXiv 1709.01507, equation 3), as two 1×1 convolutions: what many blocks build on.
+
+    W1 is ``fc1`` and W2 is ``fc2``. A block that inherits from it calls ``excite`` in its own forward.
+
+    Args:
+        channels: C.
+        rank: number of spatial dimensions: 1, 2 or 3.
+        reduction: r; the bottleneck is max(1, C // r) wide. None: 16.
+        divisor: round C / r to a multiple of this instead.
+        width: of the bottleneck, instead of a reduction.
+        bias: whether W1 and W2 have biases.
+        activation: δ: ``relu``, ``silu``, ``gelu`` or ``hard_swish``.
+        norm: batch normalisation between W1 and δ.
+
+    Raises:
+        OptionError: no such rank, width or activation.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        rank: int = 2,
+        reduction: float | None = None,
+        divisor: int | None = None,
+        width: int | None = None,
+        bias: bool = True,
+        activation: str = "relu",
+        norm: bool = False,
+    ) -> None:
+        super().__init__()
+        layer = convolution(rank)
+        width = squeeze_width(channels, reduction, divisor, width)
+        self.fc1 = layer(channels, width, 1, bias=bias)
+        self.bn = batch_norm(rank)(width) if norm else None
+        self.act = ACTIVATIONS[chosen("activation", activation, ACTIVATIONS)]()
+        self.fc2 = layer(width, channels, 1, bias=bias)
+        self.space = list(range(2, 2 + rank))
+
+    @staticmethod
+    def count(
+        channels: int,
+        *,
+        reduction: float | None = None,
+        divisor: int | None = None,
+        width: int | None = None,
+        bias: bool = True,
+        norm: bool = False,
+        **_: Any,
+    ) -> int:
+        """2Cm (+ m + C with biases, + 2m with a norm), m the width; other options have no parameters."""
+        m = squeeze_width(channels, reduction, divisor, width)
+        return 2 * channels * m + bias * (m + channels) + norm * 2 * m
+
+    @property
+    def width(self) -> int:
+        """The width of the bottleneck that was built."""
+        return self.fc1.out_channels  # type: ignore[no-any-return]
+
+    def excite(self, z: Tensor) -> Tensor:
+        """W2 δ(W1 z), for z of (N, C, *)."""
+        hidden = self.fc1(z)
+        if self.bn is not None:
+            hidden = self.bn(hidden)
+        return self.fc2(self.act(hidden))  # type: ignore[no-any-return]
