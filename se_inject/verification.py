@@ -17,13 +17,18 @@ from se_inject._tracer import random_state, set_random_state
 from se_inject.bodies import original_class
 from se_inject.errors import VerificationError
 from se_inject.inputs import observe_model, real_inputs
-from se_inject.surgery import Step, injected_blocks, steps_of
+from se_inject.steps import Step
+from se_inject.surgery import injected_blocks, steps_of
 from se_inject.tables import counted
 from se_inject.tracing import Trace, describe, preserved
 
 SMALL_SIDE = 64
 LARGE = 500_000_000
 """MACs of convolutions in the observed call from which on the numeric checks use a smaller input."""
+
+
+_OF_THE_BLOCKS = {"same output as before", "blocks trainable"}
+"""Checks that a block can fail by its own fault."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,9 @@ class Verdict:
             raise VerificationError(
                 f"the injected network failed {len(failed)} of {len(self.checks)} checks",
                 seen="; ".join(f"{check.name}: {check.detail}" for check in failed),
-                hint="nothing was written; please report the network, it should have been refused instead",
+                hint="nothing was written; without the blocks the network is right: `se_inject.testing.check_block` tests one"
+                if {check.name for check in failed} <= _OF_THE_BLOCKS
+                else "nothing was written; please report the network, it should have been refused instead",
             )
         return self
 
@@ -161,11 +168,13 @@ def _outputs(
             except Exception as error:  # the network's own: batch norm on one value, say
                 results["fresh", mode] = results["without", mode] = f"not run: {str(error).splitlines()[0][:80]}"
                 continue
-            results["fresh", mode] = _compared(expected, after, inputs, mode)
+            results["fresh", mode] = _compared(expected, after, inputs, mode, blocks)
             with _without(after, blocks):
-                results["without", mode] = _compared(expected, after, inputs, mode)
+                results["without", mode] = _compared(expected, after, inputs, mode, {})
     if _starts_as_identity(after, blocks, fresh):
         text, passed = _answer([results["fresh", mode] for mode in modes], modes)
+        if passed is False and (name := _no_identity(after, blocks)) is not None:
+            text += f": {name} does not start as x ↦ x"
         first = Check("same output as before", passed, text)
     else:
         first = Check(
@@ -175,11 +184,42 @@ def _outputs(
     return [first, Check("same output without the blocks", passed, text)]
 
 
-def _compared(expected: Any, after: nn.Module, inputs: Any, mode: str) -> str:
+def _compared(expected: Any, after: nn.Module, inputs: Any, mode: str, blocks: dict[str, nn.Module]) -> str:
+    with _watched(blocks) as running:
+        try:
+            return _difference(expected, _run(after, inputs, training=mode == "train", seed=1))
+        except Exception as error:
+            return _failure(after, error, running)
+
+
+def _failure(after: nn.Module, error: Exception, running: list[str]) -> str:
+    """What failed: the block that was running, or else the network."""
+    what = _named(after, running[-1]) if running else "the injected network"
+    return f"{what} fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+
+
+def _named(after: nn.Module, path: str) -> str:
+    """The block with this path, in words."""
+    return next(f"block `{step.block}` in `{path}`" for step in steps_of(after) if step.path == path)
+
+
+@contextlib.contextmanager
+def _watched(blocks: dict[str, nn.Module]) -> Iterator[list[str]]:
+    """The paths of the blocks that have been called and have not returned."""
+    running: list[str] = []
+
+    def returned(*_: Any) -> None:
+        running.pop()
+
+    hooks = []
+    for path, block in blocks.items():
+        hooks.append(block.register_forward_pre_hook(lambda *_, path=path: running.append(path)))
+        hooks.append(block.register_forward_hook(returned))
     try:
-        return _difference(expected, _run(after, inputs, training=mode == "train", seed=1))
-    except Exception as error:
-        return f"the injected network fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+        yield running
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _answer(results: list[str], modes: tuple[str, ...]) -> tuple[str, bool | None]:
@@ -198,6 +238,20 @@ def _starts_as_identity(after: nn.Module, blocks: dict[str, nn.Module], fresh: b
         return fresh or all(_is_identity(block, steps[path]) for path, block in blocks.items())
     except Exception:
         return True  # a block that fails is no trained one: let the checks say so
+
+
+def _no_identity(after: nn.Module, blocks: dict[str, nn.Module]) -> str | None:
+    """The first block that is no identity, in words; None if all are, or fail."""
+    with contextlib.suppress(Exception):
+        return next(
+            (
+                _named(after, step.path)
+                for step in steps_of(after)
+                if step.path in blocks and not _is_identity(blocks[step.path], step)
+            ),
+            None,
+        )
+    return None
 
 
 def _is_identity(block: nn.Module, step: Step) -> bool:
@@ -330,9 +384,10 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
                 result = _run(after, inputs, training=True, seed=2, parameters=awake)
             except Exception:
                 try:
-                    result = _run(after, inputs, training=False, seed=2, parameters=awake)
+                    with _watched(blocks) as running:
+                        result = _run(after, inputs, training=False, seed=2, parameters=awake)
                 except Exception as error:
-                    return Check("blocks trainable", False, f"the injected network fails: {error}")
+                    return Check("blocks trainable", False, _failure(after, error, running))
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
             generator = torch.Generator().manual_seed(3)
             loss = sum((out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs)
@@ -359,6 +414,9 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
     if silent:
         return Check("blocks trainable", False, f"not called: {', '.join(silent[:3])}")
     if missing or dead:
-        return Check("blocks trainable", False, f"no gradient reaches {', '.join((missing or dead)[:3])}")
+        first = (missing or dead)[0]
+        owner = next(path for path in blocks if f"{first}.".startswith(f"{path}."))
+        told = f"no gradient reaches {', '.join((missing or dead)[:3])}: {_named(after, owner)}"
+        return Check("blocks trainable", False, told)
     told = f"gradients reach all {counted(len(named), 'new parameter')} of {counted(len(blocks), 'block')}"
     return Check("blocks trainable", True, told)
