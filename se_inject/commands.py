@@ -22,7 +22,7 @@ from se_inject.cost import Latency, measure_latency
 from se_inject.errors import InjectError, OptionError
 from se_inject.finding import find_sites
 from se_inject.grid import EACH, block_costs, cost_grid
-from se_inject.inputs import example_of, observe_model, parse_shape, real_inputs, shapes_of
+from se_inject.inputs import example_of, observe_model, parse_shape, real_inputs
 from se_inject.outputs import check_outputs, write_all
 from se_inject.planning import plan, plan_of
 from se_inject.plans import Plan
@@ -182,11 +182,9 @@ def _stored(options: dict[str, Any], trust: tuple[str, ...]) -> Plan | Adapter |
 def _replayed(stored: Plan | Adapter, network: nn.Module, inputs: tuple[str, ...]) -> Plan:
     """The stored plan, fitted to this network; for an adapter, with a note if the network has other weights."""
     replayed = stored.plan if isinstance(stored, Adapter) else stored
-    if inputs:
-        replayed = replace(replayed, inputs=tuple(shapes_of(_example(inputs, network)) or ()))
     told = stored.other_weights(network) if isinstance(stored, Adapter) else None
     notes = () if told is None else (f"the adapter was made for other weights: {told}",)
-    return replace(replayed.fitted(network), notes=notes)
+    return replace(replayed.fitted(network, _example(inputs, network)), notes=notes)
 
 
 def _latency(network: nn.Module, injected: nn.Module, planned: Plan) -> Latency:

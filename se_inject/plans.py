@@ -23,7 +23,7 @@ from se_inject.blocks import check_options
 from se_inject.cost import CostReport, cost_of_steps
 from se_inject.errors import AlreadyInjected, InjectError, LoadError, OptionError, SurgeryError, UntrustedGlobals
 from se_inject.finding import find_sites
-from se_inject.inputs import check_supported, inputs_from, observe_model
+from se_inject.inputs import check_supported, inputs_from, observe_model, shapes_of
 from se_inject.positions import place_of
 from se_inject.steps import Step
 from se_inject.surgery import inject_, steps_of
@@ -116,8 +116,12 @@ class Plan:
         assert self.trace is not None
         return inject_(model, self.trace, self.steps, states)
 
-    def fitted(self, model: nn.Module) -> Plan:
+    def fitted(self, model: nn.Module, example_inputs: Any = None) -> Plan:
         """This plan with an observed call of this very model; nothing is changed.
+
+        Args:
+            model: the network.
+            example_inputs: inputs of another size than the plan's, whose spatial sizes it then takes over.
 
         Raises:
             AlreadyInjected: the model holds these blocks.
@@ -129,6 +133,8 @@ class Plan:
         taken = [step.path for step in steps_of(model) if step.site in sites or step.path in paths]
         if taken:
             raise already(taken, model)
+        if example_inputs is not None:
+            return self._fitted_to(observe_model(model, example_inputs), resized=True)
         if self.trace is not None and self.trace.model is model and not self._stale(model):
             return self
         inputs = self.trace.inputs if self.trace is not None else (self._stored_inputs(),)
@@ -141,9 +147,10 @@ class Plan:
             raise LoadError("the plan's inputs are too large", seen=str(self.inputs), hint=_FORM)
         return inputs_from(self.inputs)
 
-    def _fitted_to(self, trace: Trace) -> Plan:
-        """This plan with another observed call, and its steps in the order of that."""
+    def _fitted_to(self, trace: Trace, resized: bool = False) -> Plan:
+        """This plan with another observed call, its steps in the order of that and, if asked for, of its sizes."""
         found = {site.address: site for site in find_sites(trace).all_sites}
+        steps = []
         for number, step in enumerate(self.steps, 1):
             place = None
             with contextlib.suppress(KeyError, OptionError):  # no such site, or it has no such position
@@ -162,8 +169,11 @@ class Plan:
                     seen=f"{place.channels} channels and {len(place.size)} dimensions",
                     hint="the plan was made for another network",
                 )
-        steps = sorted(self.steps, key=lambda step: found[step.site].order)
-        return replace(self, steps=tuple(steps), trace=trace)
+            steps.append(replace(step, size=place.size) if resized else step)
+        steps.sort(key=lambda step: found[step.site].order)
+        shapes = shapes_of(trace.inputs[0]) if resized else None
+        inputs = self.inputs if shapes is None else tuple(shapes)
+        return replace(self, steps=tuple(steps), inputs=inputs, trace=trace)
 
     def _stale(self, model: nn.Module) -> bool:
         assert self.trace is not None

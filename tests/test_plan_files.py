@@ -163,6 +163,14 @@ def test_the_first_version_keeps_loading(network, tmp_path):
     assert (tmp_path / "again.json").read_text() == STORED.read_text()
 
 
+def test_a_stored_plan_on_inputs_of_another_size(network):
+    larger = torch.empty(2, 3, 128, 128, device="meta")
+    plan = Plan.from_json(si.plan(network, X, stages=[2, 3]).to_json())
+    fitted = plan.fitted(network, larger)
+    assert fitted.cost().added == si.plan(network, larger, stages=[2, 3]).cost().added != plan.cost(network).added
+    assert fitted.to_json() == si.plan(network, larger, stages=[2, 3]).to_json()
+
+
 def test_fields_with_a_default_may_be_left_out():
     plan = Plan.from_json(stored(lambda data: [data["steps"][1].pop(key) for key in ("init", "readers", "stage")]))
     assert (plan.steps[1].init, plan.steps[1].readers, plan.steps[1].stage) == ("identity", None, None)
