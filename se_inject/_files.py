@@ -160,16 +160,18 @@ def _move_into_place(temporary: list[Path], targets: list[Path], force: bool) ->
         check_writable(target, force)  # also the files beside; and time has passed
         with open(file, "rb+") as stream:
             os.fsync(stream.fileno())
-    appeared = []
+    moved: list[tuple[Path, Path | None]] = []
     try:
         for file, target in moves:
-            existed = target.exists()
+            old = _kept(target, file.parent) if target.exists() else None
             os.replace(file, target)
-            if not existed:
-                appeared.append(target)
+            moved.append((target, old))
     except BaseException:
-        for target in appeared:
-            target.unlink(missing_ok=True)
+        for target, old in moved:
+            if old is None:
+                target.unlink(missing_ok=True)
+            else:
+                os.replace(old, target)
         raise
     for folder in {target.parent for target in targets}:
         with contextlib.suppress(OSError):  # not every system can sync a directory
@@ -178,6 +180,16 @@ def _move_into_place(temporary: list[Path], targets: list[Path], force: bool) ->
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _kept(target: Path, folder: Path) -> Path:
+    """A second name for a file that is about to be replaced, in the temporary directory."""
+    old = Path(tempfile.mkdtemp(dir=folder)) / target.name
+    try:
+        os.link(target, old)
+    except OSError:  # a file system without links
+        shutil.copy2(target, old)
+    return old
 
 
 def _listed(paths: Sequence[str | os.PathLike[str]]) -> str:

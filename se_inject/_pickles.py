@@ -9,7 +9,7 @@ So the opcodes that do something are replaced here, and one reader serves every 
   is made empty by ``object.__new__`` and given its state by its ``__setstate__``. The file never calls it.
 * Called are only ``BUILDERS``, which make tensors and plain data; an enum with one value;
   ``functools.partial`` with one callable and nothing else; ``getattr`` for a module's own ``forward…``
-  methods and torch's activations; and ``se_inject.bodies.rebuild``, which checks its data itself.
+  methods and torch's activations; and our own ``rebuild`` and ``rebuild_frozen``, which check what they are given.
 * Functions of tensors may be referred to: networks keep them as attributes and call them in their forward.
 * Everything else, name or call, becomes an ``Inert`` module that takes any state and does nothing. Reading
   goes on, so that an error can name all of it at once, and the tensors in such a file can still be had.
@@ -57,6 +57,7 @@ BUILDERS = frozenset(
         "collections.Counter",
         "collections.OrderedDict",
         "se_inject.bodies.rebuild",
+        "se_inject.freezing.rebuild_frozen",
         "torch.Size",
         "torch.device",
         "torch.serialization._get_layout",

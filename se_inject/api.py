@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from os import PathLike
 from typing import Any
 
 from torch import nn
 
+from se_inject.adapters import BackboneWarning, load_adapter, load_adapter_, save_adapter
 from se_inject.checkpoints import load, load_weights_
 from se_inject.cost import CostReport
 from se_inject.errors import InjectError
@@ -16,9 +16,11 @@ from se_inject.exporting import export as _export
 from se_inject.finding import find_sites as _find_sites
 from se_inject.grid import CostGrid, cost_grid
 from se_inject.inputs import example_of, observe_model
-from se_inject.plans import Plan, inject, plan, plan_of
+from se_inject.planning import inject, plan, plan_of
+from se_inject.plans import Plan
 from se_inject.sites import Site, Sites
-from se_inject.surgery import eject_, injected_blocks
+from se_inject.surgery import eject_
+from se_inject.training import Trainable, add_to_optimizer, freeze_backbone_, injected_parameters, trainable
 from se_inject.verification import Verdict, verify
 
 
@@ -54,13 +56,8 @@ def export(model: nn.Module, path: str | PathLike[str], example_inputs: Any = No
     return _export(model, path, args, example_kwargs=kwargs, **options)
 
 
-def injected_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of the injected blocks alone, for an optimizer group of their own."""
-    for _, block in injected_blocks(model):
-        yield from block.parameters()
-
-
 __all__ = [
+    "BackboneWarning",
     "CostGrid",
     "CostReport",
     "Exported",
@@ -68,16 +65,23 @@ __all__ = [
     "Plan",
     "Site",
     "Sites",
+    "Trainable",
     "Verdict",
+    "add_to_optimizer",
     "cost_grid",
     "eject_",
     "export",
     "find_sites",
+    "freeze_backbone_",
     "inject",
     "injected_parameters",
     "load",
+    "load_adapter",
+    "load_adapter_",
     "load_weights_",
     "plan",
     "plan_of",
+    "save_adapter",
+    "trainable",
     "verify",
 ]

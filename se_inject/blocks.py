@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject._names import did_you_mean, named
+from se_inject._names import did_you_mean, fact, named
 from se_inject.errors import InjectError, OptionError, PluginError
 from se_inject.squeeze_excitation import SqueezeExcitation
 
@@ -71,7 +71,7 @@ def find_block(name: str) -> Factory:
     for point in importlib.metadata.entry_points(group=GROUP, name=name):
         try:
             factory: Factory = point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"block `{name}` of {block_names()[name]} can't be imported",
                 seen=f"{type(error).__name__}: {error}",
@@ -196,7 +196,7 @@ def build_block(name: str, channels: int, size: Sequence[int], options: dict[str
             raise OptionError(f"block `{name}` has no identity start", hint="init `paper`: as its authors start it")
         try:
             block.identity_init()  # type: ignore[operator]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"block `{name}` fails in its identity_init", seen=f"{type(error).__name__}: {error}"
             ) from error
@@ -204,7 +204,7 @@ def build_block(name: str, channels: int, size: Sequence[int], options: dict[str
 
 
 def check_block(name: str, block: nn.Module, channels: int, size: Sequence[int], dtype: torch.dtype) -> None:
-    """Whether a block maps a value to a new one of the same shape and dtype, in both modes and at two batch sizes.
+    """Whether a block maps a value to a new one of the same shape and dtype, in both modes and at any batch size.
 
     Args:
         name: of the block.
@@ -216,21 +216,27 @@ def check_block(name: str, block: nn.Module, channels: int, size: Sequence[int],
     Raises:
         PluginError: it fails, changes the shape or dtype, or overwrites what it is given.
     """
-    block = block.to(dtype)
-    for training, batch in ((False, 2), (True, 3)):
+    try:
+        block = block.to(dtype)
+    except Exception as error:
+        raise PluginError(f"block `{name}` can't be of type {dtype}", seen=fact(error)) from error
+    for training, batch in ((False, 2), (True, 3), (False, 1)):
         value = torch.zeros((batch, channels, *size), device="meta", dtype=dtype)
-        _check_call(name, block.train(training), value)
+        _check_call(name, block, value, training)
 
 
-def _check_call(name: str, block: nn.Module, value: Tensor) -> None:
+def _check_call(name: str, block: nn.Module, value: Tensor, training: bool) -> None:
     version = value._version
     try:
         with torch.no_grad():
-            result = block(value)
-    except Exception as error:
+            result = block.train(training)(value)
+    except (Exception, SystemExit) as error:
         raise PluginError(
-            f"block `{name}` fails on a value of {tuple(value.shape)}",
-            seen=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            f"block `{name}` fails on a value of {tuple(value.shape)} in {'training' if training else 'eval'}",
+            seen=fact(error),
+            hint="a block can't look at numbers (`if`, `.item()`): it is checked on tensors without any, and exported"
+            if "meta tensor" in str(error)
+            else None,
         ) from error
     if not isinstance(result, Tensor) or (result.shape, result.dtype) != (value.shape, value.dtype):
         told = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"

@@ -25,7 +25,8 @@ class _MainCommandGroup(click.Group):
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage("se-inject", "MODEL [OPTIONS]")
-        for rest in ("sites MODEL [OPTIONS]", "cost MODEL [OPTIONS]", "blocks [NAME] [OPTIONS]"):
+        others = ("sites MODEL [OPTIONS]", "cost MODEL [OPTIONS]", "eject MODEL -o FILE", "blocks [NAME] [OPTIONS]")
+        for rest in others:
             formatter.write_usage("se-inject", rest, prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -64,25 +65,32 @@ def cli() -> None:
     type=float,
     help="Reduction ratio: the bottleneck is C // r wide.  [default: 16]",
 )
-@options.block
+@options.blocks
 @click.option("--name", help="Attribute that a block becomes on its owner.  [default: se]")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    help="Put in what this file says, which -o plan.json wrote, instead of all these choices.",
+)
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    help="Put in the trained blocks of this file, which -o se.safetensors wrote.",
+)
 @click.option(
     "-o",
     "--output",
     "outputs",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="File to write: .onnx, .torchscript, .pt2 or .pt; may be repeated. If left out: <model>-se.pt.",
+    help="File to write: .onnx, .torchscript, .pt2, .pt, .safetensors (the blocks alone) or .json (the plan); may be "
+    "repeated. If left out: <model>-se.pt.",
 )
 @options.force
 @click.option("--dry-run", is_flag=True, help="Plan and report only.")
 @click.option("--latency", is_flag=True, help="Measure both networks in turns.")
-@click.option("--device", help="Device of the exported network: cpu or cuda.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Number format of the exported network."
-)
-@click.option("--memory-format", type=click.Choice(["channels_last"]), help="Memory format of the exported network.")
-@click.option("--opset", type=int, help="ONNX opset.")
+@options.targets
 @click.option("--seed", type=int, help="Seed for random weights, of the blocks and of a network built by name.")
 @options.tables
 @click.option("-v", "--verbose", is_flag=True, help="Every site, not only every stage.")
@@ -91,6 +99,26 @@ def inject(**given: Any) -> None:
     from se_inject import commands
 
     commands.inject(**given)
+
+
+@cli.command(short_help="Take the blocks out of MODEL again.")
+@options.network
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File to write: .onnx, .torchscript, .pt2 or .pt; may be repeated.",
+)
+@options.force
+@options.targets
+def eject(**given: Any) -> None:
+    """Take the blocks out of MODEL and write the original, bit for bit."""
+    from se_inject import commands
+
+    commands.eject(**given)
 
 
 @cli.command(short_help="List the stages of MODEL; -v: every site and every refusal.")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,22 @@ import torch
 from torch import nn
 
 from se_inject import exporting, report, verification
-from se_inject.blocks import block_names, build_block, find_block, has_identity_start, parsed_options
+from se_inject._block_texts import parsed_blocks
+from se_inject.adapters import Adapter, read_adapter
+from se_inject.blocks import block_names, build_block, find_block, has_identity_start
 from se_inject.checkpoints import load
 from se_inject.cost import Latency, measure_latency
 from se_inject.errors import InjectError, OptionError
 from se_inject.finding import find_sites
 from se_inject.grid import EACH, block_costs, cost_grid
-from se_inject.inputs import observe_model, parse_shape, real_inputs
-from se_inject.plans import Plan, plan
+from se_inject.inputs import example_of, observe_model, parse_shape, real_inputs
+from se_inject.outputs import check_outputs, write_all
+from se_inject.planning import plan, plan_of
+from se_inject.plans import Plan
 from se_inject.plotting import check_plot, plot_grid
 from se_inject.sites import ATTENDED
 from se_inject.starts import start_factors
+from se_inject.surgery import eject_
 from se_inject.tables import as_json, counted, table
 from se_inject.tracing import preserved
 
@@ -45,14 +53,16 @@ def inject(
 ) -> None:  # fmt: skip
     """Put blocks into a network, verify the result, and write it."""
     targets = () if dry_run else outputs or (_default_output(model),)
-    _check_targets(targets, force, options)
+    check_outputs(targets, force=force, **_conversion(options))
+    stored = _stored(options, trust)
     if seed is not None:
         torch.manual_seed(seed)
-    network = load(model, weights=weights, trust=trust)
+    network = load(model, weights=weights, trust=_packages(trust))
     say = _Talk(as_json or style == "csv")
     say(f"{type(network).__name__} from {model}")
-    planned = _plan(network, inputs, options)
-    notes = [*planned.notes, *report.start_notes(start_factors(planned.steps))]
+    planned = _plan(network, inputs, options) if stored is None else _replayed(stored, network, inputs)
+    trained = isinstance(stored, Adapter)
+    notes = [*planned.notes, *([] if trained else report.start_notes(start_factors(planned.steps)))]
     for note in notes:
         say(f"note: {note}")
     cost = planned.cost()
@@ -62,7 +72,7 @@ def inject(
         "notes": notes,
         "cost": report.cost_data(cost),
     }
-    say(report.plan_line(planned) + "\n")
+    say("\n".join(report.plan_lines(planned)) + "\n")
     if not as_json:
         click.echo(report.cost_text(cost, style, by_site=verbose))
         if style == "text":
@@ -71,8 +81,8 @@ def inject(
         for warning in verification.weight_warnings(network):
             say("\n" + warning)
     else:
-        injected = planned.apply(network)
-        verdict = verification.verify(network, injected, trace=planned.trace, fresh=True)
+        injected = stored.put_into(network) if isinstance(stored, Adapter) else planned.apply(network)
+        verdict = verification.verify(network, injected, trace=planned.trace, fresh=not trained)
         data["verification"] = report.verdict_data(verdict)
         say("\n" + "\n".join(report.verdict_lines(verdict)))
         if as_json and not verdict.passed:
@@ -83,7 +93,10 @@ def inject(
             data["latency"] = vars(measured)
             say(report.latency_line(measured))
         if targets:
-            exported = _export(injected, targets, planned, force, options)
+            args, kwargs = _real_inputs(planned, injected, batch=2)
+            exported = write_all(
+                injected, planned, targets, args, example_kwargs=kwargs, force=force, **_conversion(options, "opset")
+            )
             data["files"] = [report.exported_data(item) for item in exported]
             say("\n" + "\n".join(line for item in exported for line in report.exported_lines(item)))
     if as_json:
@@ -100,48 +113,84 @@ def _default_output(model: str) -> Path:
     return Path(f"{name or 'model'}-se.pt")
 
 
-def _check_targets(targets: tuple[Path, ...], force: bool, options: dict[str, Any]) -> None:
-    if targets:
-        chosen = {key: options[key] for key in ("device", "dtype", "memory_format")}
-        exporting.check_targets(targets, force=force, **chosen)
+def _conversion(options: dict[str, Any], *more: str) -> dict[str, Any]:
+    return {key: options[key] for key in ("device", "dtype", "memory_format", *more)}
+
+
+def _packages(trust: tuple[str, ...]) -> tuple[str, ...]:
+    """What may be imported for a pickle: blocks may come from a ``.py`` file as well."""
+    return tuple(name for name in trust if not name.endswith(".py"))
 
 
 def _plan(network: nn.Module, inputs: tuple[str, ...], options: dict[str, Any]) -> Plan:
-    return plan(
-        network,
-        _example(inputs, network),
-        stages=options["stages"],
-        at=options["at"] or None,
-        attended=options["attended"],
-        block=options["block"],
-        init=options["init"],
-        position=options["position"],
-        name=options["name"],
-        **_block_options(options),
-    )
+    """The plan that the options make: the sum of those of the blocks."""
+    plans = []
+    for block in parsed_blocks(options["blocks"], options["settings"], _given(options)):
+        if block.stages is not None and (options["stages"] or options["at"]):
+            raise OptionError(
+                "the stages are given twice",
+                seen=f"`{block.stages}={block.name}`, and --stages or --at",
+                hint="give them with every block, or with none",
+            )
+        plans.append(
+            plan(
+                network,
+                _example(inputs, network),
+                stages=block.stages or options["stages"],
+                at=options["at"] or None,
+                attended=options["attended"],
+                block=block.name,
+                init=options["init"],
+                position=options["position"],
+                name=options["name"],
+                **block.options,
+            )
+        )
+    return functools.reduce(operator.add, plans)
 
 
-def _block_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The block's options, from those of the command that stand for them and from ``--set``."""
-    given = {key: options[key] for key in ("reduction", "divisor", "bias") if options.get(key) is not None}
-    settings = parsed_options(options["block"], options["settings"])
-    for key in given.keys() & settings.keys():
-        raise OptionError(f"`{key}` is given twice", seen=f"{given[key]:g} and {settings[key]}", hint="leave one out")
-    return given | settings
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The block's options that the command has options for."""
+    return {key: options[key] for key in ("reduction", "divisor", "bias") if options.get(key) is not None}
+
+
+def _stored(options: dict[str, Any], trust: tuple[str, ...]) -> Plan | Adapter | None:
+    """What ``--plan`` or ``--adapter`` holds; it leaves nothing to choose."""
+    files = {key: options[key] for key in ("plan_file", "adapter") if options[key] is not None}
+    if not files:
+        return None
+    names = {
+        "plan_file": "--plan",
+        "adapter": "--adapter",
+        "blocks": "--block",
+        "settings": "--set",
+        "reduction": "--r",
+    }
+    choices = ("stages", "at", "attended", "blocks", "settings", "reduction", "divisor", "bias", "init", "name")
+    chosen = [key for key in choices if options[key] not in (None, ()) and (options[key] or key == "bias")]
+    if options["position"] != "standard":
+        chosen.append("position")
+    given = [*files, *chosen]
+    if len(given) > 1:
+        first, second = (names.get(key, f"--{key}") for key in given[:2])
+        raise OptionError(f"`{first}` leaves nothing to choose, and `{second}` is given", hint=f"leave `{second}` out")
+    if "adapter" in files:
+        return read_adapter(files["adapter"], trust=trust)
+    return Plan.load(files["plan_file"], trust=trust)
+
+
+def _replayed(stored: Plan | Adapter, network: nn.Module, inputs: tuple[str, ...]) -> Plan:
+    """The stored plan, fitted to this network; for an adapter, with a note if the network has other weights."""
+    replayed = stored.plan if isinstance(stored, Adapter) else stored
+    told = stored.other_weights(network) if isinstance(stored, Adapter) else None
+    notes = () if told is None else (f"the adapter was made for other weights: {told}",)
+    return replace(replayed.fitted(network, _example(inputs, network)), notes=notes)
 
 
 def _latency(network: nn.Module, injected: nn.Module, planned: Plan) -> Latency:
     args, kwargs = _real_inputs(planned, network, batch=1)
     with preserved(network), preserved(injected):
         return measure_latency(network.eval(), injected.eval(), args, kwargs)
-
-
-def _export(
-    injected: nn.Module, targets: tuple[Path, ...], planned: Plan, force: bool, options: dict[str, Any]
-) -> list[exporting.Exported]:
-    args, kwargs = _real_inputs(planned, injected, batch=2)
-    chosen = {key: options[key] for key in ("device", "dtype", "memory_format", "opset")}
-    return exporting.export_all(injected, targets, args, example_kwargs=kwargs, force=force, **chosen)
 
 
 def _real_inputs(planned: Plan, network: nn.Module, batch: int) -> Any:
@@ -159,6 +208,29 @@ def _example(inputs: tuple[str, ...], network: nn.Module) -> Any:
 
 def _print_json(data: Any) -> None:
     click.echo(as_json(data))
+
+
+# -- eject -------------------------------------------------------------------------------------------------
+
+
+def eject(
+    *, model: str, weights: Path | None, trust: tuple[str, ...], inputs: tuple[str, ...], outputs: tuple[Path, ...],
+    force: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Take the blocks out of a network, and write what is left."""
+    exporting.check_targets(outputs, force=force, **_conversion(options))
+    network = load(model, weights=weights, trust=_packages(trust))
+    taken, entries = len(plan_of(network)), len(network.state_dict())
+    eject_(network)
+    click.echo(
+        f"{counted(taken, 'block')} taken out of {type(network).__name__} from {model}: {len(network.state_dict())} of "
+        f"{entries} entries of the state dict left, as they were\n"
+    )
+    args, kwargs = example_of(network, _example(inputs, network))
+    exported = exporting.export_all(
+        network, outputs, args, example_kwargs=kwargs, force=force, **_conversion(options, "opset")
+    )
+    click.echo("\n".join(line for item in exported for line in report.exported_lines(item)))
 
 
 # -- sites, cost, blocks -----------------------------------------------------------------------------------
@@ -207,7 +279,7 @@ def cost(
         block=options["block"],
         position=options["position"],
         init=options["init"],
-        **_block_options(options),
+        **parsed_blocks([options["block"]], options["settings"], _given(options))[0].options,
     )
     for note in grid.notes:
         click.echo(f"note: {note}", err=True)

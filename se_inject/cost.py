@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from se_inject.blocks import build_block
 from se_inject.inputs import real_inputs
-from se_inject.surgery import Step
+from se_inject.steps import Step
 from se_inject.tracing import Trace, standing_in
 
 _FREE = frozenset(

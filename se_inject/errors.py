@@ -85,6 +85,8 @@ class AlreadyInjected(OptionError):
 class PluginError(InjectError, RuntimeError):
     """A plug-in's block can't be imported or built, or doesn't do what a block must."""
 
+    general_hint = "the fault is that block's; `se_inject.testing.check_block` shows its author all that is wrong"
+
 
 class UnsupportedModel(InjectError, TypeError):
     """The module is not one whose forward can be edited; the hint says what to pass instead."""

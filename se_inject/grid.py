@@ -13,10 +13,11 @@ from se_inject.blocks import block_names, block_options, build_block, check_bloc
 from se_inject.cost import Cost, CostRow, cost_of_steps, rows_of_steps
 from se_inject.errors import InjectError, NoSites, OptionError, SiteNotFound
 from se_inject.finding import find_sites
-from se_inject.plans import Plan, plan
+from se_inject.planning import plan
+from se_inject.plans import Plan
 from se_inject.sites import ALL, ALL_BUT_LAST, Sites
 from se_inject.starts import start_factors
-from se_inject.surgery import Step
+from se_inject.steps import Step
 
 PAPER_RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0)
 """The reduction ratios of the paper's Table 10."""

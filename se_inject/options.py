@@ -70,8 +70,7 @@ network = together(
 
 attended = click.option("--attended", is_flag=True, help="Also sites that have attention of their own already.")
 
-block = together(
-    click.option("--block", default="se", show_default=True, help="Block to put in; see `se-inject blocks`."),
+_built = together(
     click.option(
         "--position",
         type=click.Choice(POSITIONS),
@@ -95,7 +94,36 @@ block = together(
         "gate.  [default: identity]",
     ),
 )
+
+block = together(
+    click.option("--block", default="se", show_default=True, help="Block to put in; see `se-inject blocks`."), _built
+)
 """ Which block, where in a unit, and how it is built; but for the reduction ratio."""
+
+blocks = together(
+    click.option(
+        "--block",
+        "blocks",
+        multiple=True,
+        metavar="[STAGES=]NAME[,KEY=VALUE]",
+        help="Block to put in, see `se-inject blocks`; repeat it for others in other stages, or for a chain in one: "
+        "3=se 4=se 4=cbam,kernel=5.  [default: se]",
+    ),
+    _built,
+)
+""" The same for several blocks."""
+
+targets = together(
+    click.option("--device", help="Device of the exported network: cpu or cuda."),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Number format of the exported network."
+    ),
+    click.option(
+        "--memory-format", type=click.Choice(["channels_last"]), help="Memory format of the exported network."
+    ),
+    click.option("--opset", type=int, help="ONNX opset."),
+)
+""" What a network is converted to when it is written."""
 
 tables = together(
     click.option(

@@ -141,6 +141,7 @@ class _Unit:
                 raise self._none(f"can't be gated there: {reason}")
             return Place(path, label, None, tensor.shape[1], tuple(tensor.shape[2:]))
         told = tuple(names[reader] for reader in readers)
+        value = self.finder.values.past_our_blocks(owner, value)
         return Place(owner.path, names[value], told, tensor.shape[1], tuple(tensor.shape[2:]))
 
     def _none(self, reason: str) -> OptionError:

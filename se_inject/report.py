@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from se_inject.grid import BlockCost, CostGrid
     from se_inject.plans import Plan
     from se_inject.sites import Sites
+    from se_inject.steps import Step
+    from se_inject.training import Trainable
     from se_inject.verification import Verdict
 
 # -- sites -------------------------------------------------------------------------------------------------
@@ -112,18 +115,31 @@ def plan_text(plan: Plan) -> str:
     return f"{head}\n\n{table(('stage', 'site', 'channels', 'block', 'becomes'), rows)}{notes}"
 
 
-def plan_line(plan: Plan) -> str:
-    """A plan in one line: how many blocks of which kind, where, with what options and start."""
-    stages = sorted({step.stage for step in plan.steps if step.stage is not None})
+def plan_lines(plan: Plan) -> list[str]:
+    """A plan in a line for each kind of block: how many, where, with what options and start."""
+    kinds: dict[str, list[Step]] = {}
+    for step in plan.steps:
+        kinds.setdefault(repr((step.block, sorted(step.options.items()), step.init, step.position)), []).append(step)
+    sites = Counter(step.site for step in plan.steps)
+    chains = {
+        " → ".join(step.block for step in plan.steps if step.site == site): None
+        for site, count in sites.items()
+        if count > 1
+    }
+    return [*map(_kind_line, kinds.values()), *(f"chained at one site: {chain}" for chain in chains)]
+
+
+def _kind_line(steps: Sequence[Step]) -> str:
+    stages = sorted({step.stage for step in steps if step.stage is not None})
     where = f"in stage{'s' * (len(stages) != 1)} {', '.join(map(str, stages))}" if stages else "outside of the stages"
-    step = plan.steps[0]
+    step = steps[0]
     options = {"reduction": 16, "bias": True} | step.options if step.block == "se" else dict(step.options)
     if options.get("width") is not None:
         options.pop("reduction", None)
     told = [f"{'r' if key == 'reduction' else key} = {_plain(value)}" for key, value in options.items()]
     start = "identity start" if step.init == "identity" else "the paper's start"
     position = [f"position {step.position}"] if step.position != "standard" else []
-    blocks = counted(len(plan), f"{step.block.upper() if step.block == 'se' else step.block} block")
+    blocks = counted(len(steps), f"{step.block.upper() if step.block == 'se' else step.block} block")
     return f"{blocks} {where}: {', '.join([*position, *told, start])}"
 
 
@@ -158,8 +174,8 @@ def cost_text(report: CostReport, style: str = "text", *, by_site: bool = False)
     rows.append(["after", None, None, *_figures(report.after)])
     text = table(headers, rows, style)
     if by_site or style == "csv":
-        lines = [[row.site, row.stage, row.channels, row.width, *_figures(row.cost)] for row in report.rows]
-        sites = table(("site", "stage", "channels", "width", *headers[3:]), lines, style)
+        lines = [[row.site, row.block, row.stage, row.channels, row.width, *_figures(row.cost)] for row in report.rows]
+        sites = table(("site", "block", "stage", "channels", "width", *headers[3:]), lines, style)
         text = sites if style == "csv" else f"{sites}\n\n{text}"
     return text
 
@@ -224,6 +240,18 @@ def latency_line(latency: Latency) -> str:
         f"latency       {latency.before_ms:.1f} ms → {latency.after_ms:.1f} ms, ratio {latency.ratio:.3f} "
         f"(quartiles {latency.low:.3f} to {latency.high:.3f}, {latency.rounds} rounds in turns)"
     )
+
+
+def trainable_line(count: Trainable) -> str:
+    """How much of a network is trained."""
+    share = f" ({100 * count.params / count.total:.1f} %)" if count.total else ""
+    frozen = f", statistics of {count.frozen_norms} batch normalisations frozen" if count.frozen_norms else ""
+    return f"trainable {_millions(count.params)} of {_millions(count.total)}{share}{frozen}"
+
+
+def _millions(number: int) -> str:
+    """With one decimal in millions, and in full below."""
+    return f"{number / 1e6:.1f} M" if number >= 1e5 else f"{number:,}"
 
 
 # -- costs side by side ------------------------------------------------------------------------------------

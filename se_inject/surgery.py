@@ -8,71 +8,20 @@ before that, and if something does go wrong after all, the owners already swappe
 from __future__ import annotations
 
 import json
-import operator
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, nn
 
-from se_inject._tracer import Untraceable
 from se_inject.blocks import build_block
-from se_inject.bodies import encoded, generated_class, graph_data, original_class
-from se_inject.errors import InjectError, SurgeryError
-from se_inject.operations import labels, returned
+from se_inject.bodies import generated_class, original_class
+from se_inject.editing import edited_graphs
+from se_inject.errors import InjectError, PluginError, SurgeryError
+from se_inject.freezing import thaw_statistics_
+from se_inject.steps import Step
 from se_inject.tracing import Trace
-
-
-@dataclass(frozen=True)
-class Step:
-    """One block at one site: what a plan is made of, as plain data.
-
-    Args:
-        site: the site's address.
-        owner: path of the module whose forward is edited.
-        value: label of the gated value in its graph; None: what it returns.
-        channels: C at the site.
-        rank: number of spatial dimensions at the site.
-        block: name of the block.
-        options: the block's options.
-        init: how the block starts: ``identity`` or ``paper``.
-        block_name: the attribute that the block becomes on the owner.
-        stage: number of the site's stage.
-        size: spatial size of the value in the observed call.
-        position: where the block sits relative to its unit.
-        readers: labels of the nodes that read the gated value; None: all that read the value.
-    """
-
-    site: str
-    owner: str
-    value: str | None
-    channels: int
-    rank: int
-    block: str
-    options: dict[str, Any] = field(default_factory=dict)
-    init: str = "identity"
-    block_name: str = "se"
-    stage: int | None = None
-    size: tuple[int, ...] = ()
-    position: str = "standard"
-    readers: tuple[str, ...] | None = None
-
-    @property
-    def path(self) -> str:
-        """Where the block is in the injected model."""
-        return f"{self.owner}.{self.block_name}" if self.owner else self.block_name
-
-    def to_data(self) -> dict[str, Any]:
-        """The step as a dict that JSON can hold."""
-        readers = None if self.readers is None else list(self.readers)
-        return {**asdict(self), "size": list(self.size), "readers": readers}
-
-    @classmethod
-    def from_data(cls, data: dict[str, Any]) -> Step:
-        """The step again from what ``to_data`` gave."""
-        readers = None if data.get("readers") is None else tuple(data["readers"])
-        return cls(**{**data, "size": tuple(data["size"]), "readers": readers})
 
 
 @dataclass
@@ -85,13 +34,16 @@ class _Operation:
     was_none: dict[str, str]
 
 
-def inject_(model: nn.Module, trace: Trace, steps: Iterable[Step]) -> nn.Module:
+def inject_(
+    model: nn.Module, trace: Trace, steps: Iterable[Step], states: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> nn.Module:
     """Put the blocks of these steps into the model itself. No weight of the model is touched or copied.
 
     Args:
         model: the traced model, or a copy of it.
         trace: an observed call of it.
         steps: what to put where; blocks at one value act in the order of the steps.
+        states: state dicts of trained blocks, by the path of the block; None: all start as their steps say.
 
     Raises:
         SurgeryError: a step does not fit; the model is as it was.
@@ -99,7 +51,7 @@ def inject_(model: nn.Module, trace: Trace, steps: Iterable[Step]) -> nn.Module:
     by_owner: dict[str, list[Step]] = {}
     for step in steps:
         by_owner.setdefault(step.owner, []).append(step)
-    operations = [_prepare(model, trace, path, group) for path, group in by_owner.items()]
+    operations = [_prepare(model, trace, path, group, states or {}) for path, group in by_owner.items()]
     done: list[tuple[_Operation, type]] = []
     try:
         for operation in operations:
@@ -122,7 +74,7 @@ def inject_(model: nn.Module, trace: Trace, steps: Iterable[Step]) -> nn.Module:
 def eject_(model: nn.Module) -> nn.Module:
     """Take every block of ours out again: the original classes, keys and outputs, bit for bit.
 
-    A model without blocks is returned as it is.
+    Statistics of batch normalisation that were frozen are so no longer. A model without blocks is returned as it is.
     """
     for path, module in model.named_modules():
         if body_of(module) is not None and "_se_inject_body" not in type(module).__dict__:
@@ -135,6 +87,7 @@ def eject_(model: nn.Module) -> nn.Module:
         if body is not None:
             names = [step["block_name"] for step in body["steps"]]
             _restore(module, type(module)._se_inject_original, names, body["was_none"])  # type: ignore[attr-defined]
+        thaw_statistics_(module, model.training)
     return model
 
 
@@ -172,7 +125,9 @@ def _restore(owner: nn.Module, original: type, names: list[str], was_none: dict[
     owner.__class__ = original
 
 
-def _prepare(model: nn.Module, trace: Trace, path: str, steps: list[Step]) -> _Operation:
+def _prepare(
+    model: nn.Module, trace: Trace, path: str, steps: list[Step], states: Mapping[str, Mapping[str, Tensor]]
+) -> _Operation:
     """Everything for one owner, with nothing changed yet."""
     try:
         owner = model.get_submodule(path)
@@ -183,6 +138,8 @@ def _prepare(model: nn.Module, trace: Trace, path: str, steps: list[Step]) -> _O
     was_none = dict(before["was_none"]) if before else {}
     earlier = [Step.from_data(step) for step in before["steps"]] if before else []
     for step in steps:
+        if [other.block_name for other in steps].count(step.block_name) > 1:
+            raise SurgeryError(f"`{step.path}` is to become two blocks", hint="give one of them another name")
         if hasattr(owner, step.block_name):
             if getattr(owner, step.block_name) is not None:
                 raise SurgeryError(
@@ -208,8 +165,8 @@ def _prepare(model: nn.Module, trace: Trace, path: str, steps: list[Step]) -> _O
             hint="choose another name with `name=` in Python, `--name` on the command line",
         )
     if not body["output"]:
-        _write_graphs(body, trace, path, steps)
-    blocks = {step.block_name: _surrounded(owner, model, step) for step in steps}
+        body |= edited_graphs(trace, path, earlier, steps)
+    blocks = {step.block_name: _surrounded(owner, model, step, states.get(step.path)) for step in steps}
     try:
         generated = generated_class(original, json.dumps(body))
     except InjectError:
@@ -226,92 +183,28 @@ def _relative(site: str, path: str) -> str:
     return site[len(path) :] if path and site.startswith(path + ".") else site
 
 
-def _write_graphs(body: dict[str, Any], trace: Trace, path: str, steps: list[Step]) -> None:
-    """Fill in the edited graphs, for eval and, where the owner looks at its mode, for training."""
-    owner = trace.graphs.get(path)
-    if owner is None:
-        raise SurgeryError(
-            f"the forward of `{path}` can't be edited", seen=trace.failures.get(path, "it was not called")
-        )
-    try:
-        body["eval"] = graph_data(_edited(owner.graph, owner.guards, steps))
-        if owner.reads_training:
-            training, guards = trace.training_graph(owner)
-            if _text(training) != _text(owner.graph):
-                body["train"] = graph_data(_edited(training, guards, steps))
-        body["settings"] = {name: encoded(value) for name, value in owner.settings.items()}
-        body["constants"] = {name: encoded(value) for name, value in owner.constants.items()}
-    except (SurgeryError, Untraceable) as error:
-        message = error.message if isinstance(error, SurgeryError) else str(error)
-        raise SurgeryError(f"the forward of `{path}` can't be edited", seen=message) from error
-
-
-def _text(graph: fx.Graph) -> list[str]:
-    return [node.format_node() or "" for node in graph.nodes]
-
-
-def _edited(graph: fx.Graph, guards: list[tuple[fx.Node, bool]], steps: list[Step]) -> fx.Graph:
-    """A copy of the graph in which every step's value goes through its block, for all who read it."""
-    copy = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    output = copy.graph_copy(graph, mapping)
-    copy.output(output)
-    names = {label: mapping[node] for node, label in labels(graph).items() if node in mapping}
-    result = returned(graph)
-    for step in steps:
-        value = mapping[result] if step.value is None and result is not None else names.get(step.value or "")
-        if value is None:
-            raise SurgeryError(f"its forward has no value `{step.value}` in training mode")
-        if step.readers is None:
-            _gate(copy, value, step.block_name)
-        else:
-            _gate_for(copy, value, step.block_name, [names[reader] for reader in step.readers])
-    for node, answer in guards:
-        _assert(copy, mapping[node], answer)
-    return copy
-
-
-def _gate(graph: fx.Graph, value: fx.Node, block_name: str) -> None:
-    users = list(value.users)
-    after = value
-    for user in users:  # chain behind the blocks that are there already
-        if user.op == "call_module" and user.meta.get("block"):
-            return _gate(graph, user, block_name)
-    with graph.inserting_after(after):
-        gated = graph.call_module(block_name, (value,))
-    gated.meta["block"] = True
-    for user in users:
-        user.replace_input_with(value, gated)
-    return None
-
-
-def _gate_for(graph: fx.Graph, value: fx.Node, block_name: str, readers: list[fx.Node]) -> None:
-    """Let only these nodes read the gated value."""
-    with graph.inserting_before(readers[0]):
-        gated = graph.call_module(block_name, (value,))
-    gated.meta["block"] = True
-    for reader in readers:
-        reader.replace_input_with(value, gated)
-
-
-def _assert(graph: fx.Graph, condition: fx.Node, answer: bool) -> None:
-    """Check that a condition that the traced branch depends on still has its answer."""
-    with graph.inserting_after(condition):
-        if not answer:
-            condition = graph.call_function(operator.not_, (condition,))
-    with graph.inserting_after(condition):
-        graph.call_function(torch._assert, (condition, "the input's shape takes another branch than the one edited"))
-
-
-def _surrounded(owner: nn.Module, model: nn.Module, step: Step) -> nn.Module:
-    """A new block with the dtype, device, memory format and mode of the modules around it."""
+def _surrounded(owner: nn.Module, model: nn.Module, step: Step, state: Mapping[str, Tensor] | None) -> nn.Module:
+    """A new block with the dtype, device, memory format and mode of the modules around it, and its state if it has one."""
     with torch.inference_mode(False):
         block = build_block(step.block, step.channels, step.size, step.options, step.init)
+    try:
+        block = _fitted(block, owner, model, step.rank)
+        if state is not None:
+            block.load_state_dict(state)
+    except Exception as error:
+        raise PluginError(
+            f"block `{step.block}` can't be put into `{step.owner or '(the network)'}`",
+            seen=f"{type(error).__name__}: {error}",
+        ) from error
+    return block
+
+
+def _fitted(block: nn.Module, owner: nn.Module, model: nn.Module, rank: int) -> nn.Module:
     near = next((p for p in (*owner.parameters(), *model.parameters()) if p.is_floating_point()), None)
     if near is not None:
         block = block.to(device=near.device, dtype=near.dtype)
     last = torch.channels_last
-    if step.rank == 2 and any(
+    if rank == 2 and any(
         p.dim() == 4 and p.is_contiguous(memory_format=last) and not p.is_contiguous() for p in owner.parameters()
     ):
         block = block.to(memory_format=last)  # type: ignore[call-overload]

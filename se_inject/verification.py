@@ -17,9 +17,13 @@ from se_inject._runs import Seen, difference, first_line, observed_in_eval, obse
 from se_inject.bodies import original_class
 from se_inject.errors import VerificationError
 from se_inject.inputs import observe_model
-from se_inject.surgery import Step, injected_blocks, steps_of
+from se_inject.steps import Step
+from se_inject.surgery import injected_blocks, steps_of
 from se_inject.tables import counted
 from se_inject.tracing import Trace, describe
+
+_OF_THE_BLOCKS = {"same output as before", "blocks trainable"}
+"""Checks that a block can fail by its own fault."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ class Verdict:
             raise VerificationError(
                 f"the injected network failed {len(failed)} of {len(self.checks)} checks",
                 seen="; ".join(f"{check.name}: {check.detail}" for check in failed),
-                hint="nothing was written; please report the network, it should have been refused instead",
+                hint="nothing was written; without the blocks the network is right: `se_inject.testing.check_block` tests one"
+                if {check.name for check in failed} <= _OF_THE_BLOCKS
+                else "nothing was written; please report the network, it should have been refused instead",
             )
         return self
 
@@ -115,29 +121,62 @@ def _outputs(
     expected: dict[str, Seen | str], after: nn.Module, blocks: dict[str, nn.Module], inputs: Any, fresh: bool
 ) -> list[Check]:
     """Outputs with the blocks as they start, and with every block replaced by an identity."""
-    as_they_start = {mode: _compared(seen, after, inputs, mode) for mode, seen in expected.items()}
+    as_they_start = {mode: _compared(seen, after, inputs, mode, blocks) for mode, seen in expected.items()}
     with _without(after, blocks):
-        without = {mode: _compared(seen, after, inputs, mode) for mode, seen in expected.items()}
+        without = {mode: _compared(seen, after, inputs, mode, {}) for mode, seen in expected.items()}
     names = ("same output as before", "same output without the blocks")
     first, second = (
         Check(name, *_answer(results)) for name, results in zip(names, (as_they_start, without), strict=True)
     )
     if not _starts_as_identity(after, blocks, fresh):
         first = Check(names[0], None, "the blocks are not at their identity start: outputs are meant to differ")
+    elif first.passed is False and (name := _no_identity(after, blocks)) is not None:
+        first = Check(names[0], False, f"{first.detail}: {name} does not start as x ↦ x")
     return [first, second]
 
 
-def _compared(expected: Seen | str, after: nn.Module, inputs: Any, mode: str) -> str:
+def _compared(expected: Seen | str, after: nn.Module, inputs: Any, mode: str, blocks: dict[str, nn.Module]) -> str:
     """Empty if the injected network does the same bit for bit, else what differs or why it was not run."""
     if isinstance(expected, str):
         return f"not run: {expected}"
-    try:
-        with torch.no_grad():
-            seen = run(after, inputs, mode)
-    except Exception as error:
-        return f"the injected network fails: {type(error).__name__}: {first_line(error)}"
+    with _watched(blocks) as running:
+        try:
+            with torch.no_grad():
+                seen = run(after, inputs, mode)
+        except Exception as error:
+            return _failure(after, error, running)
     unlike = [name for name, value in expected.buffers.items() if not same_value(value, seen.buffers.get(name))]
     return difference(expected.output, seen.output) or (f"`{unlike[0]}` is updated otherwise" if unlike else "")
+
+
+def _failure(after: nn.Module, error: Exception, running: list[str]) -> str:
+    """What failed: the block that was running, or else the network."""
+    what = _named(after, running[-1]) if running else "the injected network"
+    return f"{what} fails: {type(error).__name__}: {first_line(error)}"
+
+
+def _named(after: nn.Module, path: str) -> str:
+    """The block with this path, in words."""
+    return next(f"block `{step.block}` in `{path}`" for step in steps_of(after) if step.path == path)
+
+
+@contextlib.contextmanager
+def _watched(blocks: dict[str, nn.Module]) -> Iterator[list[str]]:
+    """The paths of the blocks that have been called and have not returned."""
+    running: list[str] = []
+
+    def returned(*_: Any) -> None:
+        running.pop()
+
+    hooks = []
+    for path, block in blocks.items():
+        hooks.append(block.register_forward_pre_hook(lambda *_, path=path: running.append(path)))
+        hooks.append(block.register_forward_hook(returned))
+    try:
+        yield running
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _answer(results: dict[str, str]) -> tuple[bool | None, str]:
@@ -156,6 +195,20 @@ def _starts_as_identity(after: nn.Module, blocks: dict[str, nn.Module], fresh: b
         return fresh or all(_is_identity(block, steps[path]) for path, block in blocks.items())
     except Exception:
         return True  # a block that fails is no trained one: let the checks say so
+
+
+def _no_identity(after: nn.Module, blocks: dict[str, nn.Module]) -> str | None:
+    """The first block that is no identity, in words; None if all are, or fail."""
+    with contextlib.suppress(Exception):
+        return next(
+            (
+                _named(after, step.path)
+                for step in steps_of(after)
+                if step.path in blocks and not _is_identity(blocks[step.path], step)
+            ),
+            None,
+        )
+    return None
 
 
 def _is_identity(block: nn.Module, step: Step) -> bool:
@@ -261,10 +314,11 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
             made = calls.copy()  # before anything is called again on the way back
             return made, _grads_of(output, named)
 
-        try:
-            made, grads = run_awake(after, inputs, _awakened(after, named), backward)
-        except Exception as error:
-            return Check(name, False, f"the injected network fails: {first_line(error)}")
+        with _watched(blocks) as running:
+            try:
+                made, grads = run_awake(after, inputs, _awakened(after, named), backward)
+            except Exception as error:
+                return Check(name, False, _failure(after, error, running))
     if silent := sorted(path for path in blocks if not made[path]):
         return Check(name, False, f"not called: {', '.join(silent[:3])}")
     if repeated := sorted(path for path in blocks if 0 < made[path.rpartition(".")[0]] < made[path]):
@@ -276,7 +330,10 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
         if parameters and not any((grad := grads[f"{path}.{key}"]) is not None and grad.any() for key in parameters)
     ]
     if missing or dead:
-        return Check(name, False, f"no gradient reaches {', '.join((missing or dead)[:3])}")
+        first = (missing or dead)[0]
+        owner = next(path for path in blocks if f"{first}.".startswith(f"{path}."))
+        told = f"no gradient reaches {', '.join((missing or dead)[:3])}: {_named(after, owner)}"
+        return Check(name, False, told)
     told = f"gradients reach all {counted(len(named), 'new parameter')} of {counted(len(blocks), 'block')}"
     return Check(name, True, told)
 

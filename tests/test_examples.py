@@ -19,4 +19,4 @@ def test_example_runs(path, tmp_path):
 
 
 def test_there_are_examples():
-    assert {path.stem for path in EXAMPLES} >= {"own_module", "finetune_digits"}
+    assert {path.stem for path in EXAMPLES} >= {"adapter", "own_module", "finetune_digits"}

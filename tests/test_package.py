@@ -17,19 +17,19 @@ PACKAGE = Path(se_inject.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 LAYERS = [
-    ["_version", "errors"],
-    ["_files", "_formats", "_names", "_tracer", "tables"],
-    ["_comparison", "_pickles", "_targets", "layers", "options", "report", "tracing"],
-    ["bodies", "checkpoints", "inputs", "operations", "sites", "squeeze_excitation"],
-    ["_network", "_runs", "_staging", "_ways", "blocks", "plotting"],
-    ["_onnx", "_torch_files", "_values", "surgery"],
-    ["_chains", "exporting"],
-    ["finding", "testing"],
-    ["cost", "positions", "starts", "verification"],
+    ["_schema", "_tracer", "_version", "errors", "freezing", "tables"],
+    ["_comparison", "_files", "_formats", "_names", "_pickles", "_targets", "options", "report", "sites", "steps", "tracing"],
+    ["bodies", "checkpoints", "cli", "inputs", "layers", "operations", "plotting"],
+    ["_network", "_runs", "_staging", "_ways", "editing", "squeeze_excitation"],
+    ["_onnx", "_torch_files", "_values", "blocks"],
+    ["_block_texts", "_chains", "cost", "exporting", "starts", "surgery"],
+    ["finding", "testing", "training", "verification"],
+    ["positions"],
     ["plans"],
-    ["grid"],
-    ["api", "commands"],
-    ["cli"],
+    ["planning"],
+    ["adapters", "grid"],
+    ["api", "outputs"],
+    ["commands"],
 ]
 """Every module stands above all that it imports when it is imported."""
 

@@ -8,7 +8,7 @@ from torchvision.models.resnet import BasicBlock
 
 import se_inject as si
 from se_inject.errors import VerificationError
-from se_inject.plans import plan
+from se_inject.planning import plan
 from se_inject.verification import Check, Verdict
 from tests.common import randomise
 

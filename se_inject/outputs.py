@@ -1,0 +1,99 @@
+"""An injected model → files of every kind that the suffixes ask for: networks, adapters and plans."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from se_inject import exporting
+from se_inject._files import atomic_all, check_all_writable
+from se_inject.adapters import write_adapter
+from se_inject.exporting import Exported
+from se_inject.plans import Plan
+
+
+def check_outputs(paths: Sequence[str | os.PathLike[str]], *, force: bool = False, **options: Any) -> None:
+    """Whether these files could be written, before anything else is done.
+
+    Args:
+        paths: the files; ``.json`` is a plan, ``.safetensors`` an adapter, the rest as for ``export_all``.
+        force: replace files that exist.
+        **options: ``device``, ``dtype`` and ``memory_format``.
+
+    Raises:
+        OptionError: an unknown suffix, device, dtype or memory format.
+        ExportError: a file can't be written.
+    """
+    exporting.check_targets([path for path in paths if _writer(path) is None], force=force, **options)
+    check_all_writable(paths, force)
+
+
+def write_all(
+    model: nn.Module,
+    plan: Plan,
+    paths: Sequence[str | os.PathLike[str]],
+    example_inputs: tuple[Any, ...],
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    force: bool = False,
+    **options: Any,
+) -> list[Exported]:
+    """Write an injected model to several files and check each; either all of them appear or none.
+
+    Args:
+        model: an injected network; it is not changed.
+        plan: what was injected.
+        paths: the files; ``.json`` is a plan, ``.safetensors`` an adapter, the rest as for ``export_all``.
+        example_inputs: positional arguments of one call.
+        example_kwargs: keyword arguments of that call.
+        force: replace files that exist.
+        **options: as for ``export_all``; an adapter and a plan are written as they are.
+
+    Raises:
+        OptionError: an unknown suffix, device, dtype or memory format.
+        ExportError: a file can't be written, or is not right.
+    """
+    targets = [Path(path) for path in paths]
+    ours = [path for path in targets if _writer(path) is not None]
+    others = [path for path in targets if path not in ours]
+    written: dict[Path, Exported] = {}
+    with atomic_all(ours, force) as temporary:
+        for target, path in zip(ours, temporary, strict=True):
+            write = _writer(target)
+            assert write is not None
+            written[target] = dataclasses.replace(write(model, plan, path), path=target)
+        if others:
+            exported = exporting.export_all(
+                model, others, example_inputs, example_kwargs=example_kwargs, force=force, **options
+            )
+            written |= dict(zip(others, exported, strict=True))
+    return [written[target] for target in targets]
+
+
+def _adapter(model: nn.Module, plan: Plan, path: Path) -> Exported:
+    write_adapter(model, plan, path)
+    note = "without the backbone: `--adapter FILE` or `si.load_adapter` puts it onto the same one"
+    return _told(path, "adapter", "the blocks alone, read back bit-equal", note)
+
+
+def _plan(model: nn.Module, plan: Plan, path: Path) -> Exported:
+    plan.save(path)
+    return _told(path, "plan", f"{len(plan)} steps", "without weights: `--plan FILE` replays it")
+
+
+def _told(path: Path, format: str, how: str, note: str) -> Exported:
+    return Exported(path, format, path.stat().st_size, how, (), 0.0, (note,))
+
+
+_Writer = Callable[[nn.Module, Plan, Path], Exported]
+_WRITERS: dict[str, _Writer] = {".json": _plan, ".safetensors": _adapter}
+
+
+def _writer(path: str | os.PathLike[str]) -> _Writer | None:
+    """How an adapter or a plan is written; None for a network's file."""
+    return _WRITERS.get(Path(path).suffix.lower())

@@ -1,0 +1,260 @@
+"""Sites + block + options → Plan: which block goes where, decided by looking and without a change."""
+
+from __future__ import annotations
+
+import json
+import keyword
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from se_inject.blocks import build_block, check_block, check_options, has_identity_start
+from se_inject.bodies import original_class
+from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError
+from se_inject.finding import find_sites
+from se_inject.inputs import observe_model, shapes_of
+from se_inject.plans import Plan, already
+from se_inject.positions import POSITIONS, Place, place_of
+from se_inject.sites import ATTENDED, NECK, Site, Sites
+from se_inject.steps import Step
+from se_inject.surgery import steps_of
+from se_inject.tables import counted
+from se_inject.tracing import Trace
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: dict[str, Any] | None = None,
+    stages: Iterable[int | str] | int | str | None = None,
+    at: Iterable[str] | str | None = None,
+    attended: bool = False,
+    block: str = "se",
+    position: str = "standard",
+    init: str | None = None,
+    name: str | None = None,
+    **block_options: Any,
+) -> Plan:
+    """Look at a network and say what would be put where. Nothing is computed and nothing changed.
+
+    Args:
+        model: the network; any mode, dtype and device.
+        example_inputs: a tensor or a tuple of the forward's positional arguments (they may be on the meta device).
+            None: inferred, and the plan's notes say what was inferred.
+        example_kwargs: the forward's keyword arguments.
+        stages: numbers (``[3, 4]``), ranges (``"2-4"``), or path prefixes (``"layer3"``); None: all stages.
+        at: globs (``"layer3.*"``) or ``re:`` expressions on site addresses, instead of or besides stages.
+        attended: also sites that have attention of their own already.
+        block: name of the block.
+        position: where the block sits relative to a residual unit: ``standard``, ``pre``, ``post``, ``identity`` or
+            ``conv3x3``; other kinds of site have only ``standard``.
+        init: ``identity``: the block starts as x ↦ x, so the network's output stays the same bit for bit until it is
+            trained; ``paper``: as its authors start it. None: ``identity`` if the block has it.
+        name: attribute that a block gets on its owner; None: ``se``, or ``se_<value>`` if an owner has several.
+        **block_options: the block's, for SE ``reduction=16``, ``bias=True``, ``gate="sigmoid"`` and more.
+
+    Raises:
+        NoSites: the network has no place for a block.
+        SiteNotFound: a stage or pattern matches nothing.
+        OptionError: an option that the block refuses.
+        TraceError: the network's own forward fails on the inputs.
+        UnsupportedModel: a wrapped, compiled, scripted or quantised module.
+        AlreadyInjected: every chosen site holds a block of ours.
+    """
+    if position not in POSITIONS:
+        raise OptionError(f"no position is called `{position}`", seen=", ".join(POSITIONS))
+    check_options(block, block_options)
+    block_options = _storable(block_options)
+    if name is not None and (not name.isidentifier() or keyword.iskeyword(name)):
+        raise OptionError(f"`{name}` can't be the name of an attribute")
+    trace = observe_model(model, example_inputs, example_kwargs)
+    sites = find_sites(trace)
+    chosen, notes = _select(sites, _listed(stages), _listed(at), attended, model)
+    places, unplaced = _places(trace, chosen, position)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    start, odd = _probed([place for _, place in places], block, block_options, init, dtype)
+    draft = Step("", "", None, 0, 0, block, dict(block_options), start, position=position)
+    steps = tuple(_step(draft, site, place, name) for site, place in places)
+    _check_names(model, steps)
+    notes = [*trace.notes, *notes, *unplaced, *odd]
+    args, kwargs = trace.inputs
+    shapes = None if kwargs or (listed := shapes_of(args)) is None else tuple(listed)
+    if trace.failures:
+        failed = counted(len(trace.failures), "module")
+        notes.append(f"left alone: {failed} that can't be traced; `se-inject sites MODEL -v` says why")
+    return Plan(steps, type(model).__name__, shapes, tuple(notes), trace)
+
+
+def inject(model: nn.Module, example_inputs: Any = None, **options: Any) -> nn.Module:
+    """A copy of the network with blocks in it: ``plan`` and ``Plan.apply`` in one. The network is not changed.
+
+    Args:
+        model: the network.
+        example_inputs: as for ``plan``.
+        **options: as for ``plan``.
+
+    Raises:
+        InjectError: as ``plan`` and ``Plan.apply`` do.
+    """
+    return plan(model, example_inputs, **options).apply(model)
+
+
+def plan_of(model: nn.Module, example_inputs: Any = None) -> Plan:
+    """What was injected into this model, read from the model itself, in data-flow order if a call can be observed.
+
+    Args:
+        model: the injected network.
+        example_inputs: as for ``plan``, for the order alone.
+
+    Raises:
+        SurgeryError: it holds no block of ours.
+    """
+    steps = steps_of(model)
+    if not steps:
+        raise SurgeryError("this model holds no block of se-inject's", seen=f"a {type(model).__name__}")
+    try:
+        called = list(observe_model(model, example_inputs).calls)
+    except InjectError:
+        called = []
+    order = {path: number for number, path in enumerate(called)}
+    steps = tuple(sorted(steps, key=lambda step: order.get(step.path, len(order))))
+    return Plan(steps, original_class(model).__name__)
+
+
+def _select(
+    sites: Sites, stages: list[Any], at: list[Any], attended: bool, model: nn.Module
+) -> tuple[list[Site], list[str]]:
+    """The sites asked for without those that are taken, and what to say about it."""
+    found: list[Site] = []
+    if stages:
+        found += sites.stages(*stages, attended=attended)
+    if at:
+        found += sites.at(*at, attended=attended)
+    if not stages and not at:
+        found += sites.everything(attended=attended)
+    found = sorted(set(found), key=lambda site: site.order)
+    taken = [site for site in found if site.blocks]
+    left = [site for site in found if not site.blocks]
+    if not left:
+        raise already([path for site in taken for path in site.blocks], model)
+    notes = [f"left out: {counted(len(taken), 'chosen site')} with a block of ours already"] if taken else []
+    stages = [site for site in sites.all_sites if site.stage is not None]
+    attention = sum(site.held_back == ATTENDED for site in stages)
+    if attention and not attended:
+        told = counted(attention, "site")
+        notes.append(f"left out: {told} with attention of their own already; `attended` adds them")
+    necks = {site.stage for site in stages if site.held_back == NECK} - {site.stage for site in found}
+    if necks:
+        told = counted(len(necks), "stage")
+        notes.append(f"left out: {told} of necks and heads; ask for them by number or path")
+    return left, notes
+
+
+def _check_names(model: nn.Module, steps: Sequence[Step]) -> None:
+    """Whether the blocks' names are free on their owners, and each is one block's."""
+    paths = Counter(step.path for step in steps)
+    for path, count in paths.items():
+        if count > 1:
+            raise SurgeryError(
+                f"{count} blocks are to become `{path}`",
+                seen=", ".join(step.site for step in steps if step.path == path),
+                hint="choose one of these sites at a time, each with a name of its own: `at=` and `name=` in Python",
+            )
+    for step in steps:
+        if getattr(model.get_submodule(step.owner), step.block_name, None) is not None:
+            raise SurgeryError(
+                f"`{step.path}` is to become a block",
+                seen=f"{type(model.get_submodule(step.owner)).__name__} has an attribute of that name",
+                hint="choose another name with `name=` in Python, `--name` on the command line",
+            )
+
+
+def _places(trace: Trace, sites: Sequence[Site], position: str) -> tuple[list[tuple[Site, Place]], list[str]]:
+    """Where the block of each site goes.
+
+    Sites without this position are left out, unless all are, and so are those whose place another site has: a unit
+    and the unit within it may end in the same convolution.
+    """
+    places: dict[Place, Site] = {}
+    refused: list[OptionError] = []
+    shared = 0
+    for site in sites:
+        try:
+            place = place_of(trace, site, position)
+        except OptionError as error:
+            refused.append(error)
+            continue
+        shared += place in places
+        places.setdefault(place, site)
+    if not places:
+        raise refused[0]
+    told = []
+    if refused:
+        told.append(f"left out: {counted(len(refused), 'site')} without a position `{position}`: {refused[0].message}")
+    if shared:
+        told.append(f"left out: {counted(shared, 'site')} whose place at position `{position}` is another's")
+    return [(site, place) for place, site in places.items()], told
+
+
+def _step(draft: Step, site: Site, place: Place, name: str | None) -> Step:
+    return replace(
+        draft,
+        site=site.address,
+        owner=place.owner,
+        value=place.value,
+        channels=place.channels,
+        rank=len(place.size),
+        block_name=site.block_name.replace("se", name or "se", 1),
+        stage=site.stage,
+        size=place.size,
+        readers=place.readers,
+    )
+
+
+def _probed(
+    places: Sequence[Place], block: str, options: dict[str, Any], init: str | None, dtype: torch.dtype
+) -> tuple[str, list[str]]:
+    """Build one block of each size, so that bad options are refused first of all: how it starts, and what is odd."""
+    notes = []
+    narrow = []
+    start = init or "identity"
+    reduction = options.get("reduction") or 16
+    for channels, size in sorted({(place.channels, place.size) for place in places}):
+        with torch.device("meta"):
+            built = build_block(block, channels, size, options, "paper")
+            if init is None and not has_identity_start(built):
+                start = "paper"
+                notes.append(f"block `{block}` has no identity start: the network's output changes until it is trained")
+            check_block(block, build_block(block, channels, size, options, start), channels, size, dtype)
+        if getattr(built, "width", None) == 1 and options.get("width") is None and reduction > channels:
+            narrow.append(channels)
+    if narrow:
+        told = " to ".join(str(channels) for channels in dict.fromkeys((min(narrow), max(narrow))))
+        notes.append(f"r = {reduction:g} is more than the {told} channels of some sites: the bottleneck is 1 wide")
+    return start, list(dict.fromkeys(notes))
+
+
+def _storable(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as they will be when they come back from a file: what is built now is what is built then."""
+    try:
+        return {key: json.loads(json.dumps(value)) for key, value in options.items()}
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            "an option of the block can't be stored", seen=str(error), hint="pass numbers, texts, or lists of them"
+        ) from error
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    if isinstance(value, int | str):
+        value = str(value).split(",") if isinstance(value, str) and not value.startswith("re:") else [value]
+    result = [item.strip() if isinstance(item, str) else item for item in value]
+    if not result or any(item == "" for item in result):
+        raise SiteNotFound("an empty choice of sites matches nothing", hint="leave it out to choose all stages")
+    return result

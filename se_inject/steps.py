@@ -1,0 +1,77 @@
+"""One block at one site: what plans are made of and what an injected network says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from se_inject._schema import first_problem
+from se_inject.errors import LoadError
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block at one site: what a plan is made of, as plain data.
+
+    Args:
+        site: the site's address.
+        owner: path of the module whose forward is edited.
+        value: label of the gated value in its graph; None: what it returns.
+        channels: C at the site.
+        rank: number of spatial dimensions at the site.
+        block: name of the block.
+        options: the block's options.
+        init: how the block starts: ``identity`` or ``paper``.
+        block_name: the attribute that the block becomes on the owner.
+        stage: number of the site's stage.
+        size: spatial size of the value in the observed call.
+        position: where the block sits relative to its unit.
+        readers: labels of the nodes that read the gated value; None: all that read the value.
+    """
+
+    site: str
+    owner: str
+    value: str | None
+    channels: int
+    rank: int
+    block: str
+    options: dict[str, Any] = field(default_factory=dict)
+    init: str = "identity"
+    block_name: str = "se"
+    stage: int | None = None
+    size: tuple[int, ...] = ()
+    position: str = "standard"
+    readers: tuple[str, ...] | None = None
+
+    @property
+    def path(self) -> str:
+        """Where the block is in the injected model."""
+        return f"{self.owner}.{self.block_name}" if self.owner else self.block_name
+
+    def to_data(self) -> dict[str, Any]:
+        """The step as a dict that JSON can hold."""
+        readers = None if self.readers is None else list(self.readers)
+        return {**asdict(self), "size": list(self.size), "readers": readers}
+
+    @classmethod
+    def from_data(cls, data: Any) -> Step:
+        """The step again from what ``to_data`` gave.
+
+        Raises:
+            LoadError: the data has another form.
+        """
+        problem = first_problem(data, "step")
+        if problem is not None:
+            place, wrong = problem
+            raise LoadError(
+                f"a step of a plan can't be read: `{_dotted(place)}` {wrong}" if place else f"a step {wrong}",
+                hint="`se_inject/plan.schema.json` says what a plan is",
+            )
+        if len(data["size"]) != data["rank"]:
+            raise LoadError(f"a step of rank {data['rank']} has {len(data['size'])} numbers for its `size`")
+        readers = None if data.get("readers") is None else tuple(data["readers"])
+        return cls(**{**data, "size": tuple(data["size"]), "readers": readers})
+
+
+def _dotted(place: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, place))
