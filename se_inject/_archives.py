@@ -48,6 +48,8 @@ class Archive:
             raise DamagedArchive("it is encrypted")
         if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
             raise DamagedArchive("it is compressed in a way that torch never uses")
+        if min((entry.header_offset for entry in entries), default=0) != 0:
+            raise DamagedArchive("something stands before it")
         unfolded = sum(entry.file_size for entry in entries)
         if unfolded > 2 * len(self._data) + SLACK_BYTES:
             raise DamagedArchive(f"it would unfold from {len(self._data):,} to {unfolded:,} bytes")

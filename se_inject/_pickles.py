@@ -37,9 +37,11 @@ from se_inject._archives import SLACK_BYTES
 from se_inject._builders import Absurd, builder, checked_key
 from se_inject._names import printable
 
-MOST_OPCODES = 2_000_000
+MOST_OPCODES = 1_000_000
 """The largest network of timm has a quarter of a million."""
 
+_BYTES_OF_AN_ITEM = 64
+_LONG_READ = 1 << 20
 _TABLES = ("_modules", "_parameters", "_buffers")
 _MOST_LAYERS_OF_AN_RNN = 1000
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # protocol 2 writes the old names
@@ -74,12 +76,15 @@ class Reading:
         return cls(tuple(trust), 2 * size + SLACK_BYTES)  # protocol 2 writes bytes as text, which is encoded first
 
     def copies(self, data: Any) -> None:
-        """Count something that is about to be copied.
+        """Count something that is about to be copied: bytes by their number, what a container holds by its size.
 
         Raises:
             UnpicklingError: that is more than any file needs.
         """
-        self.spare_bytes -= len(data) if hasattr(type(data), "__len__") else 0
+        if isinstance(data, bytes | str | bytearray):
+            self.spare_bytes -= len(data)
+        elif isinstance(data, list | tuple | dict | set | frozenset):
+            self.spare_bytes -= len(data) * _BYTES_OF_AN_ITEM
         if self.spare_bytes < 0:
             raise Absurd("it unfolds to far more than its own size")
 
@@ -97,6 +102,22 @@ class _Opcodes(dict[int, Callable[..., None]]):
             return super().__getitem__(code)
         except KeyError:
             raise pickle.UnpicklingError(f"opcode {bytes([code])!r}, which no pickle of a network has") from None
+
+
+class _Bounded:
+    """A file, of which nobody reads more than it has: Python would first make room for all that is asked for."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        start = file.tell()
+        self._end = file.seek(0, 2)
+        file.seek(start)
+        self.readline = file.readline
+
+    def read(self, size: int) -> bytes:
+        if size > _LONG_READ and size > self._end - self._file.tell():
+            raise EOFError("the file ends before its data does")
+        return self._file.read(size)
 
 
 class Unpickler(pickle._Unpickler):
@@ -120,7 +141,7 @@ class Unpickler(pickle._Unpickler):
         persistent: Callable[[Any], Any] | None = None,
         load_bytes: Callable[[bytes], Any] | None = None,
     ) -> None:
-        super().__init__(file, encoding="utf-8")
+        super().__init__(_Bounded(file), encoding="utf-8")
         self._reading = reading
         self._persistent_id = persistent
         self._load_bytes = load_bytes
