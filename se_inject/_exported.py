@@ -39,10 +39,56 @@ _EXPRESSION_NODES = (
     ast.keyword, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
 )  # fmt: skip
 _EXPRESSION_FUNCTIONS = frozenset(
-    "FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural "
-    "FloatPow FloatTrueDiv IntTrueDiv IsNonOverlappingAndDenseIndicator TruncToFloat TruncToInt RoundToInt RoundDecimal "
-    "ToFloat Identity Symbol Integer Rational Add Mul Pow Max Min And Or Not Abs Eq Ne Lt Le Gt Ge Equality Unequality "
-    "GreaterThan LessThan StrictGreaterThan StrictLessThan floor ceiling".split()
+    [
+        "FloorDiv",
+        "ModularIndexing",
+        "Where",
+        "PythonMod",
+        "Mod",
+        "CleanDiv",
+        "CeilToInt",
+        "FloorToInt",
+        "CeilDiv",
+        "LShift",
+        "RShift",
+        "PowByNatural",
+        "FloatPow",
+        "FloatTrueDiv",
+        "IntTrueDiv",
+        "IsNonOverlappingAndDenseIndicator",
+        "TruncToFloat",
+        "TruncToInt",
+        "RoundToInt",
+        "RoundDecimal",
+        "ToFloat",
+        "Identity",
+        "Symbol",
+        "Integer",
+        "Rational",
+        "Add",
+        "Mul",
+        "Pow",
+        "Max",
+        "Min",
+        "And",
+        "Or",
+        "Not",
+        "Abs",
+        "Eq",
+        "Ne",
+        "Lt",
+        "Le",
+        "Gt",
+        "Ge",
+        "Equality",
+        "Unequality",
+        "GreaterThan",
+        "LessThan",
+        "StrictGreaterThan",
+        "StrictLessThan",
+        "floor",
+        "ceiling",
+    ]
 )
 _EXPRESSION_CONSTANTS = frozenset(["oo", "int_oo", "true", "false", "True", "False"])
 _ASSUMPTIONS = frozenset(["positive", "negative", "nonnegative", "nonpositive", "integer", "real", "finite", "zero"])
@@ -99,8 +145,8 @@ def torch_version(file: IO[bytes]) -> str | None:
 
 
 def _tensors(archive: Archive, folder: str, config: str) -> dict[str, Any]:
-    from torch._export.serde.serialize import deserialize_scalar_type
     from torch._export.serde.schema import ScalarType
+    from torch._export.serde.serialize import deserialize_scalar_type
 
     records: dict[str, torch.Tensor] = {}
     found: dict[str, Any] = {}
@@ -220,7 +266,9 @@ def _check_tree(text: Any) -> None:
         context = part["context"]
         keys = json.loads(context) if isinstance(context, str) else context
         if part["type"] not in _TREES or not (keys is None or isinstance(keys, list)):
-            raise LoadError("an exported program whose inputs or outputs are of another type", seen=str(part["type"])[:80])
+            raise LoadError(
+                "an exported program whose inputs or outputs are of another type", seen=str(part["type"])[:80]
+            )
         if any(isinstance(key, dict | list) for key in keys or []):
             raise LoadError("an exported program whose inputs or outputs have keys that are no names")
         todo += part["children_spec"]

@@ -324,4 +324,3 @@ def _check_attributes(kind: type, state: Any) -> None:
     names = state if type(state) is dict else {None: None}
     if any(type(name) is not str or name.startswith("__") or callable(getattr(kind, name, None)) for name in names):
         raise Absurd(f"a state for a {kind.__name__}")
-

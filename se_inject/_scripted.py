@@ -49,7 +49,7 @@ def script_module(file: IO[bytes]) -> torch.jit.ScriptModule:
             raise LoadError(f"a TorchScript archive with a `{name[:80]}`")
         if name.endswith(".py"):
             _check_source(name, archive.read(name).decode())
-        elif name in _FILES and name.endswith(".pkl") or name.endswith(".debug_pkl"):
+        elif (name in _FILES and name.endswith(".pkl")) or name.endswith(".debug_pkl"):
             check_script_pickle(archive, name)
     file.seek(0)
     with warnings.catch_warnings():

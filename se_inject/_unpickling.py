@@ -20,7 +20,6 @@ from se_inject._contents import check_modules
 from se_inject._pickles import Reading, Unpickler
 from se_inject.errors import LoadError
 
-
 _OF_TORCHSCRIPT = ("__torch__.", "torch.jit._pickle.")
 
 

@@ -394,7 +394,7 @@ def check_targets(module: nn.Module) -> None:
     """
     data = json.loads(type(module)._se_inject_body)  # type: ignore[attr-defined]
     calls = [step["block_name"] for step in data["steps"]] if data["output"] else []
-    rows = [*data["eval"], *(data["train"] or [])]
+    rows = [*(data["eval"] or []), *(data["train"] or [])]
     calls += [target for _, op, target, *_ in rows if op == "call_module"]
     reads = [target for _, op, target, *_ in rows if op == "get_attr"]
     for path in calls:

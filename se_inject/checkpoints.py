@@ -303,7 +303,6 @@ _AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema")
 _DEEPEST_WRAPPER = 3
 
 
-
 def _state_dict(file: IO[bytes], form: str) -> Any:
     """The tensors in a file, by name; mapped where the format allows it."""
     if form == "safetensors":

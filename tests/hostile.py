@@ -255,7 +255,9 @@ BODIES = {
     "a name": _body([[f"y = {RUN}\n", "placeholder", "y", *NOTHING]]),
     "an operation": _body([["y", f"placeholder\n{RUN}", "y", *NOTHING]]),
     "a path": _body([["y", "get_attr", f'training"), {RUN}, (self, "x', *NOTHING]]),
-    "a method's path": _body([X, ["y", "call_module", "load_state_dict", {"tuple": [{"node": "input"}]}, {"dict": []}]]),
+    "a method's path": _body(
+        [X, ["y", "call_module", "load_state_dict", {"tuple": [{"node": "input"}]}, {"dict": []}]]
+    ),
     "a path to a method": _body([["y", "get_attr", "forward", *NOTHING]]),
     "a path to a class": _body([["y", "get_attr", "__class__", *NOTHING]]),
     "a path to a function": _body([["y", "get_attr", "forward.__globals__", *NOTHING]]),
@@ -275,7 +277,9 @@ BODIES = {
         ]
     ),
     "a method": _body([X, ["y", "call_method", "__reduce_ex__", {"tuple": [{"node": "input"}, 2]}, {"dict": []}]]),
-    "a method with dots": _body([X, ["y", "call_method", f"relu(); {RUN}; x", {"tuple": [{"node": "input"}]}, {"dict": []}]]),
+    "a method with dots": _body(
+        [X, ["y", "call_method", f"relu(); {RUN}; x", {"tuple": [{"node": "input"}]}, {"dict": []}]]
+    ),
     "a private function": _body([X, _call("torch.nn.functional:_add_docstr", {"node": "input"}, "")]),
     "a function of functions": _body([X, _call("torch.nn.functional:boolean_dispatch", {"node": "input"})]),
     "a block's name": _body(steps=[{"block_name": f"se({RUN})"}], output=True),
@@ -487,7 +491,9 @@ def _constant(record):
         entry = {"path_name": record, "is_param": False, "use_pickle": True, "tensor_meta": None}
         data[config] = json.dumps({"config": {"c": entry}})
         payload = pickled(exec, TOUCH)
-        data[config.replace("model_constants_config.json", record)] = payload if "opaque" in record else archived(payload)
+        data[config.replace("model_constants_config.json", record)] = (
+            payload if "opaque" in record else archived(payload)
+        )
         return zipped(data)
 
     return write
@@ -536,14 +542,18 @@ PROGRAMS = {
     "an extension": _program(lambda program: _node(program).update(target="#evil:system")),
     "a name": _program(lambda program: _renamed(program, f"x = {RUN}\n    y")),
     "an enum": _program(
-        lambda program: _pickled_tree(program, "builtins.dict", [{"__enum__": True, "fqn": "antigravity:x", "name": "x"}])
+        lambda program: _pickled_tree(
+            program, "builtins.dict", [{"__enum__": True, "fqn": "antigravity:x", "name": "x"}]
+        )
     ),
     "a default factory": _program(
         lambda program: _pickled_tree(
             program, "collections.defaultdict", {"default_factory_module": "os", "default_factory_name": "abort"}
         )
     ),
-    "a symbol": _program(lambda program: program.update(range_constraints={"u9999999999": {"min_val": 0, "max_val": 9}})),
+    "a symbol": _program(
+        lambda program: program.update(range_constraints={"u9999999999": {"min_val": 0, "max_val": 9}})
+    ),
     "a path": _program(lambda program: _everywhere(program, "parameter_name", 'weight"); x = ("')),
     "a large power": _program(lambda program: _everywhere(program, "expr_str", "9**9**9**9")),
     "compiled code": _compiled,
