@@ -6,6 +6,7 @@ unfolds without end. No network that torch, torchvision or timm makes has any of
 
 from __future__ import annotations
 
+import functools
 import pickle
 import types
 from typing import Any
@@ -52,6 +53,30 @@ def check_modules(reading: Reading) -> None:
         if hasattr(type(module), "_se_inject_body"):
             check_targets(module)
     _check_tree(reading.modules)
+
+
+def holds_inert(model: nn.Module) -> bool:
+    """Whether anything that a model holds stands for what was refused. What lies beside it in its file doesn't matter."""
+    todo: list[Any] = [model]
+    seen: set[int] = set()
+    while todo:
+        part = todo.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Inert):
+            return True
+        if isinstance(part, dict):
+            todo += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple | set | frozenset):
+            todo += part
+        elif isinstance(part, functools.partial):
+            todo += [part.func, part.args, part.keywords]
+        elif isinstance(part, types.MethodType):
+            todo.append(part.__self__)
+        elif not isinstance(part, type):
+            todo.append(getattr(part, "__dict__", None))
+    return False
 
 
 def _check_names(names: Any) -> None:

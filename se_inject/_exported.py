@@ -129,8 +129,7 @@ def exported_program(file: IO[bytes]) -> ExportedProgram:
     constants = _tensors(archive, "data/constants/", f"{name}_constants_config.json")
     samples = _samples(archive, f"data/sample_inputs/{name}.pt")
     data = _bytes_to_dataclass(schema.ExportedProgram, json.dumps(program).encode())  # type: ignore[no-untyped-call]
-    found = ExportedProgramDeserializer().deserialize(data, weights, constants, samples)
-    return found
+    return ExportedProgramDeserializer().deserialize(data, weights, constants, samples)
 
 
 def torch_version(file: IO[bytes]) -> str | None:
@@ -259,7 +258,7 @@ def _check_target(target: Any) -> None:
 
 
 def _check_tree(text: Any) -> None:
-    protocol, tree = json.loads(text)
+    _, tree = json.loads(text)
     todo = [tree]
     while todo:
         part = todo.pop()

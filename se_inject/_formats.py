@@ -73,10 +73,10 @@ def form_of(file: IO[bytes]) -> str:
         form = _archive(file) if head[:4] == b"PK\x03\x04" else "broken archive"
         file.seek(0)
         return form
+    if head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= size:  # the length may begin like a pickle
+        return "adapter" if is_adapter(safetensors_metadata(file)) else "safetensors"
     if head[:1] == b"\x80" and head[1:2] <= bytes([pickle.HIGHEST_PROTOCOL]):
         return "legacy" if _LEGACY_MAGIC in head[:32] else "plain"
-    if head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= size:
-        return "adapter" if is_adapter(safetensors_metadata(file)) else "safetensors"
     if head[:1] == b"\x08" and head[1:2] < b"\x20" and head[2:3] in _AFTER_IR_VERSION:
         return "onnx"
     if head[257:262] == b"ustar":
@@ -143,5 +143,5 @@ def _text(head: bytes) -> str:
     if text.startswith("version https://git-lfs"):
         return "lfs"
     if text.startswith("{"):
-        return "plan" if "se-inject" in text or '"steps"' in text else "json"
+        return "plan" if '"se_inject_plan"' in text else "json"
     return "html" if text.startswith(("<!doctype html", "<html")) else "text"

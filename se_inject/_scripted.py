@@ -67,9 +67,9 @@ def _check_source(name: str, text: str) -> None:
         word = _word(node)
         if word in _FORBIDDEN:
             raise LoadError(f"a TorchScript archive that uses `{word}`", seen=f"in its {name[:80]}")
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ops":
-            if node.attr not in _NAMESPACES:
-                raise LoadError(f"a TorchScript archive that calls an operator of `{node.attr}`", seen=name[:80])
+        is_operator = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ops"
+        if is_operator and word not in _NAMESPACES:
+            raise LoadError(f"a TorchScript archive that calls an operator of `{word}`", seen=name[:80])
 
 
 def _word(node: Any) -> str | None:

@@ -93,7 +93,7 @@ def check_script_pickle(archive: Archive, name: str) -> None:
         is_left_out = size == 0 and folder == "traced_inputs"  # torch keeps the shapes alone, and never reads them
         if type(numel) is not int or not 0 <= numel < 2**48 or (numel * dtype.itemsize != size and not is_left_out):
             raise DamagedArchive(f"a storage of {numel} elements in {size:,} bytes")
-        return _typed(torch.UntypedStorage(numel * dtype.itemsize, device="meta"), dtype)
+        return _typed(_bytes(numel * dtype.itemsize, "meta"), dtype)
 
     Unpickler(io.BytesIO(archive.read(name)), reading, storage).load()
     other = [global_name for global_name in reading.refused if not global_name.startswith(_OF_TORCHSCRIPT)]
@@ -116,7 +116,7 @@ def _legacy(file: IO[bytes], reading: Reading, size: int) -> Any:
             if type(numel) is not int or not 0 <= numel * dtype.itemsize <= size - reserved:
                 raise pickle.UnpicklingError(f"a storage of {numel} elements in {size:,} bytes")
             reserved += numel * dtype.itemsize
-            roots[name] = _typed(torch.UntypedStorage(numel * dtype.itemsize), dtype)
+            roots[name] = _typed(_bytes(numel * dtype.itemsize), dtype)
         if view is None:
             return roots[name]
         name_of_view, start, length = view
@@ -150,7 +150,8 @@ def _fill(storage: Any, file: IO[bytes]) -> None:
         raise pickle.UnpicklingError(f"a storage of {whole.nbytes():,} bytes that holds {numel} elements")
     if numel == 0:
         return
-    view = memoryview(torch.empty(0, dtype=torch.uint8).set_(whole).numpy())
+    values: Any = torch.empty(0, dtype=torch.uint8).set_(whole).numpy()
+    view = memoryview(values)
     while view:
         count = file.readinto(view)  # type: ignore[attr-defined]
         if not count:
@@ -178,14 +179,18 @@ def _dtype(kind: Any) -> torch.dtype:
         return torch.uint8
     if not isinstance(kind, StorageType):
         raise pickle.UnpicklingError("a storage of no known type")
-    return kind.dtype
+    return kind.dtype  # type: ignore[no-any-return]
 
 
 def _storage(data: memoryview, dtype: torch.dtype, *, copied: bool) -> Any:
     if not data:
-        return _typed(torch.UntypedStorage(0), dtype)
+        return _typed(_bytes(0), dtype)
     found = torch.frombuffer(data, dtype=torch.uint8)
     return _typed((found.clone() if copied else found).untyped_storage(), dtype)
+
+
+def _bytes(size: int, device: str = "cpu") -> Any:
+    return torch.UntypedStorage(size, device=device)  # type: ignore[no-untyped-call]
 
 
 def _typed(storage: Any, dtype: torch.dtype) -> Any:

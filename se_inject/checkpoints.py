@@ -21,8 +21,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from se_inject._allowed import NETWORKS
+from se_inject._allowed import NETWORKS, within
 from se_inject._architectures import PREFIXES, architectures_of
+from se_inject._contents import holds_inert
 from se_inject._formats import PICKLES, PROGRAMS, form_of, unreadable
 from se_inject._names import ZOOS, NoSuchFile, did_you_mean, fact, from_code, from_zoo, importable
 from se_inject._pickles import Inert
@@ -167,6 +168,13 @@ _KINDS = {
 }
 
 
+_BESIDE_A_NETWORK = (
+    "argparse.Namespace", "builtins.dict", "builtins.float", "builtins.int", "builtins.list", "collections.defaultdict",
+    "datetime", "numpy", "omegaconf", "pathlib", "torch.amp", "torch.optim", "types.SimpleNamespace",
+)  # fmt: skip
+"""What a training script saves beside its network. It isn't read, and the network can be had without it."""
+
+
 def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
     refused: dict[str, str | None] = {}
     with _opened(path) as file:
@@ -186,7 +194,8 @@ def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
             found = None  # something inert was in the way, and that is the better thing to say
     if _is_state_dict(found):
         raise _only_weights(path, "state dict", found)
-    if refused:
+    is_whole = isinstance(found, nn.Module) and not holds_inert(found)
+    if refused and not (is_whole and all(within(name, _BESIDE_A_NETWORK) for name in refused)):
         raise _untrusted(path, refused)
     if not isinstance(found, nn.Module):
         raise LoadError(f"`{path}` holds neither a network nor weights")

@@ -1,12 +1,17 @@
 """Loading: what comes back is what was saved, what is no model says so, and no file runs anything."""
 
 import argparse
+import bz2
+import collections
 import copy
+import datetime
 import functools
 import gzip
 import importlib
 import inspect
 import io
+import lzma
+import os
 import pickle
 import random
 import subprocess
@@ -14,9 +19,12 @@ import sys
 import tarfile
 import warnings
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as distributed_checkpoint
 import torchvision
 from safetensors.torch import save_file
 from torch import nn
@@ -26,6 +34,7 @@ from se_inject.checkpoints import NoSuchFile, load, load_weights_
 from se_inject.errors import LoadError, OptionError, UnsupportedModel, UntrustedGlobals
 from se_inject.inputs import check_supported
 from tests.common import build, randomise
+from tests.hostile import saved
 
 NET = """
 import torch
@@ -297,6 +306,24 @@ def test_module_in_a_checkpoint(tmp_path):
     assert_same(load(tmp_path / "last.pt"), model)
 
 
+def test_module_in_a_checkpoint_with_what_isnt_read(tmp_path):
+    model = small()
+    beside = {
+        "args": argparse.Namespace(lr=1, data=Path("/data")),
+        "best": np.float64(0.5),
+        "random": np.random.RandomState(0).get_state(),
+        "losses": collections.defaultdict(list, train=[1.0]),
+        "when": datetime.datetime(2026, 1, 1),
+        "scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters()), 3).state_dict(),
+    }
+    torch.save({"model": model, **beside}, tmp_path / "last.pt")
+    assert_same(load(tmp_path / "last.pt"), model)
+    model.best = beside["best"]
+    torch.save({"model": model, **beside}, tmp_path / "last.pt")
+    with pytest.raises(UntrustedGlobals, match="numpy"):
+        load(tmp_path / "last.pt")
+
+
 def test_load_with_weights(tmp_path):
     trained = randomise(build("torchvision:resnet18"), seed=5)
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
@@ -323,6 +350,23 @@ def write_truncated(path):
     path.write_bytes(path.read_bytes()[:-400])
 
 
+def write_flipped(path):
+    model = small()
+    weight = model[0].weight.detach().numpy().tobytes()
+    path.write_bytes(saved(model).replace(weight[:4], weight[1:4] + weight[:1]))
+
+
+def write_encrypted(path):
+    head = b"PK\x01\x02"
+    before, *entries = saved(small()).split(head)
+    path.write_bytes(head.join([before, *(entry[:4] + b"\1" + entry[5:] for entry in entries)]))
+
+
+def write_numpy(path, write):
+    with open(path, "wb") as file:
+        write(file, np.ones(3))
+
+
 def write_tar(path):
     path.with_name("inside").write_bytes(b"something")
     with tarfile.open(path, "w") as archive:
@@ -331,7 +375,7 @@ def write_tar(path):
 
 def write_exported(path):
     with open(path, "wb") as file:
-        torch.export.save(torch.export.export(small().eval(), (torch.rand(1, 3, 8, 8),)), file)
+        torch.export.save(torch.export.export(small().eval(), (torch.rand(2, 3, 8, 8),)), file)
 
 
 def write_scripted(path):
@@ -343,13 +387,26 @@ def write_scripted(path):
 
 
 ONNX = b"\x08\x0a\x12\x07pytorch\x1a\x052.14.0" + bytes(20)
+COMPRESSED = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
 NO_MODELS = {
     "empty": (lambda path: path.write_bytes(b""), "an empty file", None),
     "text": (lambda path: path.write_text("just words\n"), "a text file", ":callable"),
     "html": (lambda path: path.write_text("<!DOCTYPE html><p>404"), "a web page", "fetch it again"),
     "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "Git LFS", "git lfs pull"),
     "bytes": (lambda path: path.write_bytes(bytes(range(128, 256))), "no format", None),
-    "gzip": (lambda path: path.write_bytes(gzip.compress(b"x" * 99)), "gzip", "decompress"),
+    **{
+        name: (lambda path, compress=compress: path.write_bytes(compress(saved(small()))), name, "decompress")
+        for name, compress in COMPRESSED.items()
+    },
+    "numpy": (functools.partial(write_numpy, write=np.save), "NumPy", "torch.save"),
+    "numpy archive": (functools.partial(write_numpy, write=np.savez), "NumPy", "torch.save"),
+    "plan": (lambda path: path.write_text('{"se_inject_plan": 1, "steps": []}'), "a plan", "--plan"),
+    "json": (lambda path: path.write_text('{"architectures": ["ResNet"]}'), "a JSON file", "weights"),
+    "adapter": (
+        lambda path: save_file(small().state_dict(), path, {"se_inject_adapter": "1"}), "an adapter", "as MODEL"
+    ),
+    "half a checksum": (write_flipped, "is not what was written", None),
+    "encrypted": (write_encrypted, "mislead", None),
     "tar": (write_tar, "a tar archive", None),
     "other zip": (lambda path: write_zip(path, {"a.txt": "hello"}), "zip archive", None),
     "empty zip": (lambda path: write_zip(path, {}), "zip archive", None),
@@ -404,6 +461,30 @@ def test_nothing_is_downloaded():
 def test_directory(tmp_path):
     with pytest.raises(LoadError, match="is a directory"):
         load(tmp_path)
+    torch.save(small(), tmp_path / "last.pt")
+    with pytest.raises(LoadError) as caught:
+        load(tmp_path)
+    assert caught.value.hint == "pass the file in it that is meant: `last.pt`"
+    (tmp_path / "saved_model.pb").touch()
+    with pytest.raises(LoadError) as caught:
+        load(tmp_path)
+    assert "TensorFlow" in caught.value.hint
+
+
+def test_a_distributed_checkpoint(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        distributed_checkpoint.save(small().state_dict(), checkpoint_id=tmp_path / "step", no_dist=True)
+    with pytest.raises(LoadError, match="is a directory") as caught:
+        load(tmp_path / "step")
+    assert "dcp_to_torch_save" in caught.value.hint
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LoadError, match="is no file"):
+        load(tmp_path / "pipe")
 
 
 def test_every_truncation_is_an_error_about_the_file(tmp_path):

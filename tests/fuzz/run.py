@@ -31,7 +31,7 @@ from tests.fuzz.mutations import MAKERS, TARGET, mutated, original  # noqa: E402
 
 SECONDS = 10
 SLACK_MEGABYTES = 256
-PATIENCE = 60
+PATIENCE = 300
 
 
 def through_the_door(kind, path):
@@ -92,7 +92,7 @@ def fuzz(kind, count):
     longest, most, first = 0.0, 0, 0
     while first < count:
         results = context.Queue()
-        worker = context.Process(target=_work, args=(kind, range(first, count), results))
+        worker = context.Process(target=_work, args=(kind, range(first, count), results), daemon=True)
         worker.start()
         current, since = first, time.monotonic()
         while True:

@@ -1,0 +1,269 @@
+"""Files as tools make them: what each is found to be, programs in archives, weights whose network is recognised."""
+
+import io
+import warnings
+import zipfile
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from se_inject._architectures import architectures_of
+from se_inject.checkpoints import NoSuchFile, describe, load, load_program, load_weights_
+from se_inject.errors import LoadError, OptionError
+from tests.common import build, outputs, randomise
+from tests.fuzz.mutations import original
+from tests.hostile import records, saved, small, zipped
+
+IMAGES = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def same(model, other):
+    states = model.state_dict(), other.state_dict()
+    assert list(states[0]) == list(states[1])
+    return all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+# -- one line ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (torch.save, "a pickled network (torch.save)"),
+        (
+            lambda model, path: torch.save(model, path, _use_new_zipfile_serialization=False),
+            "a pickled network (torch.save before torch 1.6)",
+        ),
+        (lambda model, path: torch.save({"epoch": 3, "model": model}, path), "a pickled network (torch.save)"),
+    ],
+)
+def test_a_file_in_one_line(write, kind, tmp_path):
+    path = tmp_path / "model.bin"
+    write(small(), path)
+    assert describe(path, load(path)) == f"{path}: {kind}, Sequential, 130 parameters"
+
+
+def test_weights_in_one_line(tmp_path):
+    path = tmp_path / "weights.bin"
+    save_file(torchvision.models.resnet18().state_dict(), path)
+    line = describe(path, load(path, arch="torchvision:resnet18"))
+    assert line == f"{path}: weights (safetensors), ResNet, 11,689,512 parameters"
+
+
+def test_a_name_has_no_line():
+    assert describe("torchvision:resnet18", small()) is None
+
+
+def test_the_version_of_torch_that_a_file_records(tmp_path):
+    (tmp_path / "model.pt").write_bytes(original("pt2"))
+    with pytest.raises(LoadError, match="an exported program") as caught:
+        load(tmp_path / "model.pt")
+    assert caught.value.seen == f"written by torch {torch.__version__}"
+
+
+def test_an_onnx_file(tmp_path):
+    (tmp_path / "model.pt").write_bytes(original("onnx"))
+    with pytest.raises(LoadError, match="an ONNX file"):
+        load(tmp_path / "model.pt")
+
+
+# -- mapped, swapped, unchecked, compressed ----------------------------------------------------------------
+
+
+def test_mapped_tensors_are_the_files(tmp_path):
+    model = randomise(build("torchvision:resnet18"))
+    torch.save(model, tmp_path / "model.pt")
+    before = (tmp_path / "model.pt").read_bytes()
+    mapped = load(tmp_path / "model.pt", mmap=True)
+    assert same(mapped, model)
+    with torch.no_grad():
+        mapped.conv1.weight.zero_()  # private to this process
+    assert (tmp_path / "model.pt").read_bytes() == before
+    assert same(load(tmp_path / "model.pt"), model)
+
+
+def test_a_model_that_is_not_mapped_survives_its_file(tmp_path):
+    model = small()
+    torch.save(model, tmp_path / "model.pt")
+    loaded = load(tmp_path / "model.pt")
+    (tmp_path / "model.pt").write_bytes(b"")
+    assert same(loaded, model)
+
+
+def test_without_checksums(tmp_path):
+    model = small()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(model, tmp_path / "model.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for mmap in (False, True):
+        assert same(load(tmp_path / "model.pt", mmap=mmap), model)
+
+
+def test_compressed_again_by_another_tool(tmp_path):
+    model = small()
+    (tmp_path / "model.pt").write_bytes(zipped(records(saved(model)), compression=zipfile.ZIP_DEFLATED))
+    for mmap in (False, True):
+        assert same(load(tmp_path / "model.pt", mmap=mmap), model)
+
+
+def test_from_a_machine_of_the_other_byte_order(tmp_path):
+    model = small()
+    data = records(saved(model))
+    for name, content in data.items():
+        if "/data/" in name:
+            size = 8 if len(content) == 8 else 4  # the counter of batches is the one 64-bit number
+            data[name] = b"".join(content[at : at + size][::-1] for at in range(0, len(content), size))
+        elif name.endswith("byteorder"):
+            data[name] = b"big"
+    (tmp_path / "model.pt").write_bytes(zipped(data))
+    loaded = load(tmp_path / "model.pt")
+    assert all(torch.equal(loaded[n].weight, model[n].weight) for n in (0, 1, 3))
+
+
+# -- programs ----------------------------------------------------------------------------------------------
+
+PROGRAMS = ["torchvision:resnet18", "torchvision:mobilenet_v2", "timm:test_convnext", "timm:test_vit"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_exported_program(name, tmp_path):
+    images = IMAGES if "vit" not in name else torch.rand(3, 3, 160, 160)
+    model = randomise(build(name)).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    found = load_program(tmp_path / "model.pt2")
+    assert found.graph_module.code == program.graph_module.code
+    assert str(found.range_constraints) == str(program.range_constraints)
+    assert torch.equal(found.module()(images[:2]), program.module()(images[:2]))
+    assert torch.equal(torch.export.unflatten(found)(images), model(images))
+
+
+class Cases(nn.Module):
+    """Arithmetic on sizes, a constant, a dict in and out, a branch, a grad mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.table = torch.arange(4.0)
+
+    def forward(self, inputs):
+        x = self.conv(inputs["image"])
+        x = x + self.table.view(1, 4, 1, 1)
+        with torch.no_grad():
+            rest = x.mean((2, 3))
+        x = torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
+        return {"flat": x.reshape(x.shape[0] * 2, -1), "rest": [rest, torch.full((x.shape[0] // 2,), math_of(x))]}
+
+
+def math_of(x):
+    return x.shape[2] / 2
+
+
+def test_an_exported_program_with_everything(tmp_path):
+    model, inputs = Cases(), ({"image": IMAGES[:2]},)
+    dynamic = ({"image": {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, inputs, dynamic_shapes=dynamic)
+    torch.export.save(program, tmp_path / "model.pt2")
+    found = load_program(tmp_path / "model.pt2")
+    wanted, got = outputs(program.module(), *inputs), outputs(found.module(), *inputs)
+    assert len(wanted) == 3
+    assert all(torch.equal(*pair) for pair in zip(wanted, got, strict=True))
+
+
+@pytest.mark.parametrize("how", ["traced", "scripted"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_torchscript(name, how, tmp_path):
+    images = IMAGES if "vit" not in name else torch.rand(3, 3, 160, 160)
+    model = randomise(build(name)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(model, images) if how == "traced" else torch.jit.script(model), tmp_path / "m")
+    found = load_program(tmp_path / "m")
+    assert isinstance(found, torch.jit.ScriptModule)
+    with torch.no_grad():
+        assert torch.equal(found(images), model(images))
+
+
+def test_no_program(tmp_path):
+    torch.save(small(), tmp_path / "model.pt")
+    with pytest.raises(LoadError, match="neither an exported program nor"):
+        load_program(tmp_path / "model.pt")
+    with pytest.raises(NoSuchFile):
+        load_program(tmp_path / "gone.pt2")
+
+
+def test_a_program_for_another_device(tmp_path):
+    data = records(original("pt2"))
+    for name, content in data.items():
+        data[name] = content.replace(b'"type": "cpu"', b'"type": "cuda"')
+    (tmp_path / "model.pt2").write_bytes(zipped(data))
+    with pytest.raises(LoadError, match="exported for cuda"):
+        load_program(tmp_path / "model.pt2")
+
+
+# -- whose weights? ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("torchvision:resnet50", {"num_classes": 7}),
+        ("torchvision:mobilenet_v3_small", {}),
+        ("torchvision:densenet121", {"num_classes": 3}),
+        ("timm:convnext_tiny", {"num_classes": 10}),
+        ("timm:test_vit", {}),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"module." + key: state[key] for key in state}])
+def test_a_network_is_recognised(name, options, wrap):
+    library, _, short = name.partition(":")
+    with torch.device("meta"):
+        model = (
+            timm.create_model(short, **options) if library == "timm" else torchvision.models.get_model(short, **options)
+        )
+    state = wrap(model.state_dict())
+    assert name in architectures_of(state)
+    without_counters = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    assert name in architectures_of(without_counters)
+
+
+def test_a_network_that_is_not_known():
+    assert architectures_of(small().state_dict()) == []
+    assert architectures_of({}) == []
+
+
+@pytest.mark.parametrize("write", [torch.save, save_file])
+def test_weights_without_a_network_name_it(write, tmp_path):
+    path = tmp_path / "weights.pth"
+    write(randomise(build("torchvision:resnet18")).state_dict(), path)
+    with pytest.raises(LoadError, match="a file of weights") as caught:
+        load(path)
+    assert "`torchvision:resnet18`, `timm:resnet18`" in caught.value.seen
+    assert caught.value.hint == f"`se-inject {path} --arch torchvision:resnet18`"
+
+
+def test_arch(tmp_path):
+    trained = randomise(build("torchvision:resnet18"), seed=5)
+    torch.save({"epoch": 3, "state_dict": trained.state_dict()}, tmp_path / "resnet18.pth")
+    assert same(load(tmp_path / "resnet18.pth", arch="torchvision:resnet18"), trained)
+    with pytest.raises(OptionError, match="the weights already"):
+        load(tmp_path / "resnet18.pth", arch="torchvision:resnet18", weights=tmp_path / "resnet18.pth")
+    with pytest.raises(OptionError, match="is a file"):
+        load(tmp_path / "resnet18.pth", arch=str(tmp_path / "resnet18.pth"))
+
+
+def test_weights_are_copied_out_of_their_file(tmp_path):
+    model, trained = small(), randomise(small(), seed=3)
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    load_weights_(model, tmp_path / "weights.pt")
+    (tmp_path / "weights.pt").write_bytes(io.BytesIO().getvalue())
+    assert same(model, trained)
