@@ -9,7 +9,6 @@ reader, in C++.
 from __future__ import annotations
 
 import ast
-import io
 import warnings
 from typing import IO, Any
 
@@ -54,7 +53,7 @@ def script_module(file: IO[bytes]) -> torch.jit.ScriptModule:
     file.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TorchScript is deprecated
-        return torch.jit.load(io.BytesIO(file.read()), map_location="cpu")  # type: ignore[no-any-return,no-untyped-call]
+        return torch.jit.load(file, map_location="cpu")  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _check_source(name: str, text: str) -> None:

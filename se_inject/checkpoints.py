@@ -143,28 +143,32 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram | torch.jit.Sc
         return _read(path, lambda: exported_program(file) if form == "pt2" else script_module(file))
 
 
-def describe(source: str | os.PathLike[str], model: nn.Module) -> str | None:
+def describe(source: str | os.PathLike[str], model: nn.Module, arch: str | None = None) -> str | None:
     """What a file was found to hold, in one line: its kind, the network's class, parameters; None for a name.
+
+    No file of a whole network or of weights records the version of torch that wrote it.
 
     Args:
         source: as given to ``load``.
         model: as ``load`` gave it.
+        arch: as given to ``load``.
     """
     if not os.path.exists(source):
         return None
     with _opened(Path(source)) as file:
         form = form_of(file)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return f"{os.fspath(source)}: {_KINDS.get(form, form)}, {type(model).__name__}, {parameters:,} parameters"
+    what = "a pickled network" if arch is None else f"weights for {arch}"
+    return f"{os.fspath(source)}: {what} ({_WRITERS[form]}), {type(model).__name__}, {parameters:,} parameters"
 
 
 # -- files -------------------------------------------------------------------------------------------------
 
-_KINDS = {
-    "zip": "a pickled network (torch.save)",
-    "legacy": "a pickled network (torch.save before torch 1.6)",
-    "plain": "a pickled network (pickle.dump)",
-    "safetensors": "weights (safetensors)",
+_WRITERS = {
+    "zip": "torch.save",
+    "legacy": "torch.save before torch 1.6",
+    "plain": "pickle.dump",
+    "safetensors": "safetensors",
 }
 
 

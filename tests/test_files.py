@@ -11,8 +11,10 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+import se_inject as si
 from se_inject._architectures import architectures_of
 from se_inject.checkpoints import NoSuchFile, describe, load, load_program, load_weights_
+from se_inject.cli import cli
 from se_inject.errors import LoadError, OptionError
 from tests.common import build, outputs, randomise
 from tests.fuzz.mutations import original
@@ -50,8 +52,8 @@ def test_a_file_in_one_line(write, kind, tmp_path):
 def test_weights_in_one_line(tmp_path):
     path = tmp_path / "weights.bin"
     save_file(torchvision.models.resnet18().state_dict(), path)
-    line = describe(path, load(path, arch="torchvision:resnet18"))
-    assert line == f"{path}: weights (safetensors), ResNet, 11,689,512 parameters"
+    line = describe(path, load(path, arch="torchvision:resnet18"), "torchvision:resnet18")
+    assert line == f"{path}: weights for torchvision:resnet18 (safetensors), ResNet, 11,689,512 parameters"
 
 
 def test_a_name_has_no_line():
@@ -259,6 +261,34 @@ def test_arch(tmp_path):
         load(tmp_path / "resnet18.pth", arch="torchvision:resnet18", weights=tmp_path / "resnet18.pth")
     with pytest.raises(OptionError, match="is a file"):
         load(tmp_path / "resnet18.pth", arch=str(tmp_path / "resnet18.pth"))
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    trained = randomise(build("torchvision:resnet18"))
+    torch.save(trained.state_dict(), tmp_path / "resnet18.pth")
+    model, options = str(tmp_path / "resnet18.pth"), ("--arch", "torchvision:resnet18", "--input", "3x64x64")
+    cli.main(["sites", model, *options], standalone_mode=False)
+    line = f"{model}: weights for torchvision:resnet18 (torch.save), ResNet, 11,689,512 parameters\n"
+    assert line in capsys.readouterr().err
+    cli.main(["inject", model, *options, "--stages", "4", "-o", str(tmp_path / "se.pt")], standalone_mode=False)
+    assert same(si.eject_(load(tmp_path / "se.pt")), trained)
+
+
+def test_a_file_is_replaced_by_what_was_made_of_it(tmp_path):
+    """It is mapped while it is read, so its tensors must not go with it."""
+    model = randomise(nn.Sequential(build("torchvision:resnet18").layer4, nn.ReLU()))
+    torch.save(model, tmp_path / "model.pt")
+    arguments = [
+        "inject",
+        str(tmp_path / "model.pt"),
+        "--input",
+        "256x8x8",
+        "--force",
+        "-o",
+        str(tmp_path / "model.pt"),
+    ]
+    cli.main(arguments, standalone_mode=False)
+    assert same(si.eject_(load(tmp_path / "model.pt")), model)
 
 
 def test_weights_are_copied_out_of_their_file(tmp_path):

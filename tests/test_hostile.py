@@ -21,7 +21,7 @@ from tests.hostile import CALL, CONTAINERS, DAMAGED, HIT, PAYLOADS, PROTO, Reduc
 
 TARGET = small()
 SECONDS = 10
-MEGABYTES = 400
+MEGABYTES = 256
 """What a bomb may take: what unpickling two million objects takes."""
 
 

@@ -18,9 +18,13 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 LAYERS = [
     ["_version", "errors"],
-    ["_files", "_formats", "_names", "_tracer", "tables"],
-    ["_pickles", "blocks", "options", "report", "tracing"],
-    ["bodies", "checkpoints", "exporting", "inputs", "operations", "sites"],
+    ["_allowed", "_architectures", "_archives", "_files", "_names", "_tracer", "tables"],
+    ["_builders", "_formats", "blocks", "options", "report", "tracing"],
+    ["_pickles", "bodies", "exporting", "inputs", "operations", "sites"],
+    ["_contents"],
+    ["_unpickling"],
+    ["_exported", "_scripted"],
+    ["checkpoints"],
     ["_staging", "_ways", "plotting", "surgery", "testing"],
     ["_values"],
     ["_chains"],
