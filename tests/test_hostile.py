@@ -17,6 +17,7 @@ from se_inject import bodies
 from se_inject.checkpoints import load, load_program, load_weights_
 from se_inject.errors import LoadError, UntrustedGlobals
 from tests import hostile
+from tests.fuzz.run import peak_bytes
 from tests.hostile import CALL, CONTAINERS, DAMAGED, HIT, PAYLOADS, PROTO, Reduced, Stated, archived, pickled, small
 
 TARGET = small()
@@ -208,29 +209,41 @@ def test_every_operator_that_an_edited_forward_may_call():
 # -- bombs -------------------------------------------------------------------------------------------------
 
 
-def peak_megabytes():
-    """The most memory since it was last asked for (Linux)."""
-    with open("/proc/self/status") as status:
-        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    return peak / 1024
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is measured on Linux alone")
 @pytest.mark.parametrize("name", hostile.bombs())
 def test_bombs(name, path):
     data = hostile.bombs()[name]
     path.write_bytes(data)
-    peak_megabytes()
-    before, start = peak_megabytes(), time.process_time()
+    peak_bytes()
+    before, start = peak_bytes(), time.process_time()
     with pytest.raises(LoadError) as caught:
         load(path)
     with contextlib.suppress(LoadError):
         load_weights_(small(), path)
     assert time.process_time() - start < SECONDS
-    assert peak_megabytes() - before < 2 * len(data) / 2**20 + MEGABYTES
+    assert peak_bytes() - before < 2 * len(data) + MEGABYTES * 2**20
     assert "MemoryError" not in str(caught.value)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is measured on Linux alone")
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize(
+    "write",
+    [
+        torch.save,
+        lambda model, path: torch.save(model, path, _use_new_zipfile_serialization=False),
+        lambda model, path: path.write_bytes(pickle.dumps(model)),
+        lambda model, path: path.write_bytes(pickle.dumps(model, protocol=2)),
+    ],
+)
+def test_memory_of_a_large_file(write, mmap, path):
+    """A mapped file's own pages count, which are the system's to take back."""
+    write(nn.Linear(4000, 4000), path)
+    peak_bytes()
+    before = peak_bytes()
+    model = load(path, mmap=mmap)
+    assert peak_bytes() - before < 2 * path.stat().st_size + 2**25
+    assert model.weight.shape == (4000, 4000)
 
 
 # -- programs ----------------------------------------------------------------------------------------------
