@@ -3,38 +3,62 @@
 from __future__ import annotations
 
 import codecs
+import json
 import pickle
-import zipfile
+import struct
 from os import PathLike
 from typing import IO
 
-import torch
-
+from se_inject._archives import Archive
 from se_inject.errors import LoadError
 
 PICKLES = ("zip", "legacy", "plain")
 """What ``torch.save`` writes, what it wrote before torch 1.6, and what ``pickle.dump`` writes."""
 
+PROGRAMS = ("pt2", "torchscript")
+"""What ``torch.export.save`` writes, and what ``torch.jit.save`` writes."""
+
 _LEGACY_MAGIC = b"\xfc\x9cF\xf9 j\xa8P\x19"
 _EXPORTED = ("archive_format", "serialized_exported_program.json", "models/model.json")
 _AFTER_IR_VERSION = (b"\x12", b"\x1a", b"\x22", b"\x3a", b"\x42")  # fields of ONNX's ModelProto
+_LARGEST_HEADER = 100_000_000  # of safetensors, by its specification
+_BEGINNINGS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"\x89HDF\r\n": "hdf5",
+    b"\x93NUMPY": "numpy",
+    b"GGUF": "gguf",
+    b"%PDF": "pdf",
+}
 _EAGER = "pass the eager module that it was made from"
-_ARCHITECTURE = "name the architecture they belong to: `se-inject torchvision:resnet50 --weights {path}`"
+_ARCHITECTURE = "name the architecture they belong to: `se-inject {path} --arch torchvision:resnet50`"
+_DECOMPRESS = "decompress it first"
 _OTHER = {
     "empty": ("an empty file", None),
     "torchscript": ("a TorchScript archive, which can't be edited yet", _EAGER),
     "pt2": ("an exported program, which can't be edited yet", _EAGER),
-    "onnx": ("an ONNX file, which can't be edited", _EAGER),
+    "onnx": ("an ONNX file, which can't be edited: it holds a graph, but no module to train", _EAGER),
     "safetensors": ("a file of weights, without a network", _ARCHITECTURE),
     "state dict": ("a file of weights, without a network", _ARCHITECTURE),
+    "adapter": ("an adapter: the weights of injected blocks, without their network", "pass the network as MODEL"),
+    "plan": ("a plan, without a network", "pass the network as MODEL, and the plan with --plan"),
+    "json": ("a JSON file", "pass the weights or the network that it describes"),
+    "numpy": ("a file of NumPy arrays", "load it in Python and save the arrays' network with torch.save"),
     "archive": ("a zip archive, but none of torch.save", "unpack it and pass the file in it that is meant"),
-    "broken archive": ("a zip archive that is truncated or damaged", "copy or download it again"),
-    "gzip": ("compressed with gzip", "decompress it first"),
+    "broken archive": ("a zip archive that is truncated, damaged or made to mislead", "copy or download it again"),
     "tar": ("a tar archive", "unpack it; if torch before 0.2 wrote it, save it again with a later one"),
+    "hdf5": ("an HDF5 file, as Keras and MATLAB write it", "convert the network to PyTorch first"),
+    "tflite": ("a TensorFlow Lite file", "convert the network to PyTorch first"),
+    "gguf": ("a GGUF file, of weights for llama.cpp", None),
+    "pdf": ("a PDF", None),
     "lfs": ("a pointer of Git LFS, not the file itself", "git lfs pull"),
     "html": ("a web page, not a model", "the download went wrong: fetch it again"),
     "text": ("a text file", "of a Python file name what to call: `{path}:callable`"),
     "unknown": ("in no format that torch or safetensors writes", None),
+    **{name: (f"compressed with {name}", _DECOMPRESS) for name in ("gzip", "bzip2", "xz", "zstd", "7z")},
 }
 
 
@@ -46,39 +70,67 @@ def form_of(file: IO[bytes]) -> str:
     head, size = file.read(4096), file.seek(0, 2)
     file.seek(0)
     if head[:2] == b"PK":
-        form = _archive(file)
+        form = _archive(file) if head[:4] == b"PK\x03\x04" else "broken archive"
         file.seek(0)
         return form
+    if head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= size:  # the length may begin like a pickle
+        return "adapter" if is_adapter(safetensors_metadata(file)) else "safetensors"
     if head[:1] == b"\x80" and head[1:2] <= bytes([pickle.HIGHEST_PROTOCOL]):
         return "legacy" if _LEGACY_MAGIC in head[:32] else "plain"
-    if head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= size:
-        return "safetensors"
     if head[:1] == b"\x08" and head[1:2] < b"\x20" and head[2:3] in _AFTER_IR_VERSION:
         return "onnx"
     if head[257:262] == b"ustar":
         return "tar"
-    if head[:2] == b"\x1f\x8b":
-        return "gzip"
+    if head[4:8] == b"TFL3":
+        return "tflite"
+    for beginning, form in _BEGINNINGS.items():
+        if head.startswith(beginning):
+            return form
     return _text(head) if head else "empty"
 
 
-def unreadable(path: str | PathLike[str], form: str) -> LoadError:
-    """The error that says why a file of this form gives no model."""
-    what, hint = _OTHER[form]
-    return LoadError(f"`{path}` is {what}", hint=hint and hint.format(path=path))
+def unreadable(path: str | PathLike[str], form: str, seen: str | None = None, hint: str | None = None) -> LoadError:
+    """The error that says why a file of this form gives no model.
+
+    Args:
+        path: of the file.
+        form: what ``form_of`` gave, or ``state dict``.
+        seen: what else is known of it.
+        hint: a better one than the form's own.
+    """
+    what, general = _OTHER[form]
+    return LoadError(f"`{path}` is {what}", seen=seen, hint=hint or (general and general.format(path=path)))
+
+
+def safetensors_metadata(file: IO[bytes]) -> dict[str, str]:
+    """The texts in a safetensors file's header, if it can be read; the file is at its beginning before and after."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    try:
+        header = json.loads(file.read(length)) if length <= _LARGEST_HEADER else {}
+    except (ValueError, RecursionError):
+        header = {}
+    file.seek(0)
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def is_adapter(metadata: dict[str, str]) -> bool:
+    """Whether a safetensors file with these texts is one of ours: it holds the plan of what was injected."""
+    return any(key.startswith("se_inject") for key in metadata)
 
 
 def _archive(file: IO[bytes]) -> str:
     try:
-        # What torch.load will see; Python's zipfile could see something else in a crafted file.
-        names = torch._C.PyTorchFileReader(file).get_all_records()
-    except (RuntimeError, OSError):
-        return "archive" if zipfile.is_zipfile(file) else "broken archive"
-    if "constants.pkl" in names:
+        archive = Archive(file)
+    except Exception:  # zipfile raises errors of many classes
+        return "broken archive"
+    if "constants.pkl" in archive:
         return "torchscript"
-    if any(name in names for name in _EXPORTED):
+    if any(name in archive for name in _EXPORTED):
         return "pt2"
-    return "zip" if "data.pkl" in names else "archive"
+    if any(name.endswith(".npy") for name in archive.records):
+        return "numpy"
+    return "zip" if "data.pkl" in archive else "archive"
 
 
 def _text(head: bytes) -> str:
@@ -90,4 +142,6 @@ def _text(head: bytes) -> str:
         return "unknown"
     if text.startswith("version https://git-lfs"):
         return "lfs"
+    if text.startswith("{"):
+        return "plan" if '"se_inject_plan"' in text else "json"
     return "html" if text.startswith(("<!doctype html", "<html")) else "text"

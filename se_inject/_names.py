@@ -130,7 +130,12 @@ def did_you_mean(word: str, words: Iterable[str]) -> str | None:
 def fact(error: BaseException) -> str:
     """An exception in one line."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {printable(lines[0])}" if lines else type(error).__name__
+
+
+def printable(text: str, most: int = 300) -> str:
+    """Text that may come from a file as it may be shown on a terminal."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[:most])
 
 
 def _torchvision() -> tuple[list[str], Callable[[str], nn.Module]]:

@@ -5,17 +5,17 @@ A pickle is a program: ``REDUCE`` calls what it names, ``BUILD`` hands any state
 file's own arguments, network classes included, and it reads no whole module in the format before torch 1.6.
 So the opcodes that do something are replaced here, and one reader serves every format:
 
-* A network class (an ``nn.Module`` whose name in the file and own ``__module__`` are both under ``NETWORKS``)
-  is made empty by ``object.__new__`` and given its state by its ``__setstate__``. The file never calls it.
-* Called are only ``BUILDERS``, which make tensors and plain data; an enum with one value;
-  ``functools.partial`` with one callable and nothing else; ``getattr`` for a module's own ``forward…``
-  methods and torch's activations; and our own ``rebuild`` and ``rebuild_frozen``, which check what they are given.
+* A network class (``_allowed.is_network``) is made empty by ``object.__new__`` and given its state by its
+  ``__setstate__``. The file never calls it, and ``_contents`` looks at every module when all has been read.
+* Called are only ``_builders``, which make tensors and plain data and check their arguments; an enum with one
+  value; ``functools.partial`` with one callable and nothing else; ``getattr`` for a module's own ``forward…``
+  methods and torch's activations; and our own ``rebuild`` and ``rebuild_frozen``, which check
+  what they are given.
 * Functions of tensors may be referred to: networks keep them as attributes and call them in their forward.
-* Everything else, name or call, becomes an ``Inert`` module that takes any state and does nothing. Reading
+* Everything else, name or call, becomes an ``Inert`` module that keeps its tensors and does nothing. Reading
   goes on, so that an error can name all of it at once, and the tensors in such a file can still be had.
 * A trusted package is outside all this: its code is imported, called and given state as the file says.
-
-The lists are what the pickles of all networks of torchvision 0.29 and timm 1.0.31 refer to.
+* The program's length, and what it copies, have limits.
 """
 
 from __future__ import annotations
@@ -23,77 +23,28 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
-import inspect
-import io
 import pickle
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import IO, Any, ClassVar
 
 import torch
 from torch import nn
 
-from se_inject.errors import LoadError
+from se_inject._allowed import ACTIVATIONS, BUILDERS, is_data, is_harmless, is_network, may_be_looked_up, within
+from se_inject._archives import SLACK_BYTES
+from se_inject._builders import Absurd, builder, checked_key
+from se_inject._names import printable
 
-NETWORKS = (
-    "torch.nn",
-    "torchvision.models",
-    "torchvision.ops",
-    "timm.models",
-    "timm.layers",
-    "se_inject",
-    "se_inject_plugins",
-    "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional",
-    "torch.ao.quantization.stubs.QuantStub",
-    "torch.ao.quantization.stubs.DeQuantStub",
-)
-NOT_NETWORKS = ("torch.nn.parallel.distributed",)  # its __setstate__ talks to a process group
+MOST_OPCODES = 1_000_000
+"""The largest network of timm has a quarter of a million."""
 
-BUILDERS = frozenset(
-    [
-        *(f"builtins.{name}" for name in ("bytearray", "complex", "frozenset", "range", "set", "slice")),
-        "_codecs.encode",
-        "collections.Counter",
-        "collections.OrderedDict",
-        "se_inject.bodies.rebuild",
-        "se_inject.freezing.rebuild_frozen",
-        "torch.Size",
-        "torch.device",
-        "torch.serialization._get_layout",
-        "torch._utils._rebuild_meta_tensor_no_storage",
-        "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_parameter_with_state",
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_tensor_v3",
-    ]
-)
-DATA = frozenset(
-    [
-        "timm.layers.format.Format",
-        "timm.models._features.FeatureInfo",
-        "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
-        "torchvision.models.detection._utils.BoxCoder",
-        "torchvision.models.detection._utils.BoxLinearCoder",
-        "torchvision.models.detection._utils.Matcher",
-        "torchvision.models.detection._utils.SSDMatcher",
-    ]
-)
-REFERENCES = frozenset(
-    [
-        "functools.partial",
-        "timm.layers.activations.gelu",
-        "torch._C._VariableFunctionsClass",
-        "torch.storage.UntypedStorage",
-        "torchvision.models.optical_flow.raft._pass_through_h",
-        "torchvision.ops.boxes.box_iou",
-    ]
-)
-ACTIVATIONS = frozenset(["relu", "sigmoid", "tanh", "selu", "celu", "rrelu", "prelu", "softmax", "log_softmax"])
-
-_LISTED = BUILDERS | DATA | REFERENCES
-_QUOTES = frozenset("\"'\\")
+_BYTES_OF_AN_ITEM = 64
+_LONG_READ = 1 << 20
+_TABLES = ("_modules", "_parameters", "_buffers")
+_MOST_LAYERS_OF_AN_RNN = 1000
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # protocol 2 writes the old names
 _UNUSED = (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID)
 
@@ -102,82 +53,116 @@ class Inert(nn.Module):
     """Stands for what a file named and nobody allowed."""
 
 
-def unpickle(file: IO[bytes], form: str, trust: Sequence[str], refused: dict[str, str | None]) -> Any:
-    """Read what ``torch.save`` or ``pickle.dump`` wrote; its tensors go to the CPU.
+@dataclass
+class Reading:
+    """One file being read: what it may do, and what it has done so far.
+
+    Attributes:
+        trust: packages whose code the file may use.
+        spare_bytes: what it may still copy of its own data.
+        refused: the names of what became ``Inert``, each with the reason if it could not be imported.
+        modules: every module that it made.
+        opcodes: how many have been carried out.
+    """
+
+    trust: tuple[str, ...]
+    spare_bytes: int
+    refused: dict[str, str | None] = field(default_factory=dict)
+    modules: list[nn.Module] = field(default_factory=list)
+    opcodes: int = 0
+
+    @classmethod
+    def of(cls, size: int, trust: Sequence[str]) -> Reading:
+        """The reading of a file of this many bytes."""
+        return cls(tuple(trust), 2 * size + SLACK_BYTES)  # protocol 2 writes bytes as text, which is encoded first
+
+    def copies(self, data: Any) -> None:
+        """Count something that is about to be copied: bytes by their number, what a container holds by its size.
+
+        Raises:
+            UnpicklingError: that is more than any file needs.
+        """
+        if isinstance(data, bytes | str | bytearray):
+            self.spare_bytes -= len(data)
+        elif isinstance(data, list | tuple | dict | set | frozenset):
+            self.spare_bytes -= len(data) * _BYTES_OF_AN_ITEM
+        if self.spare_bytes < 0:
+            raise Absurd("it unfolds to far more than its own size")
+
+
+class _Opcodes(dict[int, Callable[..., None]]):
+    """The table of opcodes; it counts the look-ups."""
+
+    reading: Reading
+
+    def __getitem__(self, code: int) -> Callable[..., None]:
+        self.reading.opcodes += 1
+        if self.reading.opcodes > MOST_OPCODES:
+            raise Absurd(f"it holds more than {MOST_OPCODES:,} opcodes")
+        try:
+            return super().__getitem__(code)
+        except KeyError:
+            raise pickle.UnpicklingError(f"opcode {bytes([code])!r}, which no pickle of a network has") from None
+
+
+class _Bounded:
+    """A file, of which nobody reads more than it has: Python would first make room for all that is asked for."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        start = file.tell()
+        self._end = file.seek(0, 2)
+        file.seek(start)
+        self.readline = file.readline
+
+    def read(self, size: int) -> bytes:
+        if size > _LONG_READ and size > self._end - self._file.tell():
+            raise EOFError("the file ends before its data does")
+        return self._file.read(size)
+
+
+class Unpickler(pickle._Unpickler):
+    """The standard library's unpickler, with every opcode that calls something replaced.
 
     Args:
-        file: the open file, at its beginning.
-        form: ``zip`` (none of TorchScript) or ``legacy``, of ``torch.save``; ``plain``, of ``pickle.dump``.
-        trust: packages whose code the file may use.
-        refused: takes the names of what became ``Inert``, each with the reason if it could not be imported.
-
-    Raises:
-        Exception: of any class, from a damaged file or a trusted package.
+        file: where the pickle begins.
+        reading: the file's reading, which it goes on with.
+        persistent: what a persistent id stands for.
+        load_bytes: a storage from bytes, as ``pickle.dump`` writes it.
     """
 
-    class Unpickler(_Unpickler):
-        _trust = tuple(trust)
-        _refused = refused
-
-    def load(file: IO[bytes], **options: Any) -> Any:
-        return Unpickler(file, **options).load()
-
-    if form == "plain":
-        return load(file)
-    if form == "legacy":
-        file = io.BytesIO(file.read())  # of a real file, torch first tries whether it is a tar archive
-    reader = types.SimpleNamespace(__name__=__name__, Unpickler=Unpickler, load=load)
-    return torch.load(file, map_location="cpu", pickle_module=reader, weights_only=False)
-
-
-def check_names(model: nn.Module) -> None:
-    """Refuse attribute names that would be more than a name where torch.fx writes them into source text.
-
-    It follows ``_modules`` itself, since a file can hide ``named_modules`` behind an attribute.
-
-    Raises:
-        LoadError: a name holds a quote, a backslash or something unprintable.
-    """
-    found, todo = {id(model)}, [model]
-    while todo:
-        state = vars(todo.pop())
-        for names in (state, state["_modules"], state["_parameters"], state["_buffers"]):
-            for name in names:
-                if not isinstance(name, str) or not name.isprintable() or _QUOTES.intersection(name):
-                    raise LoadError("a module in this file has an attribute that is no name", seen=repr(name)[:80])
-        children = [m for m in state["_modules"].values() if m is not None and id(m) not in found]
-        found.update(map(id, children))
-        todo += children
-
-
-def within(name: str, packages: Sequence[str]) -> bool:
-    """Whether a dotted name is one of these packages or something in them."""
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
-
-
-class _Unpickler(pickle._Unpickler):
-    """The standard library's unpickler, with every opcode that calls something replaced."""
-
-    _trust: tuple[str, ...]
-    _refused: dict[str, str | None]
     stack: list[Any]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, file: IO[bytes], **options: Any) -> None:
-        super().__init__(file, **options)
-        self._callable: list[Any] = []
+    def __init__(
+        self,
+        file: IO[bytes],
+        reading: Reading,
+        persistent: Callable[[Any], Any] | None = None,
+        load_bytes: Callable[[bytes], Any] | None = None,
+    ) -> None:
+        super().__init__(_Bounded(file), encoding="utf-8")
+        self._reading = reading
+        self._persistent_id = persistent
+        self._load_bytes = load_bytes
+        self._callable: dict[int, Any] = {}
+        self.dispatch = _Opcodes(self._OPCODES)  # type: ignore[misc]
+        self.dispatch.reading = reading
 
     def find_class(self, module: str, name: str) -> Any:
         """What has this name if the file may have it, else something inert."""
         module = _PYTHON_2.get(module, module)
+        module = "torch._tensor" if module == "torch.tensor" else module  # before torch 1.8
         full = f"{module}.{name}"
-        trusted = within(module, self._trust)
-        listed = full in _LISTED
+        trusted = within(module, self._reading.trust)
         if full in ("builtins.getattr", "torch.storage._load_from_bytes"):
             return self._may_call(self._attribute if name == "getattr" else self._storage)
-        known = listed or within(full, NETWORKS) or module in ("torch", "torch._C._nn")
-        if not trusted and ("." in name or not known):
+        if module in ("torch", "torch.cuda") and name.endswith("Storage") and name != "UntypedStorage":
+            return torch.serialization.StorageType(name)  # type: ignore[no-untyped-call]
+        if full in BUILDERS and not trusted:
+            return self._may_call(builder(full))
+        if not trusted and not may_be_looked_up(module, name):
             return self._refuse(full)
         try:
             found: Any = importlib.import_module(module)
@@ -185,73 +170,104 @@ class _Unpickler(pickle._Unpickler):
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
             return self._refuse(full, str(error))
-        if full in BUILDERS or (trusted and within(getattr(found, "__module__", None) or "", self._trust)):
+        if trusted and within(getattr(found, "__module__", None) or "", self._reading.trust):
             return self._may_call(found)
-        harmless = listed or _is_network(found) or _is_tensor_function(module, found)
-        return found if harmless or isinstance(found, torch.dtype) else self._refuse(full)
+        return found if is_harmless(module, name, found) else self._refuse(full)
 
     def _may_call(self, found: Any) -> Any:
-        self._callable.append(found)
+        self._callable[id(found)] = found
         return found
 
     def _refuse(self, name: str, why: str | None = None) -> Inert:
-        self._refused[name] = why
-        return Inert()
+        self._reading.refused[printable(name)] = why and printable(why)
+        return self._inert()
+
+    def _inert(self) -> Inert:
+        self._reading.modules.append(Inert())
+        return self._reading.modules[-1]  # type: ignore[return-value]
 
     def _refuse_call(self, function: Any) -> Inert:
         kind = function if isinstance(function, type | types.FunctionType) else type(function)
         return self._refuse(f"{kind.__module__}.{kind.__qualname__}(…)")
 
-    def _attribute(self, owner: Any, name: str) -> Any:
+    def _attribute(self, owner: Any, name: Any) -> Any:
         """``getattr``, for what networks really keep."""
-        if isinstance(owner, nn.Module) and str(name).startswith("forward"):
+        if type(name) is not str:
+            raise Absurd("an attribute's name that is no text")
+        if isinstance(owner, nn.Module) and name.startswith("forward"):
             return types.MethodType(getattr(type(owner), name), owner)
         if owner is torch._C._VariableFunctionsClass and name in ACTIVATIONS:  # type: ignore[attr-defined]
             return getattr(owner, name)
         return self._refuse(f"builtins.getattr(…, {name!r})")
 
-    def _storage(self, data: bytes) -> Any:
-        """A tensor's storage as ``pickle.dump`` writes it: a legacy file within the file."""
-        if data.startswith(b"PK"):
-            raise pickle.UnpicklingError("an archive in place of a storage")
-        return unpickle(io.BytesIO(data), "legacy", self._trust, self._refused)
+    def _storage(self, data: Any) -> Any:
+        """A tensor's storage as ``pickle.dump`` writes it: a legacy file within the file, and none in that one."""
+        if self._load_bytes is None or type(data) is not bytes:
+            return self._refuse("torch.storage._load_from_bytes")
+        self._reading.copies(data)
+        return self._load_bytes(data)
 
     # -- opcodes -------------------------------------------------------------------------------------------
 
     def _reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
+        if isinstance(function, Inert):  # TorchScript writes an enum's one value without a tuple
+            args = ()
         if type(args) is not tuple:
             raise pickle.UnpicklingError("arguments that are no tuple")
-        may_call = any(function is known for known in self._callable)
+        may_call = self._callable.get(id(function), self) is function
         if isinstance(function, enum.EnumMeta):
-            may_call = may_call or len(args) == 1
+            may_call = may_call or (len(args) == 1 and checked_key(args[0]) is args[0])
         elif function is functools.partial:
             may_call = len(args) == 1 and callable(args[0])
         if any(isinstance(part, Inert) for part in (function, *args)):
-            self.append(Inert())
+            self.append(self._inert())
+        elif not may_call:
+            self.append(self._refuse_call(function))
         else:
-            self.append(function(*args) if may_call else self._refuse_call(function))
+            for arg in args:
+                self._reading.copies(arg)
+            self._made(function(*args))
 
     def _newobj(self) -> None:
         args, kind = self.stack.pop(), self.stack.pop()
         if isinstance(kind, Inert):
-            self.append(Inert())
-        elif isinstance(kind, type) and within(kind.__module__, self._trust):
-            self.append(kind.__new__(kind, *args))
-        elif args == () and (_is_network(kind) or _is_data(kind)):
-            self.append(object.__new__(kind))
+            self.append(self._inert())
+        elif isinstance(kind, type) and within(kind.__module__, self._reading.trust):
+            self._made(kind.__new__(kind, *args))
+        elif args == () and (is_network(kind) or is_data(kind)) and kind is not Inert:
+            self._made(object.__new__(kind))
         else:
             self.append(self._refuse_call(kind))
+
+    def _made(self, found: Any) -> None:
+        if isinstance(found, nn.Module):
+            self._reading.modules.append(found)
+        self.append(found)
 
     def _build(self) -> None:
         state, instance = self.stack.pop(), self.stack[-1]
         kind: Any = type(instance)
-        if within(kind.__module__, self._trust):
+        if within(kind.__module__, self._reading.trust):
             self.append(state)
             pickle._Unpickler.dispatch[pickle.BUILD[0]](self)  # type: ignore[arg-type]
-        elif kind in (Inert, OrderedDict) or _is_data(kind):
-            vars(instance).update(state if isinstance(state, dict) else {})
-        elif kind is functools.partial or (isinstance(instance, nn.Module) and type(state) is dict):
+        elif kind is Inert:
+            tables = {name: state.get(name) for name in _TABLES} if type(state) is dict else {}
+            vars(instance).update({name: table for name, table in tables.items() if isinstance(table, dict)})
+        elif kind is OrderedDict:
+            metadata = state.get("_metadata") if type(state) is dict else None
+            vars(instance).update({"_metadata": metadata} if isinstance(metadata, dict) else {})
+        elif is_data(kind):
+            _check_attributes(kind, state)
+            vars(instance).update(state)
+        elif kind is functools.partial:
+            if not (type(state) is tuple and state and not isinstance(state[0], functools.partial)):
+                raise Absurd("a functools.partial of itself")
+            instance.__setstate__(state)
+        elif isinstance(instance, nn.Module) and type(state) is dict:
+            layers = state.get("num_layers", 0)
+            if isinstance(instance, nn.RNNBase) and not (type(layers) is int and layers <= _MOST_LAYERS_OF_AN_RNN):
+                raise Absurd("a recurrent layer with an absurd number of layers")
             kind.__setstate__(instance, state)
         else:
             raise pickle.UnpicklingError(f"a state for a {kind.__name__}")
@@ -260,7 +276,7 @@ class _Unpickler(pickle._Unpickler):
         target = self.stack[-1]
         if isinstance(target, dict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                target[key] = value
+                target[checked_key(key)] = value
         elif not isinstance(target, Inert):
             raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
 
@@ -269,20 +285,33 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(target, list):
             target.extend(items)
         elif isinstance(target, set):
-            target.update(items)
+            target.update(map(checked_key, items))
         elif not isinstance(target, Inert):
             raise pickle.UnpicklingError(f"members for a {type(target).__name__}")
 
+    def _dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(items)
+
+    def _byte_array(self) -> None:
+        size = int.from_bytes(self.read(8), "little")  # type: ignore[attr-defined]
+        self.append(bytearray(self.read(size)))  # type: ignore[attr-defined]
+
     def _persistent(self) -> None:
         key = self.stack.pop()
-        is_class = isinstance(key, tuple) and key[0] == "module"  # in a legacy file, with its source
-        self.append(key[1] if is_class else self.persistent_load(key))
+        if self._persistent_id is None:
+            raise pickle.UnpicklingError("a persistent id outside of a file of torch.save")
+        self.append(self._persistent_id(key))
 
-    dispatch: ClassVar[dict[int, Any]] = {
+    _OPCODES: ClassVar[dict[int, Any]] = {
         **{code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _UNUSED},
         pickle.REDUCE[0]: _reduce,
         pickle.NEWOBJ[0]: _newobj,
         pickle.BUILD[0]: _build,
+        pickle.DICT[0]: _dict,
+        pickle.BYTEARRAY8[0]: _byte_array,
+        pickle.FROZENSET[0]: lambda self: self.append(frozenset(map(checked_key, self.pop_mark()))),
         pickle.SETITEM[0]: lambda self: self._set_items([self.stack.pop(-2), self.stack.pop()]),
         pickle.SETITEMS[0]: lambda self: self._set_items(self.pop_mark()),
         pickle.APPEND[0]: lambda self: self._add_items([self.stack.pop()]),
@@ -292,20 +321,7 @@ class _Unpickler(pickle._Unpickler):
     }
 
 
-def _is_network(found: Any) -> bool:
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        return False
-    home = f"{found.__module__}.{found.__qualname__}"
-    return within(home, NETWORKS) and not within(home, NOT_NETWORKS) and found is not Inert
-
-
-def _is_data(found: Any) -> bool:
-    return isinstance(found, type) and f"{found.__module__}.{found.__qualname__}" in DATA
-
-
-def _is_tensor_function(module: str, found: Any) -> bool:
-    if str(getattr(found, "__name__", "_")).startswith("_"):
-        return False
-    if module == "torch.nn.functional":
-        return inspect.isfunction(found) and found.__module__ == module
-    return module == "torch._C._nn" and inspect.isbuiltin(found)
+def _check_attributes(kind: type, state: Any) -> None:
+    names = state if type(state) is dict else {None: None}
+    if any(type(name) is not str or name.startswith("__") or callable(getattr(kind, name, None)) for name in names):
+        raise Absurd(f"a state for a {kind.__name__}")

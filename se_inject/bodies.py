@@ -39,7 +39,7 @@ _NAMESPACES: dict[str, Any] = {
     "math": math,
 }
 _OWN_MODULES = {
-    "torch.nn.functional": ("torch.nn.functional", "torch._jit_internal"),
+    "torch.nn.functional": ("torch.nn.functional",),
     "torch.functional": ("torch.functional",),
 }
 _BUILTINS: dict[str, Callable[..., Any]] = {"getattr": getattr, "round": round, "assert": torch._assert}
@@ -99,6 +99,8 @@ def function_named(name: str) -> Callable[..., Any]:
         found = torch.ops
         for part in parts:
             found = getattr(found, part, None)
+        if not isinstance(found, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            found = None
     elif space in _NAMESPACES:
         found = _function_in(space, short)
     if found is None:
@@ -111,11 +113,9 @@ def _function_in(space: str, short: str) -> Any:
         return None
     found = getattr(_NAMESPACES[space], short, None)
     own = _OWN_MODULES.get(space)
-    if not callable(found) or isinstance(found, type):
-        return None
-    if own and inspect.isfunction(found) and found.__module__ not in own:
-        return None
-    return found
+    if inspect.isfunction(found):
+        return found if own is None or found.__module__ in own else None
+    return found if inspect.isbuiltin(found) and not short.startswith("_") else None
 
 
 def _method(name: Any) -> str:
@@ -126,8 +126,12 @@ def _method(name: Any) -> str:
     return name
 
 
-def _path(name: Any) -> str:
-    """A dotted path: what fx writes into source text must not be able to end the text it stands in."""
+def checked_path(name: Any) -> str:
+    """A dotted path: what fx writes into source text must not be able to end the text it stands in.
+
+    Raises:
+        LoadError: it is none.
+    """
     parts = name.split(".") if isinstance(name, str) else [""]
     if any(not part.isprintable() or not part or part.startswith("__") or set(part) & set("\"'\\") for part in parts):
         raise LoadError(f"an edited forward in this file refers to `{name}`, which is no submodule")
@@ -167,8 +171,8 @@ def graph_from(rows: Any) -> fx.Graph:
     checked: dict[str, Callable[[Any], Any]] = {
         "call_function": function_named,
         "call_method": _method,
-        "call_module": _path,
-        "get_attr": _path,
+        "call_module": checked_path,
+        "get_attr": checked_path,
         "placeholder": _parameter,
         "output": _parameter,
     }
@@ -178,9 +182,7 @@ def graph_from(rows: Any) -> fx.Graph:
                 raise LoadError("an edited forward in this file is not a graph", seen=f"a node `{name}` of kind `{op}`")
             real = checked[op](target)
             arguments, keywords = _decode(args, nodes), _decode(kwargs, nodes)
-            if real is getattr and (
-                len(arguments) != 2 or str(arguments[1]).startswith("_") or not hasattr(torch.Tensor, str(arguments[1]))
-            ):
+            if real is getattr and not _is_tensor_attribute(arguments[1:]):
                 raise LoadError("an edited forward in this file reads an attribute that tensors don't have")
             if (op == "placeholder" and arguments) or not all(map(str.isidentifier, keywords)):
                 raise LoadError("an edited forward in this file has arguments that are no names")
@@ -191,6 +193,13 @@ def graph_from(rows: Any) -> fx.Graph:
     except Exception as error:
         raise LoadError("an edited forward in this file is damaged", seen=f"{type(error).__name__}: {error}") from error
     return graph
+
+
+def _is_tensor_attribute(names: Any) -> bool:
+    """One name, as text: a node's value would only be known when the forward runs."""
+    if len(names) != 1 or type(names[0]) is not str:
+        return False
+    return not names[0].startswith("_") and hasattr(torch.Tensor, names[0])
 
 
 def encoded(value: Any) -> Any:
@@ -372,6 +381,41 @@ def rebuild(original: type, body: str) -> nn.Module:
         raise LoadError("a damaged file: an edited forward of an unknown form")
     generated = generated_class(original, body)
     return generated.__new__(generated)  # type: ignore[no-any-return]
+
+
+def check_targets(module: nn.Module) -> None:
+    """Look whether an edited forward calls submodules, and reads values, and nothing else of the module's.
+
+    Args:
+        module: one whose class is generated, with its state.
+
+    Raises:
+        LoadError: it calls or reads something else.
+    """
+    data = json.loads(type(module)._se_inject_body)  # type: ignore[attr-defined]
+    calls = [step["block_name"] for step in data["steps"]] if data["output"] else []
+    rows = [*(data["eval"] or []), *(data["train"] or [])]
+    calls += [target for _, op, target, *_ in rows if op == "call_module"]
+    reads = [target for _, op, target, *_ in rows if op == "get_attr"]
+    for path in calls:
+        if not isinstance(_value_at(module, path), nn.Module):
+            raise LoadError(f"an edited forward in this file calls `{path}`, which is no submodule")
+    for path in reads:
+        value = _value_at(module, path)
+        if callable(value) and not isinstance(value, nn.Module):
+            raise LoadError(f"an edited forward in this file reads `{path}`, which is no value")
+
+
+def _value_at(module: Any, path: str) -> Any:
+    """What a path leads to through submodules; a function, which nobody may read, if it leads elsewhere."""
+    *through, last = path.split(".")
+    for part in through:
+        module = vars(module)["_modules"].get(part)
+        if not isinstance(module, nn.Module):
+            return _value_at
+    state = vars(module)
+    tables = (state["_modules"], state["_parameters"], state["_buffers"], state)
+    return next((table[last] for table in tables if last in table), _value_at)
 
 
 def _source(original: type, data: dict[str, Any]) -> tuple[str, dict[str, Any]]:

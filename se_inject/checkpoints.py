@@ -2,9 +2,9 @@
 
 A name (``torchvision:resnet50``, ``package.module:callable``, ``net.py:Net``) is the user's own word, and
 its code runs (``_names``). A file is a stranger's: it is recognised by its bytes (``_formats``), and its
-pickle is read by ``_pickles``, which makes only modules of torch, torchvision, timm and this package, tensors
+pickle is read by ``_unpickling``, which makes only modules of torch, torchvision, timm and this package, tensors
 and plain data, and calls nothing of the file's choosing. ``UntrustedGlobals`` names what it refused;
-``trust`` lets one package out of that rule.
+``trust`` lets one package out of that rule. SECURITY.md says what is promised.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ from typing import IO, Any, TypeVar
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
-from se_inject._formats import PICKLES, form_of, unreadable
+from se_inject._allowed import NETWORKS, within
+from se_inject._architectures import PREFIXES, architectures_of
+from se_inject._contents import holds_inert
+from se_inject._formats import PICKLES, PROGRAMS, form_of, unreadable
 from se_inject._names import ZOOS, NoSuchFile, did_you_mean, fact, from_code, from_zoo, importable
-from se_inject._pickles import NETWORKS, Inert, check_names, unpickle
+from se_inject._pickles import Inert
+from se_inject._unpickling import unpickle
 from se_inject.errors import LoadError, OptionError, UntrustedGlobals
 
-__all__ = ["NoSuchFile", "load", "load_weights_"]
+__all__ = ["NoSuchFile", "describe", "load", "load_program", "load_weights_"]
 
 T = TypeVar("T")
 
@@ -33,8 +38,10 @@ T = TypeVar("T")
 def load(
     source: str | os.PathLike[str],
     *,
+    arch: str | None = None,
     weights: str | os.PathLike[str] | None = None,
     trust: Sequence[str] = (),
+    mmap: bool = False,
 ) -> nn.Module:
     """Get a model from a file, or by its name.
 
@@ -43,8 +50,11 @@ def load(
     Args:
         source: a file with a whole pickled module; ``torchvision:NAME`` or ``timm:NAME``, built with random
             weights; ``package.module:callable`` or ``path/to/file.py:callable``, called without arguments.
+        arch: the network's name if ``source`` is a file of weights: ``load(file, arch=name)`` is
+            ``load(name, weights=file)``.
         weights: a file to take the weights from, as ``load_weights_`` does.
         trust: packages whose code a pickle may import and call.
+        mmap: leave the tensors in the file, and read them when they are used. Nobody may write to the file then.
 
     Raises:
         NoSuchFile: a file that doesn't exist.
@@ -53,10 +63,16 @@ def load(
         OptionError: a package that can't be trusted.
     """
     trust = _trustworthy([trust] if isinstance(trust, str) else trust)
+    if arch is not None:
+        if weights is not None:
+            raise OptionError("with `arch`, the file is the weights already", hint="leave `weights` out")
+        if os.path.exists(arch):
+            raise OptionError(f"`{arch}` is a file, not the name of an architecture")
+        return load(arch, weights=source, trust=trust)
     text = os.fspath(source)
     zoo, _, name = text.partition(":")
     if os.path.exists(text) or not isinstance(source, str) or not name:
-        model = _from_file(Path(text), trust)
+        model = _from_file(Path(text), trust, mmap)
     elif "://" in text:
         raise LoadError(f"`{text}` is on the web, and nothing is downloaded", hint="download it, and pass the file")
     elif zoo in ZOOS:
@@ -87,7 +103,7 @@ def load_weights_(model: nn.Module, path: str | os.PathLike[str]) -> None:
         form = form_of(file)
         if form not in ("safetensors", *PICKLES):
             raise unreadable(path, form)
-        state = _read(path, lambda: _state_dict(path, file, form))
+        state = _read(path, lambda: _state_dict(file, form))
     if not _is_state_dict(state):
         raise LoadError(f"`{path}` holds no state dict")
     current = model.state_dict()
@@ -106,37 +122,114 @@ def load_weights_(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ) from error
 
 
+def load_program(path: str | os.PathLike[str]) -> ExportedProgram | torch.jit.ScriptModule:
+    """Get the program in a ``.pt2`` or TorchScript archive, without running anything of it.
+
+    Args:
+        path: what ``torch.export.save`` or ``torch.jit.save`` wrote.
+
+    Raises:
+        NoSuchFile: a file that doesn't exist.
+        LoadError: no such archive, or one that can't be read safely.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        form = form_of(file)
+        if form not in PROGRAMS:
+            raise LoadError(f"`{path}` is neither an exported program nor a TorchScript archive")
+        from se_inject._exported import exported_program
+        from se_inject._scripted import script_module
+
+        return _read(path, lambda: exported_program(file) if form == "pt2" else script_module(file))
+
+
+def describe(source: str | os.PathLike[str], model: nn.Module, arch: str | None = None) -> str | None:
+    """What a file was found to hold, in one line: its kind, the network's class, parameters; None for a name.
+
+    No file of a whole network or of weights records the version of torch that wrote it.
+
+    Args:
+        source: as given to ``load``.
+        model: as ``load`` gave it.
+        arch: as given to ``load``.
+    """
+    if not os.path.exists(source):
+        return None
+    with _opened(Path(source)) as file:
+        form = form_of(file)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    what = "a pickled network" if arch is None else f"weights for {arch}"
+    return f"{os.fspath(source)}: {what} ({_WRITERS[form]}), {type(model).__name__}, {parameters:,} parameters"
+
+
 # -- files -------------------------------------------------------------------------------------------------
 
+_WRITERS = {
+    "zip": "torch.save",
+    "legacy": "torch.save before torch 1.6",
+    "plain": "pickle.dump",
+    "safetensors": "safetensors",
+}
 
-def _from_file(path: Path, trust: Sequence[str]) -> nn.Module:
+
+_BESIDE_A_NETWORK = (
+    "argparse.Namespace", "builtins.dict", "builtins.float", "builtins.int", "builtins.list", "collections.defaultdict",
+    "datetime", "numpy", "omegaconf", "pathlib", "torch.amp", "torch.optim", "types.SimpleNamespace",
+)  # fmt: skip
+"""What a training script saves beside its network. It isn't read, and the network can be had without it."""
+
+
+def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
     refused: dict[str, str | None] = {}
     with _opened(path) as file:
         form = form_of(file)
+        if form == "safetensors":
+            raise _only_weights(path, form, _read(path, lambda: _state_dict(file, form)))
+        if form == "pt2":
+            raise unreadable(path, form, seen=_read(path, lambda: _written_by(file)))
         if form not in PICKLES:
             raise unreadable(path, form)
         try:
             with importable(Path.cwd()) if trust else contextlib.nullcontext():
-                found = _read(path, lambda: _inner(unpickle(file, form, trust, refused)))
+                found = _read(path, lambda: _inner(unpickle(file, form, trust, refused, mapped=mapped)))
         except LoadError:
             if not refused:
                 raise
             found = None  # something inert was in the way, and that is the better thing to say
     if _is_state_dict(found):
-        raise unreadable(path, "state dict")
-    if refused:
+        raise _only_weights(path, "state dict", found)
+    is_whole = isinstance(found, nn.Module) and not holds_inert(found)
+    if refused and not (is_whole and all(within(name, _BESIDE_A_NETWORK) for name in refused)):
         raise _untrusted(path, refused)
     if not isinstance(found, nn.Module):
         raise LoadError(f"`{path}` holds neither a network nor weights")
-    model: nn.Module = found
-    _read(path, lambda: check_names(model))
-    return model
+    return found
+
+
+def _written_by(file: IO[bytes]) -> str | None:
+    from se_inject._exported import torch_version
+
+    version = torch_version(file)
+    return version and f"written by torch {version}"
+
+
+def _only_weights(path: Path, form: str, state: Mapping[str, Any]) -> LoadError:
+    """The error about weights without a network, with the network's name if its keys and shapes are known."""
+    tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    seen = f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors):,} numbers"
+    names = architectures_of(state)
+    if not names:
+        return unreadable(path, form, seen)
+    seen += f"; the keys and shapes are those of {_listed(names, most=3)}"
+    return unreadable(path, form, seen, hint=f"`se-inject {path} --arch {names[0]}`")
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     if path.is_dir():
-        raise LoadError(f"`{path}` is a directory", hint="pass the file in it that is meant")
+        raise LoadError(f"`{path}` is a directory", hint=_in_directory(path))
+    if path.exists() and not path.is_file():
+        raise LoadError(f"`{path}` is no file, but a device, a pipe or a socket")
     try:
         file = open(path, "rb")  # noqa: SIM115 - the error is about opening, not about what is done with it
     except FileNotFoundError as error:
@@ -149,6 +242,16 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raise LoadError(f"`{path}` can't be opened", seen=str(error)) from error
     with file:
         yield file
+
+
+def _in_directory(path: Path) -> str:
+    names = sorted(entry.name for entry in path.iterdir())
+    if "saved_model.pb" in names:
+        return "a SavedModel of TensorFlow: convert the network to PyTorch first"
+    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
+        return "a distributed checkpoint: torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes one file"
+    files = [name for name in names if name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors"))]
+    return f"pass the file in it that is meant{': ' + _listed(files) if files else ''}"
 
 
 def _read(path: Path, read: Callable[[], T]) -> T:
@@ -192,6 +295,8 @@ def _untrusted(path: Path, refused: Mapping[str, str | None]) -> LoadError:
             hint = "install the version that the model was saved with, or go to its directory"
             return LoadError(f"`{path}` needs `{name}`, which can't be imported", seen=why, hint=hint)
     packages = sorted({name.split(".")[0] for name in refused})
+    if not all(package.isidentifier() for package in packages):
+        return UntrustedGlobals(f"`{path}` refers to code by names that are none: {_listed(refused)}")
     weights = f"its tensors alone are taken by `FILE.py:CLASS --weights {path}`"
     hint = next((why for start, why in _EXPLAINED.items() for name in refused if name.startswith(start)), "")
     if "__main__" in packages:
@@ -208,25 +313,28 @@ def _untrusted(path: Path, refused: Mapping[str, str | None]) -> LoadError:
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network")
 _AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema")
-_PREFIXES = ("module.", "model.", "_orig_mod.")
+_DEEPEST_WRAPPER = 3
 
 
-def _state_dict(path: Path, file: IO[bytes], form: str) -> Any:
+def _state_dict(file: IO[bytes], form: str) -> Any:
+    """The tensors in a file, by name; mapped where the format allows it."""
     if form == "safetensors":
         from safetensors.torch import load_file
 
-        return load_file(path)
-    inner = _inner(unpickle(file, form, (), {}))
+        return load_file(file.name)
+    inner = _inner(unpickle(file, form, (), {}, mapped=True))
     return inner.state_dict() if isinstance(inner, nn.Module) else inner
 
 
-def _inner(found: Any) -> Any:
+def _inner(found: Any, depth: int = 0) -> Any:
     """The module or state dict in what a file holds, or None."""
     is_module = isinstance(found, nn.Module) and not (type(found) is Inert and not found.state_dict())
     if is_module or _is_state_dict(found):
         return found
-    candidates = [found.get(key) for key in (*_WRAPPERS, *_AVERAGES)] if isinstance(found, Mapping) else []
-    return next((inner for inner in map(_inner, candidates) if inner is not None), None)
+    if not isinstance(found, Mapping) or depth == _DEEPEST_WRAPPER:
+        return None
+    candidates = (_inner(found.get(key), depth + 1) for key in (*_WRAPPERS, *_AVERAGES))
+    return next((inner for inner in candidates if inner is not None), None)
 
 
 def _is_state_dict(found: Any) -> bool:
@@ -240,7 +348,7 @@ def _without_prefix(state: Mapping[str, Any], current: Mapping[str, Any]) -> Map
     """The state dict without those prefixes of all its keys that keep them from fitting."""
     candidates = [state]
     keys = [key for key in state if key != "n_averaged"]  # torch's AveragedModel has it beside `module.`
-    while prefix := next((p for p in _PREFIXES if keys and all(key.startswith(p) for key in keys)), None):
+    while prefix := next((p for p in PREFIXES if keys and all(key.startswith(p) for key in keys)), None):
         candidates.append({key.removeprefix(prefix): candidates[-1][key] for key in keys})
         keys = list(candidates[-1])
     return max(candidates, key=lambda candidate: len(candidate.keys() & current.keys()))

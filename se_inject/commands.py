@@ -17,7 +17,7 @@ from se_inject import exporting, report, verification
 from se_inject._block_texts import parsed_blocks
 from se_inject.adapters import Adapter, read_adapter
 from se_inject.blocks import block_names, build_block, find_block, has_identity_start
-from se_inject.checkpoints import load
+from se_inject.checkpoints import describe, load
 from se_inject.cost import Latency, measure_latency
 from se_inject.errors import InjectError, OptionError
 from se_inject.finding import find_sites
@@ -48,8 +48,8 @@ class _Talk:
 
 
 def inject(
-    *, model: str, weights: Path | None, trust: tuple[str, ...], inputs: tuple[str, ...], outputs: tuple[Path, ...],
-    force: bool, dry_run: bool, latency: bool, style: str, as_json: bool, verbose: bool, seed: int | None, **options: Any,
+    *, model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
+    outputs: tuple[Path, ...], force: bool, dry_run: bool, latency: bool, style: str, as_json: bool, verbose: bool, seed: int | None, **options: Any,
 ) -> None:  # fmt: skip
     """Put blocks into a network, verify the result, and write it."""
     targets = () if dry_run else outputs or (_default_output(model),)
@@ -57,7 +57,7 @@ def inject(
     stored = _stored(options, trust)
     if seed is not None:
         torch.manual_seed(seed)
-    network = load(model, weights=weights, trust=_packages(trust))
+    network = load(model, arch=arch, weights=weights, trust=_packages(trust), mmap=True)
     say = _Talk(as_json or style == "csv")
     say(f"{type(network).__name__} from {model}")
     planned = _plan(network, inputs, options) if stored is None else _replayed(stored, network, inputs)
@@ -237,11 +237,13 @@ def eject(
 
 
 def sites(
-    *, model: str, weights: Path | None, trust: tuple[str, ...], inputs: tuple[str, ...], style: str, as_json: bool,
-    verbose: bool,
+    *, model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], inputs: tuple[str, ...], style: str,
+    as_json: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """List the stages of a network, and all its sites and refusals."""
-    network = load(model, weights=weights, trust=trust)
+    network = load(model, arch=arch, weights=weights, trust=trust, mmap=True)
+    if line := describe(model, network, arch):
+        click.echo(line, err=True)
     trace = observe_model(network, _example(inputs, network))
     found = find_sites(trace)
     if as_json:
@@ -262,14 +264,14 @@ def sites(
 
 
 def cost(
-    *, model: str, weights: Path | None, trust: tuple[str, ...], inputs: tuple[str, ...],
+    *, model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
     reductions: tuple[float, ...] | None, stages: tuple[str, ...], plot: Path | None, force: bool, style: str,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Print, and draw, what blocks would add for every ratio and choice of stages."""
     if plot is not None:
         check_plot(plot, force=force)
-    network = load(model, weights=weights, trust=trust)
+    network = load(model, arch=arch, weights=weights, trust=trust, mmap=True)
     grid = cost_grid(
         network,
         _example(inputs, network),
@@ -299,7 +301,7 @@ def blocks(
     if name is not None:
         card = inspect.getdoc(find_block(name)) or f"block `{name}` has no card"
     if model is not None:
-        network = load(model, trust=trust)
+        network = load(model, trust=trust, mmap=True)
         found = block_costs(network, _example(inputs, network), None if name is None else [name])
         _print_json(report.block_costs_data(found)) if as_json else click.echo(report.block_costs_text(found, style))
     elif name is not None:

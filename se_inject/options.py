@@ -64,6 +64,7 @@ network = together(
         type=click.Path(path_type=Path),
         help="State dict to load into MODEL: .pt, .pth or .safetensors.",
     ),
+    click.option("--arch", metavar="NAME", help="The network's name, if MODEL is a state dict: torchvision:resnet50."),
     reading,
 )
 """ Which network, and what goes into it."""

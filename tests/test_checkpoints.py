@@ -1,38 +1,40 @@
 """Loading: what comes back is what was saved, what is no model says so, and no file runs anything."""
 
 import argparse
+import bz2
 import collections
-import contextlib
 import copy
+import datetime
 import functools
 import gzip
 import importlib
 import inspect
 import io
-import json
+import lzma
 import os
 import pickle
 import random
-import struct
 import subprocess
 import sys
 import tarfile
 import warnings
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
-import timm
 import torch
+import torch.distributed.checkpoint as distributed_checkpoint
 import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
 import se_inject as si
-from se_inject import bodies
 from se_inject.checkpoints import NoSuchFile, load, load_weights_
 from se_inject.errors import LoadError, OptionError, UnsupportedModel, UntrustedGlobals
 from se_inject.inputs import check_supported
 from tests.common import build, randomise
+from tests.hostile import saved
 
 NET = """
 import torch
@@ -304,6 +306,24 @@ def test_module_in_a_checkpoint(tmp_path):
     assert_same(load(tmp_path / "last.pt"), model)
 
 
+def test_module_in_a_checkpoint_with_what_isnt_read(tmp_path):
+    model = small()
+    beside = {
+        "args": argparse.Namespace(lr=1, data=Path("/data")),
+        "best": np.float64(0.5),
+        "random": np.random.RandomState(0).get_state(),
+        "losses": collections.defaultdict(list, train=[1.0]),
+        "when": datetime.datetime(2026, 1, 1),
+        "scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters()), 3).state_dict(),
+    }
+    torch.save({"model": model, **beside}, tmp_path / "last.pt")
+    assert_same(load(tmp_path / "last.pt"), model)
+    model.best = beside["best"]
+    torch.save({"model": model, **beside}, tmp_path / "last.pt")
+    with pytest.raises(UntrustedGlobals, match="numpy"):
+        load(tmp_path / "last.pt")
+
+
 def test_load_with_weights(tmp_path):
     trained = randomise(build("torchvision:resnet18"), seed=5)
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
@@ -330,6 +350,23 @@ def write_truncated(path):
     path.write_bytes(path.read_bytes()[:-400])
 
 
+def write_flipped(path):
+    model = small()
+    weight = model[0].weight.detach().numpy().tobytes()
+    path.write_bytes(saved(model).replace(weight[:4], weight[1:4] + weight[:1]))
+
+
+def write_encrypted(path):
+    head = b"PK\x01\x02"
+    before, *entries = saved(small()).split(head)
+    path.write_bytes(head.join([before, *(entry[:4] + b"\1" + entry[5:] for entry in entries)]))
+
+
+def write_numpy(path, write):
+    with open(path, "wb") as file:
+        write(file, np.ones(3))
+
+
 def write_tar(path):
     path.with_name("inside").write_bytes(b"something")
     with tarfile.open(path, "w") as archive:
@@ -338,7 +375,7 @@ def write_tar(path):
 
 def write_exported(path):
     with open(path, "wb") as file:
-        torch.export.save(torch.export.export(small().eval(), (torch.rand(1, 3, 8, 8),)), file)
+        torch.export.save(torch.export.export(small().eval(), (torch.rand(2, 3, 8, 8),)), file)
 
 
 def write_scripted(path):
@@ -350,25 +387,38 @@ def write_scripted(path):
 
 
 ONNX = b"\x08\x0a\x12\x07pytorch\x1a\x052.14.0" + bytes(20)
+COMPRESSED = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
 NO_MODELS = {
     "empty": (lambda path: path.write_bytes(b""), "an empty file", None),
     "text": (lambda path: path.write_text("just words\n"), "a text file", ":callable"),
     "html": (lambda path: path.write_text("<!DOCTYPE html><p>404"), "a web page", "fetch it again"),
     "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "Git LFS", "git lfs pull"),
     "bytes": (lambda path: path.write_bytes(bytes(range(128, 256))), "no format", None),
-    "gzip": (lambda path: path.write_bytes(gzip.compress(b"x" * 99)), "gzip", "decompress"),
+    **{
+        name: (lambda path, compress=compress: path.write_bytes(compress(saved(small()))), name, "decompress")
+        for name, compress in COMPRESSED.items()
+    },
+    "numpy": (functools.partial(write_numpy, write=np.save), "NumPy", "torch.save"),
+    "numpy archive": (functools.partial(write_numpy, write=np.savez), "NumPy", "torch.save"),
+    "plan": (lambda path: path.write_text('{"se_inject_plan": 1, "steps": []}'), "a plan", "--plan"),
+    "json": (lambda path: path.write_text('{"architectures": ["ResNet"]}'), "a JSON file", "weights"),
+    "adapter": (
+        lambda path: save_file(small().state_dict(), path, {"se_inject_adapter": "1"}), "an adapter", "as MODEL"
+    ),
+    "half a checksum": (write_flipped, "is not what was written", None),
+    "encrypted": (write_encrypted, "mislead", None),
     "tar": (write_tar, "a tar archive", None),
     "other zip": (lambda path: write_zip(path, {"a.txt": "hello"}), "zip archive", None),
     "empty zip": (lambda path: write_zip(path, {}), "zip archive", None),
-    "truncated": (write_truncated, "truncated or damaged", None),
+    "truncated": (write_truncated, "truncated, damaged", None),
     "cut pickle": (lambda path: path.write_bytes(pickle.dumps(small())[:200]), "is damaged", None),
     "onnx": (lambda path: path.write_bytes(ONNX), "an ONNX file", "eager module"),
     "exported": (write_exported, "an exported program", "eager module"),
     "scripted": (write_scripted, "a TorchScript archive", "eager module"),
-    "safetensors": (lambda path: save_file(small().state_dict(), path), "weights", "--weights"),
-    "state dict": (lambda path: torch.save(small().state_dict(), path), "weights", "--weights"),
-    "old state dict": (lambda path: WRITERS["legacy"](small().state_dict(), path), "weights", "--weights"),
-    "checkpoint": (lambda path: torch.save({"state_dict": small().state_dict()}, path), "weights", "--weights"),
+    "safetensors": (lambda path: save_file(small().state_dict(), path), "weights", "--arch"),
+    "state dict": (lambda path: torch.save(small().state_dict(), path), "weights", "--arch"),
+    "old state dict": (lambda path: WRITERS["legacy"](small().state_dict(), path), "weights", "--arch"),
+    "checkpoint": (lambda path: torch.save({"state_dict": small().state_dict()}, path), "weights", "--arch"),
     "a list": (lambda path: torch.save([1, 2], path), "neither a network nor weights", None),
 }  # fmt: skip
 
@@ -411,6 +461,30 @@ def test_nothing_is_downloaded():
 def test_directory(tmp_path):
     with pytest.raises(LoadError, match="is a directory"):
         load(tmp_path)
+    torch.save(small(), tmp_path / "last.pt")
+    with pytest.raises(LoadError) as caught:
+        load(tmp_path)
+    assert caught.value.hint == "pass the file in it that is meant: `last.pt`"
+    (tmp_path / "saved_model.pb").touch()
+    with pytest.raises(LoadError) as caught:
+        load(tmp_path)
+    assert "TensorFlow" in caught.value.hint
+
+
+def test_a_distributed_checkpoint(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        distributed_checkpoint.save(small().state_dict(), checkpoint_id=tmp_path / "step", no_dist=True)
+    with pytest.raises(LoadError, match="is a directory") as caught:
+        load(tmp_path / "step")
+    assert "dcp_to_torch_save" in caught.value.hint
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LoadError, match="is no file"):
+        load(tmp_path / "pipe")
 
 
 def test_every_truncation_is_an_error_about_the_file(tmp_path):
@@ -422,256 +496,6 @@ def test_every_truncation_is_an_error_about_the_file(tmp_path):
             path.write_bytes(whole[:end])
             with pytest.raises(LoadError):
                 load(path)
-
-
-# -- hostile files -----------------------------------------------------------------------------------------
-# Each payload, unpickled by the standard library, makes the file HIT in the current directory; the test makes
-# sure that it does. Opcodes: `c` GLOBAL, `X` text, `\x85` to `\x87` and `t` tuples, `R` REDUCE, `i` INST, `o` OBJ.
-
-HIT = "hit"
-TOUCH = f"open('{HIT}', 'w').close()"
-
-
-class Reduced:
-    """Is pickled as the call of a function with these arguments."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-class Stated:
-    """Runs code when it is given its state."""
-
-    def __init__(self):
-        self.code = TOUCH
-
-    def __setstate__(self, state):
-        exec(state["code"])
-
-
-def text(value):
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def pickled(function, *args, protocol=2):
-    return pickle.dumps(Reduced(function, *args), protocol)
-
-
-def archived(payload):
-    stream = io.BytesIO()
-    write_zip(stream, {"archive/data.pkl": payload, "archive/byteorder": "little", "archive/version": "3\n"})
-    return stream.getvalue()
-
-
-def legacy(payload):
-    stream = io.BytesIO()
-    torch.save([], stream, _use_new_zipfile_serialization=False)
-    return stream.getvalue().replace(pickle.dumps([], 2), payload, 1)
-
-
-PROTO = b"\x80\x02"
-GETATTR = b"cbuiltins\ngetattr\n"
-CALL = text(f"touch {HIT}") + b"\x85R."
-PAYLOADS = {
-    "os.system": pickled(os.system, f"touch {HIT}"),
-    "subprocess": pickled(subprocess.call, ["touch", HIT]),
-    "exec": pickled(exec, TOUCH),
-    "eval, protocol 4": pickled(eval, TOUCH, protocol=4),
-    "partial": pickled(functools.partial(exec, TOUCH)),
-    "map": pickled(list, Reduced(map, exec, [TOUCH])),
-    "state": pickle.dumps(Stated(), 2),
-    "torch.save": pickled(torch.save, 1, HIT),
-    "getattr": (
-        PROTO + GETATTR + GETATTR + b"cos\npath\n" + text("os") + b"\x86R" + text("system") + b"\x86R" + CALL
-    ),
-    "a module in torch": (
-        PROTO + GETATTR + b"ctorch.nn.init\nwarnings\n" + text("sys") + b"\x86R0" + pickled(exec, TOUCH)
-    ),
-    "a name with dots": b"\x80\x04\x8c\x08builtins\x8c\x0dexec.__call__\x93" + text(TOUCH) + b"\x85R.",
-    "INST": PROTO + b"(" + text(f"touch {HIT}") + b"ios\nsystem\n.",
-    "OBJ": PROTO + b"(cos\nsystem\n" + text(f"touch {HIT}") + b"o.",
-    "from_file": (
-        PROTO + GETATTR + b"ctorch._C\n_VariableFunctionsClass\n" + text("from_file") + b"\x86R"
-        + text(HIT) + b"\x88K\x04\x87R."
-    ),
-    "rebuilt type": (
-        PROTO + b"ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\nexec\nctorch\nTensor\n"
-        + text(TOUCH) + b"\x85NtR."
-    ),
-    "nested": pickled(torch.storage._load_from_bytes, legacy(pickled(exec, TOUCH))),
-}  # fmt: skip
-CONTAINERS = {"zip": archived, "legacy": legacy, "plain": lambda payload: payload}
-
-
-@pytest.fixture
-def path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "model.pt"
-
-
-@pytest.mark.parametrize("container", CONTAINERS)
-@pytest.mark.parametrize("name", PAYLOADS)
-def test_no_payload_runs(name, container, path):
-    with contextlib.suppress(Exception):
-        pickle.loads(PAYLOADS[name])
-    os.remove(HIT)
-    path.write_bytes(CONTAINERS[container](PAYLOADS[name]))
-    with pytest.raises(LoadError if name in ("INST", "OBJ") else UntrustedGlobals):
-        load(path)
-    with pytest.raises(LoadError):
-        load_weights_(small(), path)
-    assert not os.path.exists(HIT)
-
-
-@pytest.mark.parametrize(
-    ("function", "args"),
-    [
-        (nn.Conv2d, (3, 4, 1)),
-        (torchvision.models.ResNet, (torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])),
-        (torchvision.models.get_model, ("resnet18",)),
-        (timm.create_model, ("resnet18",)),
-        (torch.load, ("model.pt",)),
-        (torch.hub.load, ("owner/repository", "model")),
-        (nn.functional.relu, (1,)),
-        (nn.Module.load_state_dict, (1, 2)),
-    ],
-)
-def test_allowed_packages_are_not_called(function, args, path, monkeypatch):
-    data = pickled(function, *args, protocol=4)
-    called = []
-    for kind in (nn.Conv2d, torchvision.models.ResNet):
-        monkeypatch.setattr(kind, "__init__", lambda *args: called.append(args))
-    path.write_bytes(archived(data))
-    with pytest.raises(UntrustedGlobals, match=function.__qualname__):
-        load(path)
-    assert not called
-
-
-@pytest.mark.parametrize("code", [b"(K\x03K\x04K\x01itorch.nn\nConv2d\n.", b"(ctorch.nn\nConv2d\nK\x03K\x04K\x01o."])
-def test_old_opcodes_call_no_class(code, path, monkeypatch):
-    assert isinstance(pickle.loads(PROTO + code), nn.Conv2d)
-    called = []
-    monkeypatch.setattr(nn.Conv2d, "__init__", lambda *args: called.append(args))
-    path.write_bytes(PROTO + code)
-    with pytest.raises(LoadError):
-        load(path)
-    assert not called
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        torch.from_file,
-        torch.load,
-        torch.nn.functional.handle_torch_function,
-        torch.nn.init.normal_,
-        timm.create_model,
-        timm.models.load_checkpoint,
-        torchvision.models.get_model,
-        os.system,
-        small().load_state_dict,
-    ],
-)
-def test_functions_that_a_network_may_not_hold(function, path):
-    model = small()
-    model.function = function
-    torch.save(model, path)
-    with pytest.raises(UntrustedGlobals, match=function.__name__):
-        load(path)
-
-
-def test_class_from_elsewhere_in_an_allowed_package(path, monkeypatch):
-    class Foreign(nn.Module):
-        pass
-
-    monkeypatch.setattr(torchvision.models, "Foreign", Foreign, raising=False)
-    path.write_bytes(PROTO + b"ctorchvision.models\nForeign\n)\x81.")
-    with pytest.raises(UntrustedGlobals, match=r"`torchvision\.models\.Foreign`"):
-        load(path)
-
-
-def test_function_from_elsewhere_in_an_allowed_module(path):
-    path.write_bytes(PROTO + b"ctorch.nn.functional\nhandle_torch_function\n.")
-    with pytest.raises(UntrustedGlobals, match=r"`torch\.nn\.functional\.handle_torch_function`"):
-        load(path)
-
-
-def test_no_torchscript_in_place_of_a_storage(path, monkeypatch):
-    write_scripted(path)
-    payload = pickled(torch.storage._load_from_bytes, path.read_bytes())
-    monkeypatch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("an archive was loaded"))
-    path.write_bytes(payload)
-    with pytest.raises(LoadError, match="an archive in place of a storage"):
-        load(path)
-
-
-def test_all_that_is_refused_is_named(path):
-    torch.save([Reduced(os.system, "true"), Reduced(exec, ""), Stated(), small()], path)
-    with pytest.raises(UntrustedGlobals, match=r"`posix.system`, `builtins.exec`, `.*\.Stated`"):
-        load(path)
-
-
-@pytest.mark.parametrize("name", ['a") or exec("', "a\nb", "a\\x", 3])
-@pytest.mark.parametrize("place", ["__dict__", "_modules", "_parameters", "_buffers"])
-def test_names_that_are_code(name, place, path):
-    model = small()
-    getattr(model[1], place)[name] = None
-    torch.save(model, path)
-    with pytest.raises(LoadError, match="an attribute that is no name"):
-        load(path)
-
-
-def test_a_check_is_not_hidden_behind_an_attribute(path):
-    model = small()
-    model[1]._modules['x"'] = None
-    model.__dict__["named_modules"] = model.__dict__["modules"] = model[0].__dict__["children"] = (
-        collections.OrderedDict
-    )
-    torch.save(model, path)
-    with pytest.raises(LoadError, match="an attribute that is no name"):
-        load(path)
-
-
-NOTHING = [{"tuple": []}, {"dict": []}]
-RUN = f'getattr(__import__("os"), "mkdir")("{HIT}")'
-ROWS = {
-    "a placeholder": [["y", "placeholder", RUN, *NOTHING]],
-    "a path": [["y", "get_attr", f'training"), {RUN}, (self, "x', *NOTHING]],
-    "a keyword": [
-        ["input", "placeholder", "input", *NOTHING],
-        ["y", "call_function", "torch:relu", {"tuple": [{"node": "input"}]}, {"dict": [[f"a={RUN}, b", 0]]}],
-    ],
-    "a file": [["y", "call_function", "ops:aten.from_file", {"tuple": [HIT, True, 4]}, {"dict": []}]],
-}
-
-
-class Injected:
-    """Is pickled as an injected module whose edited forward has these rows."""
-
-    def __init__(self, rows):
-        rows = [*rows, ["output", "output", "output", {"tuple": [{"node": "y"}]}, {"dict": []}]]
-        self.body = {
-            "steps": [],
-            "output": False,
-            "eval": rows,
-            "train": None,
-            "constants": {},
-            "was_none": [],
-        }
-
-    def __reduce__(self):
-        return bodies.rebuild, (nn.ReLU, json.dumps(self.body)), vars(nn.ReLU())
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_no_edited_forward_runs_code(name, path):
-    torch.save(Injected(ROWS[name]), path)
-    with contextlib.suppress(Exception):
-        load(path)(torch.ones(1))
-    assert not os.path.exists(HIT)
 
 
 # -- trust -------------------------------------------------------------------------------------------------
@@ -715,18 +539,10 @@ def test_own_class_gives_its_weights_without_trust(foreign):
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in fresh.state_dict().items())
 
 
-def test_trust_does_not_reach_through_a_package(net, path):
-    net.with_name("helper.py").write_text("from os import system\n")
-    path.write_bytes(archived(b"\x80\x02chelper\nsystem\n" + CALL))
-    with pytest.raises(UntrustedGlobals, match=r"`helper\.system`"):
-        load(path, trust=["helper"])
-    assert not os.path.exists(HIT)
-
-
 @pytest.mark.parametrize("name", ["os", "builtins", "subprocess", "torch", "timm.models", "posix", "", "a b"])
-def test_what_can_not_be_trusted(name, path):
+def test_what_can_not_be_trusted(name):
     with pytest.raises(OptionError, match="can't be trusted") as caught:
-        load(path, trust=["mine", name])
+        load("model.pt", trust=["mine", name])
     assert caught.value.exit_code == 2
 
 
@@ -740,7 +556,8 @@ def test_class_of_a_script(tmp_path):
     load_weights_(model, tmp_path / "model.pt")
 
 
-def test_compiled_and_traced_modules_are_explained(path):
+def test_compiled_and_traced_modules_are_explained(tmp_path):
+    path = tmp_path / "model.pt"
     torch.save(torch.fx.symbolic_trace(small()), path)
     with pytest.raises(UntrustedGlobals, match="GraphModule"):
         load(path)

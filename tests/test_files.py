@@ -1,241 +1,299 @@
-"""Files are there completely or not at all: killed writers, a full disk, and checks that come before `--force` acts."""
+"""Files as tools make them: what each is found to be, programs in archives, weights whose network is recognised."""
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
+import io
+import warnings
+import zipfile
 
 import pytest
+import timm
 import torch
+import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
 import se_inject as si
-from se_inject import _files
-from se_inject.errors import ExportError
+from se_inject._architectures import architectures_of
+from se_inject.checkpoints import NoSuchFile, describe, load, load_program, load_weights_
+from se_inject.cli import cli
+from se_inject.errors import LoadError, OptionError
+from tests.common import build, outputs, randomise
+from tests.fuzz.mutations import original
+from tests.hostile import records, saved, small, zipped
 
-ROOT = Path(_files.__file__).parent.parent
-
-WRITERS = """
-import os, resource, signal, sys
-import torch
-from torch import nn
-import se_inject as si
-from se_inject import _files
-
-torch.set_num_threads(1)
-kind, path = sys.argv[1], sys.argv[2]
-torch.manual_seed(0)
-network = si.inject(nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU()), torch.empty(1, 3, 8, 8), init="paper", reduction=1)
-
-def write():
-    if kind == "plan":
-        si.plan_of(network).save(path, force=True)
-    elif kind == "adapter":
-        si.save_adapter(network, path, force=True)
-    else:
-        si.export(network, path, torch.randn(2, 3, 8, 8), force=True)
-"""
-KINDS = {"plan": "x.json", "adapter": "x.safetensors", "pt": "x.pt", "onnx": "x.onnx"}
+IMAGES = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def run(script, *arguments, **options):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITERS + script, *map(str, arguments)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
+def same(model, other):
+    states = model.state_dict(), other.state_dict()
+    assert list(states[0]) == list(states[1])
+    return all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-# -- killed ------------------------------------------------------------------------------------------------
-
-SUSPENDED = """
-# stop where the file has been written and is about to be moved into place
-move = _files._move_into_place
-def suspended(*arguments):
-    print("written", flush=True)
-    signal.pause()
-    move(*arguments)
-_files._move_into_place = suspended
-write()
-"""
+# -- one line ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "old"), [("adapter", None), ("pt", b"old")])
-def test_a_writer_killed_before_the_last_step_leaves_the_old_file_or_none(kind, old, tmp_path):
-    path = tmp_path / KINDS[kind]
-    if old is not None:
-        path.write_bytes(old)
-    process = run(SUSPENDED, kind, path)
-    assert process.stdout.readline() == "written\n", process.stderr.read()
-    assert any(file.stat().st_size > 1000 for file in tmp_path.glob(".*/*")), "it has been written, under another name"
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    process.communicate()
-    assert (path.read_bytes() if path.exists() else None) == old
-    assert [file.name for file in tmp_path.iterdir() if not file.name.startswith(".")] == [path.name] * (
-        old is not None
-    )
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (torch.save, "a pickled network (torch.save)"),
+        (
+            lambda model, path: torch.save(model, path, _use_new_zipfile_serialization=False),
+            "a pickled network (torch.save before torch 1.6)",
+        ),
+        (lambda model, path: torch.save({"epoch": 3, "model": model}, path), "a pickled network (torch.save)"),
+    ],
+)
+def test_a_file_in_one_line(write, kind, tmp_path):
+    path = tmp_path / "model.bin"
+    write(small(), path)
+    assert describe(path, load(path)) == f"{path}: {kind}, Sequential, 130 parameters"
 
 
-REPEATED = """
-import time
-
-def killed_after(delay):
-    child = os.fork()
-    if not child:
-        while True:
-            write()
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-
-write()
-whole = open(path, "rb").read()
-for _ in range(40):
-    killed_after(torch.rand(()).item() * 0.02)
-    assert open(path, "rb").read() == whole
-print("whole")
-"""
+def test_weights_in_one_line(tmp_path):
+    path = tmp_path / "weights.bin"
+    save_file(torchvision.models.resnet18().state_dict(), path)
+    line = describe(path, load(path, arch="torchvision:resnet18"), "torchvision:resnet18")
+    assert line == f"{path}: weights for torchvision:resnet18 (safetensors), ResNet, 11,689,512 parameters"
 
 
-def test_a_writer_killed_at_any_time_leaves_a_whole_file(tmp_path):
-    assert run(REPEATED, "adapter", tmp_path / "x.safetensors").communicate() == ("whole\n", "")
-    left = [file.name for file in tmp_path.iterdir()]
-    assert "x.safetensors" in left
-    assert len(left) > 1, "some were killed while they wrote"
+def test_a_name_has_no_line():
+    assert describe("torchvision:resnet18", small()) is None
 
 
-# -- no room -----------------------------------------------------------------------------------------------
+def test_the_version_of_torch_that_a_file_records(tmp_path):
+    (tmp_path / "model.pt").write_bytes(original("pt2"))
+    with pytest.raises(LoadError, match="an exported program") as caught:
+        load(tmp_path / "model.pt")
+    assert caught.value.seen == f"written by torch {torch.__version__}"
 
-LIMITED = """
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-names, folder = eval(kind), path
-for kind, name in names.items():
-    path = os.path.join(folder, name)
-    if LIMIT:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200 if kind == "plan" else 700, resource.RLIM_INFINITY))
+
+def test_an_onnx_file(tmp_path):
+    (tmp_path / "model.pt").write_bytes(original("onnx"))
+    with pytest.raises(LoadError, match="an ONNX file"):
+        load(tmp_path / "model.pt")
+
+
+# -- mapped, swapped, unchecked, compressed ----------------------------------------------------------------
+
+
+def test_mapped_tensors_are_the_files(tmp_path):
+    model = randomise(build("torchvision:resnet18"))
+    torch.save(model, tmp_path / "model.pt")
+    before = (tmp_path / "model.pt").read_bytes()
+    mapped = load(tmp_path / "model.pt", mmap=True)
+    assert same(mapped, model)
+    with torch.no_grad():
+        mapped.conv1.weight.zero_()  # private to this process
+    assert (tmp_path / "model.pt").read_bytes() == before
+    assert same(load(tmp_path / "model.pt"), model)
+
+
+def test_a_model_that_is_not_mapped_survives_its_file(tmp_path):
+    model = small()
+    torch.save(model, tmp_path / "model.pt")
+    loaded = load(tmp_path / "model.pt")
+    (tmp_path / "model.pt").write_bytes(b"")
+    assert same(loaded, model)
+
+
+def test_without_checksums(tmp_path):
+    model = small()
+    torch.serialization.set_crc32_options(False)
     try:
-        write()
-    except si.InjectError as error:
-        print(kind, "|", str(error).replace(chr(10), " "))
-    else:
-        print(kind, "| written")
-print(os.listdir(folder))
-"""
+        torch.save(model, tmp_path / "model.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for mmap in (False, True):
+        assert same(load(tmp_path / "model.pt", mmap=mmap), model)
 
 
-def test_a_write_that_the_system_cuts_short_is_an_error_without_debris(tmp_path):
-    folder = tmp_path / "limited"
-    folder.mkdir()
-    for kind in ("plan", "pt"):
-        (folder / KINDS[kind]).write_text("old")
-    out, err = run(LIMITED.replace("LIMIT", "True", 1), KINDS, folder).communicate()
-    told = dict(line.split(" | ", 1) for line in out.splitlines()[:-1])
-    assert told.keys() == KINDS.keys(), err
-    for kind, name in KINDS.items():
-        assert told[kind].startswith(("could not write", "cannot export")), told
-        assert name in told[kind]
-    assert contents(folder) == {KINDS[kind]: "old" for kind in ("plan", "pt")}
+def test_compressed_again_by_another_tool(tmp_path):
+    model = small()
+    (tmp_path / "model.pt").write_bytes(zipped(records(saved(model)), compression=zipfile.ZIP_DEFLATED))
+    for mmap in (False, True):
+        assert same(load(tmp_path / "model.pt", mmap=mmap), model)
 
 
-def test_a_full_disk_is_an_error_without_debris(tmp_path):
-    """On a file system of one page, where the kernel lets us mount one."""
-    mount = "mkdir full && mount -t tmpfs -o size=4k tmpfs full && exec "
-    command = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
-    if subprocess.run([*command, mount + "true"], cwd=tmp_path, capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here; the limit above and simulated errors stand for it")
-    (tmp_path / "full").rmdir()
-    (tmp_path / "script.py").write_text(WRITERS + LIMITED.replace("LIMIT", "False", 1))
-    kinds = {kind: name for kind, name in KINDS.items() if kind in ("adapter", "pt")}  # a plan fits
-    done = subprocess.run(
-        [*command, f'{mount}{sys.executable} script.py "{kinds}" full'],
-        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
-    *told, left = done.stdout.splitlines()
-    assert [line.partition(" | ")[2][:23] for line in told] == ["no space left to write "] * 2, done.stderr
-    assert left == "[]"
+def test_from_a_machine_of_the_other_byte_order(tmp_path):
+    model = small()
+    data = records(saved(model))
+    for name, content in data.items():
+        if "/data/" in name:
+            size = 8 if len(content) == 8 else 4  # the counter of batches is the one 64-bit number
+            data[name] = b"".join(content[at : at + size][::-1] for at in range(0, len(content), size))
+        elif name.endswith("byteorder"):
+            data[name] = b"big"
+    (tmp_path / "model.pt").write_bytes(zipped(data))
+    loaded = load(tmp_path / "model.pt")
+    assert all(torch.equal(loaded[n].weight, model[n].weight) for n in (0, 1, 3))
 
 
-# -- several files at once ---------------------------------------------------------------------------------
+# -- programs ----------------------------------------------------------------------------------------------
+
+PROGRAMS = ["torchvision:resnet18", "torchvision:mobilenet_v2", "timm:test_convnext", "timm:test_vit"]
 
 
-@pytest.fixture
-def old_files(tmp_path):
-    paths = [tmp_path / name for name in ("a", "b", "c")]
-    for path in paths[:2]:
-        path.write_text(f"old {path.name}")
-    return paths
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_exported_program(name, tmp_path):
+    images = IMAGES if "vit" not in name else torch.rand(3, 3, 160, 160)
+    model = randomise(build(name)).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    found = load_program(tmp_path / "model.pt2")
+    assert found.graph_module.code == program.graph_module.code
+    assert str(found.range_constraints) == str(program.range_constraints)
+    assert torch.equal(found.module()(images[:2]), program.module()(images[:2]))
+    assert torch.equal(torch.export.unflatten(found)(images), model(images))
 
 
-def contents(folder):
-    return {path.name: path.read_text() for path in folder.iterdir()}
+class Cases(nn.Module):
+    """Arithmetic on sizes, a constant, a dict in and out, a branch, a grad mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.table = torch.arange(4.0)
+
+    def forward(self, inputs):
+        x = self.conv(inputs["image"])
+        x = x + self.table.view(1, 4, 1, 1)
+        with torch.no_grad():
+            rest = x.mean((2, 3))
+        x = torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
+        return {"flat": x.reshape(x.shape[0] * 2, -1), "rest": [rest, torch.full((x.shape[0] // 2,), math_of(x))]}
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_when_a_later_move_fails_the_replaced_files_come_back(old_files, tmp_path, monkeypatch, links):
-    before = contents(tmp_path)
-    real, calls = os.replace, []
-
-    def failing(source, target):
-        calls.append(target)
-        if len(calls) == 3:
-            raise OSError(1, "not this one")
-        real(source, target)
-
-    def no_links(*_):
-        raise OSError(1, "no links here")
-
-    monkeypatch.setattr(os, "replace", failing)
-    if not links:
-        monkeypatch.setattr(os, "link", no_links)
-    with pytest.raises(ExportError, match="could not write"), _files.atomic_all(old_files, force=True) as temporary:
-        for path in temporary:
-            path.write_text("new")
-    assert len(calls) == 5, "three moves, and two back"
-    assert contents(tmp_path) == before
+def math_of(x):
+    return x.shape[2] / 2
 
 
-def test_all_are_replaced_when_nothing_fails(old_files, tmp_path):
-    with _files.atomic_all(old_files, force=True) as temporary:
-        for path in temporary:
-            path.write_text("new")
-    assert contents(tmp_path) == dict.fromkeys("abc", "new")
+def test_an_exported_program_with_everything(tmp_path):
+    model, inputs = Cases(), ({"image": IMAGES[:2]},)
+    dynamic = ({"image": {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, inputs, dynamic_shapes=dynamic)
+    torch.export.save(program, tmp_path / "model.pt2")
+    found = load_program(tmp_path / "model.pt2")
+    wanted, got = outputs(program.module(), *inputs), outputs(found.module(), *inputs)
+    assert len(wanted) == 3
+    assert all(torch.equal(*pair) for pair in zip(wanted, got, strict=True))
 
 
-def test_force_replaces_only_what_has_passed_its_checks(tmp_path, monkeypatch):
-    class Moody(nn.Module):
-        """Its output changes from call to call, so no file can be right."""
-
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x):
-            return self.conv(x) + torch.rand(())
-
-    for suffix in (".ts", ".pt2"):
-        path = tmp_path / f"x{suffix}"
-        path.write_text("old")
-        with pytest.raises(ExportError):
-            si.export(Moody(), path, torch.randn(2, 3, 8, 8), force=True)
-        assert contents(tmp_path) == {path.name: "old"}
-        path.unlink()
+@pytest.mark.parametrize("how", ["traced", "scripted"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_torchscript(name, how, tmp_path):
+    images = IMAGES if "vit" not in name else torch.rand(3, 3, 160, 160)
+    model = randomise(build(name)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(model, images) if how == "traced" else torch.jit.script(model), tmp_path / "m")
+    found = load_program(tmp_path / "m")
+    assert isinstance(found, torch.jit.ScriptModule)
+    with torch.no_grad():
+        assert torch.equal(found(images), model(images))
 
 
-def test_an_adapter_that_does_not_give_back_what_was_written_does_not_appear(tmp_path, monkeypatch):
-    from se_inject import adapters
+def test_no_program(tmp_path):
+    torch.save(small(), tmp_path / "model.pt")
+    with pytest.raises(LoadError, match="neither an exported program nor"):
+        load_program(tmp_path / "model.pt")
+    with pytest.raises(NoSuchFile):
+        load_program(tmp_path / "gone.pt2")
 
-    network = si.inject(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.empty(1, 3, 8, 8), init="paper")
-    path = tmp_path / "x.safetensors"
-    path.write_text("old")
-    real = adapters.write_in_one_go
 
-    def damaged(path, write):
-        real(path, write)
-        path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+def test_a_program_for_another_device(tmp_path):
+    data = records(original("pt2"))
+    for name, content in data.items():
+        data[name] = content.replace(b'"type": "cpu"', b'"type": "cuda"')
+    (tmp_path / "model.pt2").write_bytes(zipped(data))
+    with pytest.raises(LoadError, match="exported for cuda"):
+        load_program(tmp_path / "model.pt2")
 
-    monkeypatch.setattr(adapters, "write_in_one_go", damaged)
-    with pytest.raises(ExportError, match="does not give back"):
-        si.save_adapter(network, path, force=True)
-    assert contents(tmp_path) == {"x.safetensors": "old"}
+
+# -- whose weights? ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("torchvision:resnet50", {"num_classes": 7}),
+        ("torchvision:mobilenet_v3_small", {}),
+        ("torchvision:densenet121", {"num_classes": 3}),
+        ("timm:convnext_tiny", {"num_classes": 10}),
+        ("timm:test_vit", {}),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"module." + key: state[key] for key in state}])
+def test_a_network_is_recognised(name, options, wrap):
+    library, _, short = name.partition(":")
+    with torch.device("meta"):
+        model = (
+            timm.create_model(short, **options) if library == "timm" else torchvision.models.get_model(short, **options)
+        )
+    state = wrap(model.state_dict())
+    assert name in architectures_of(state)
+    without_counters = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    assert name in architectures_of(without_counters)
+
+
+def test_a_network_that_is_not_known():
+    assert architectures_of(small().state_dict()) == []
+    assert architectures_of({}) == []
+
+
+@pytest.mark.parametrize("write", [torch.save, save_file])
+def test_weights_without_a_network_name_it(write, tmp_path):
+    path = tmp_path / "weights.pth"
+    write(randomise(build("torchvision:resnet18")).state_dict(), path)
+    with pytest.raises(LoadError, match="a file of weights") as caught:
+        load(path)
+    assert "`torchvision:resnet18`, `timm:resnet18`" in caught.value.seen
+    assert caught.value.hint == f"`se-inject {path} --arch torchvision:resnet18`"
+
+
+def test_arch(tmp_path):
+    trained = randomise(build("torchvision:resnet18"), seed=5)
+    torch.save({"epoch": 3, "state_dict": trained.state_dict()}, tmp_path / "resnet18.pth")
+    assert same(load(tmp_path / "resnet18.pth", arch="torchvision:resnet18"), trained)
+    with pytest.raises(OptionError, match="the weights already"):
+        load(tmp_path / "resnet18.pth", arch="torchvision:resnet18", weights=tmp_path / "resnet18.pth")
+    with pytest.raises(OptionError, match="is a file"):
+        load(tmp_path / "resnet18.pth", arch=str(tmp_path / "resnet18.pth"))
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    trained = randomise(build("torchvision:resnet18"))
+    torch.save(trained.state_dict(), tmp_path / "resnet18.pth")
+    model, options = str(tmp_path / "resnet18.pth"), ("--arch", "torchvision:resnet18", "--input", "3x64x64")
+    cli.main(["sites", model, *options], standalone_mode=False)
+    line = f"{model}: weights for torchvision:resnet18 (torch.save), ResNet, 11,689,512 parameters\n"
+    assert line in capsys.readouterr().err
+    cli.main(["inject", model, *options, "--stages", "4", "-o", str(tmp_path / "se.pt")], standalone_mode=False)
+    assert same(si.eject_(load(tmp_path / "se.pt")), trained)
+
+
+def test_a_file_is_replaced_by_what_was_made_of_it(tmp_path):
+    """It is mapped while it is read, so its tensors must not go with it."""
+    model = randomise(nn.Sequential(build("torchvision:resnet18").layer4, nn.ReLU()))
+    torch.save(model, tmp_path / "model.pt")
+    arguments = [
+        "inject",
+        str(tmp_path / "model.pt"),
+        "--input",
+        "256x8x8",
+        "--force",
+        "-o",
+        str(tmp_path / "model.pt"),
+    ]
+    cli.main(arguments, standalone_mode=False)
+    assert same(si.eject_(load(tmp_path / "model.pt")), model)
+
+
+def test_weights_are_copied_out_of_their_file(tmp_path):
+    model, trained = small(), randomise(small(), seed=3)
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    load_weights_(model, tmp_path / "weights.pt")
+    (tmp_path / "weights.pt").write_bytes(io.BytesIO().getvalue())
+    assert same(model, trained)

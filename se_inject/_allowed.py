@@ -1,0 +1,114 @@
+"""What a pickle may name: classes of networks, plain values, the makers of tensors, functions of tensors.
+
+The lists are what the pickles of all networks of torchvision 0.29 and timm 1.0.31 refer to.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+NETWORKS = (
+    "torch.nn",
+    "torchvision.models",
+    "torchvision.ops",
+    "timm.models",
+    "timm.layers",
+    "se_inject",
+    "se_inject_plugins",
+    "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional",
+    "torch.ao.quantization.stubs.QuantStub",
+    "torch.ao.quantization.stubs.DeQuantStub",
+)
+NOT_NETWORKS = (
+    nn.parallel.DistributedDataParallel,  # its __setstate__ talks to a process group
+    torch.fx.GraphModule,  # is source code
+    torch.jit.ScriptModule,
+)
+BUILDERS = frozenset(
+    [
+        *(f"builtins.{name}" for name in ("bytearray", "complex", "frozenset", "range", "set", "slice")),
+        "_codecs.encode",
+        "collections.Counter",
+        "collections.OrderedDict",
+        "se_inject.bodies.rebuild",
+        "se_inject.freezing.rebuild_frozen",
+        "torch.Size",
+        "torch.device",
+        "torch.serialization._get_layout",
+        "torch._utils._rebuild_meta_tensor_no_storage",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+    ]
+)
+DATA = frozenset(
+    [
+        "timm.layers.format.Format",
+        "timm.models._features.FeatureInfo",
+        "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
+        "torchvision.models.detection._utils.BoxCoder",
+        "torchvision.models.detection._utils.BoxLinearCoder",
+        "torchvision.models.detection._utils.Matcher",
+        "torchvision.models.detection._utils.SSDMatcher",
+    ]
+)
+REFERENCES = frozenset(
+    [
+        "functools.partial",
+        "timm.layers.activations.gelu",
+        "torch._C._VariableFunctionsClass",
+        "torch.storage.UntypedStorage",
+        "torchvision.models.optical_flow.raft._pass_through_h",
+        "torchvision.ops.boxes.box_iou",
+    ]
+)
+ACTIVATIONS = frozenset(["relu", "sigmoid", "tanh", "selu", "celu", "rrelu", "prelu", "softmax", "log_softmax"])
+LISTED = BUILDERS | DATA | REFERENCES
+
+
+def within(name: str, packages: Sequence[str]) -> bool:
+    """Whether a dotted name is one of these packages or something in them."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def may_be_looked_up(module: str, name: str) -> bool:
+    """Whether a file may have this name imported, to see what it is.
+
+    A name with dots reaches through what was imported, and ``__main__`` runs when it is imported.
+    """
+    full = f"{module}.{name}"
+    plain = "." not in name and not any(part.startswith("__") for part in full.split("."))
+    return plain and (full in LISTED or within(full, NETWORKS) or module in ("torch", "torch._C._nn"))
+
+
+def is_network(found: Any) -> bool:
+    """Whether this is a module class that belongs to one of ``NETWORKS``, not only to be found there."""
+    if not (isinstance(found, type) and issubclass(found, nn.Module)) or issubclass(found, NOT_NETWORKS):
+        return False
+    return within(f"{found.__module__}.{found.__qualname__}", NETWORKS)
+
+
+def is_data(found: Any) -> bool:
+    """Whether this is a class of plain values."""
+    return isinstance(found, type) and f"{found.__module__}.{found.__qualname__}" in DATA
+
+
+def is_harmless(module: str, name: str, found: Any) -> bool:
+    """Whether a file may refer to what a name of ``may_be_looked_up`` stands for."""
+    known = f"{module}.{name}" in LISTED or is_network(found)
+    return known or _is_tensor_function(module, found) or isinstance(found, torch.dtype)
+
+
+def _is_tensor_function(module: str, found: Any) -> bool:
+    if str(getattr(found, "__name__", "_")).startswith("_"):
+        return False
+    if module == "torch.nn.functional":
+        return inspect.isfunction(found) and found.__module__ == module
+    return module == "torch._C._nn" and inspect.isbuiltin(found)

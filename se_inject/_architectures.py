@@ -1,0 +1,45 @@
+"""Whose weights are these? Networks of torchvision and timm, recognised by the keys and shapes of their state dict.
+
+``architectures.json`` holds a fingerprint of each; ``tests/census/architectures.py`` makes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import torch
+
+PREFIXES = ("module.", "model.", "_orig_mod.")
+
+
+def fingerprint(state: Mapping[str, Any]) -> str:
+    """A number for a network's keys, and the shapes of its convolutions and position embeddings.
+
+    Shapes of one and two dimensions are left out, so that it is the same for any number of classes; so are the
+    counters of batches, which older files don't have.
+    """
+    rows = sorted(
+        (key, list(value.shape) if value.ndim > 2 else [])
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and not key.endswith("num_batches_tracked")
+    )
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+
+
+def architectures_of(state: Mapping[str, Any]) -> list[str]:
+    """The names of the networks with these keys and shapes, those of torchvision first; [] if none is known.
+
+    A prefix of all keys is tried without. Networks that differ in something else, such as an activation, share
+    their keys and shapes: all of them are named.
+    """
+    known = json.loads(resources.files("se_inject").joinpath("architectures.json").read_text())
+    while True:
+        found: list[str] = known.get(fingerprint(state), [])
+        prefix = next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None)
+        if found or prefix is None:
+            return found
+        state = {key.removeprefix(prefix): value for key, value in state.items()}

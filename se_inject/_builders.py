@@ -1,0 +1,198 @@
+"""The few functions that a pickle may call, each with its arguments checked first.
+
+They make tensors, parameters and plain data. None takes more memory than what it is given: a tensor lies within its
+storage, a container is made of one that exists.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import importlib
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from se_inject._archives import SLACK_BYTES
+
+_LARGEST = 2**63
+_LARGEST_KEY = 2**61 - 1  # from here on, integers can be chosen to share one hash
+_PARTS_OF_A_KEY = 1000
+_MARKS = {"conj", "neg"}
+
+
+class Absurd(pickle.UnpicklingError):
+    """Arguments that no pickle of a network has."""
+
+
+def checked_key(key: Any) -> Any:
+    """A dict's key or a set's member, unless it is made to take forever to hash."""
+    todo, parts = [key], 0
+    while todo:
+        part = todo.pop()
+        parts += 1
+        if parts > _PARTS_OF_A_KEY or (isinstance(part, int) and abs(part) >= _LARGEST_KEY):
+            raise Absurd("a key that no dict of a network has")
+        if isinstance(part, tuple):
+            todo += part
+    return key
+
+
+def builder(name: str) -> Callable[..., Any]:
+    """The function of this name that checks its arguments, and then is the one of that name."""
+    module, _, short = name.rpartition(".")
+    return _CHECKED.get(name) or getattr(importlib.import_module(module), short)  # type: ignore[no-any-return]
+
+
+# -- plain data --------------------------------------------------------------------------------------------
+
+
+def _container(kind: Callable[..., Any], *takes: type) -> Callable[..., Any]:
+    def make(*args: Any) -> Any:
+        if len(args) > 1 or not all(type(arg) in takes for arg in args):
+            raise Absurd(f"arguments for a {getattr(kind, '__name__', kind)}")
+        for arg in args:
+            for item in arg:
+                checked_key(item)
+        return kind(*args)
+
+    return make
+
+
+def _ordered_dict(*args: Any) -> Any:
+    if len(args) > 1 or not all(type(arg) in (list, tuple) for arg in args):
+        raise Absurd("arguments for an OrderedDict")
+    return collections.OrderedDict((checked_key(key), value) for arg in args for key, value in arg)
+
+
+def _bytearray(*args: Any) -> Any:
+    if not (args == () or (len(args) == 1 and type(args[0]) in (bytes, list)) or _is_latin(args)):
+        raise Absurd("arguments for a bytearray")
+    return builtins.bytearray(*args)
+
+
+def _encode(*args: Any) -> Any:
+    if not _is_latin(args):
+        raise Absurd("arguments for _codecs.encode")
+    return args[0].encode("latin-1")
+
+
+def _is_latin(args: Any) -> bool:
+    return len(args) == 2 and type(args[0]) is str and args[1] in ("latin1", "latin-1")
+
+
+def _device(*args: Any) -> Any:
+    if not all(type(arg) in (str, int) for arg in args):
+        raise Absurd("arguments for a device")
+    return torch.device(*args)
+
+
+# -- tensors -----------------------------------------------------------------------------------------------
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
+    check_view(storage, storage.dtype, offset, size, stride)
+    return torch._utils._rebuild_tensor(storage, offset, size, stride)  # type: ignore[no-untyped-call]
+
+
+def _tensor_v2(
+    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
+) -> Any:
+    check_view(storage, storage.dtype, offset, size, stride)
+    _check_trimmings(requires_grad, hooks, metadata)
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata)  # type: ignore[no-untyped-call]
+
+
+def _tensor_v3(
+    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, metadata: Any = None
+) -> Any:
+    check_view(storage, dtype, offset, size, stride)
+    _check_trimmings(requires_grad, hooks, metadata)
+    return torch._utils._rebuild_tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype, metadata)  # type: ignore[no-untyped-call]
+
+
+def _meta_tensor(dtype: Any, size: Any, stride: Any, requires_grad: Any) -> Any:
+    _check_shape(0, size, stride)
+    _check_trimmings(requires_grad, {}, None)
+    return torch._utils._rebuild_meta_tensor_no_storage(dtype, size, stride, requires_grad)  # type: ignore[no-untyped-call]
+
+
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
+    _check_trimmings(requires_grad, hooks, None)
+    if not isinstance(data, torch.Tensor):
+        raise Absurd("a parameter that is no tensor")
+    return nn.Parameter(data, requires_grad)
+
+
+def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
+    parameter = _parameter(data, requires_grad, hooks)
+    for name, value in (state if type(state) is dict else {}).items():
+        if type(name) is not str or not name.isidentifier() or hasattr(torch.Tensor, name):
+            raise Absurd("an attribute of a parameter that is none of the author's")
+        setattr(parameter, name, value)
+    return parameter
+
+
+def check_view(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> None:
+    """Look whether a tensor lies within its storage.
+
+    torch would make the storage larger rather than refuse, and so read memory that is not the file's.
+
+    Raises:
+        Absurd: it doesn't, or is far larger than its storage.
+    """
+    if not isinstance(storage, torch.storage.TypedStorage) or not isinstance(dtype, torch.dtype):
+        raise Absurd("a tensor without a storage")
+    _check_shape(offset, size, stride)
+    last = 0 if 0 in size else 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    elements = 1
+    for length in size:
+        elements *= length
+    available = storage._untyped_storage.nbytes()
+    if (offset + last) * dtype.itemsize > available:
+        raise Absurd(f"a tensor of shape {tuple(size)} in a storage of {available:,} bytes")
+    if elements * dtype.itemsize > available + SLACK_BYTES:  # expanded with strides of 0
+        raise Absurd(f"a tensor of shape {tuple(size)} made of {available:,} bytes")
+
+
+def _check_shape(offset: Any, size: Any, stride: Any) -> None:
+    for numbers in (size, stride):
+        if not isinstance(numbers, tuple) or len(numbers) > 64:
+            raise Absurd("a tensor's shape or strides that are no tuple")
+    if len(size) != len(stride):
+        raise Absurd("a tensor with more or fewer strides than dimensions")
+    for number in (offset, *size, *stride):
+        if type(number) is not int or not 0 <= number < _LARGEST:
+            raise Absurd("a tensor of an absurd shape")
+
+
+def _check_trimmings(requires_grad: Any, hooks: Any, metadata: Any) -> None:
+    if type(requires_grad) is not bool:
+        raise Absurd("a tensor's requires_grad")
+    if not (hooks is None or (isinstance(hooks, Mapping) and not hooks)):
+        raise Absurd("a tensor with hooks")
+    if not (metadata is None or (type(metadata) is dict and all(type(value) is bool for value in metadata.values()))):
+        raise Absurd("a tensor's metadata")
+    if metadata and not metadata.keys() <= _MARKS:
+        raise Absurd("a tensor's metadata")
+
+
+_CHECKED: dict[str, Callable[..., Any]] = {
+    "_codecs.encode": _encode,
+    "builtins.bytearray": _bytearray,
+    "builtins.frozenset": _container(frozenset, list),
+    "builtins.set": _container(set, list),
+    "collections.Counter": _container(collections.Counter, dict),
+    "collections.OrderedDict": _ordered_dict,
+    "torch.Size": _container(torch.Size, tuple, list),
+    "torch.device": _device,
+    "torch._utils._rebuild_meta_tensor_no_storage": _meta_tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter_with_state,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+}

@@ -1,0 +1,129 @@
+"""What the modules out of a file may hold: the state of a network, and nothing that changes what its class does.
+
+A pickle sets attributes as it likes, so an instance could bring a ``forward`` of its own, a hook, or a tree that
+unfolds without end. No network that torch, torchvision or timm makes has any of these.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from se_inject._allowed import within
+from se_inject._pickles import Inert, Reading
+from se_inject.bodies import check_targets
+from se_inject.errors import LoadError
+
+MOST_PATHS = 100_000
+"""Submodules, counted once for each path that leads to them."""
+
+DEEPEST = 100
+_QUOTES = frozenset("\"'\\")
+_TABLES: dict[str, type] = {"_modules": nn.Module, "_parameters": nn.Parameter, "_buffers": torch.Tensor}
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+
+
+def check_modules(reading: Reading) -> None:
+    """Look at every module that a file made.
+
+    Raises:
+        LoadError: one holds what no network does.
+        UnpicklingError: together they are no network's tree.
+    """
+    for module in reading.modules:
+        state = vars(module)
+        for name, kind in _TABLES.items():
+            values = state.get(name)
+            if not isinstance(values, dict) or not all(v is None or isinstance(v, kind) for v in values.values()):
+                raise pickle.UnpicklingError(f"a module whose {name} are none")
+        if type(module) is not Inert:
+            for names in (state, *(state[name] for name in _TABLES)):
+                _check_names(names)
+    for module in reading.modules:
+        if type(module) is not Inert and not within(type(module).__module__, reading.trust):
+            _check_attributes(module, vars(module))
+        if hasattr(type(module), "_se_inject_body"):
+            check_targets(module)
+    _check_tree(reading.modules)
+
+
+def holds_inert(model: nn.Module) -> bool:
+    """Whether anything that a model holds stands for what was refused. What lies beside it in its file doesn't matter."""
+    todo: list[Any] = [model]
+    seen: set[int] = set()
+    while todo:
+        part = todo.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Inert):
+            return True
+        if isinstance(part, dict):
+            todo += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple | set | frozenset):
+            todo += part
+        elif isinstance(part, functools.partial):
+            todo += [part.func, part.args, part.keywords]
+        elif isinstance(part, types.MethodType):
+            todo.append(part.__self__)
+        elif not isinstance(part, type):
+            todo.append(getattr(part, "__dict__", None))
+    return False
+
+
+def _check_names(names: Any) -> None:
+    """Where torch.fx writes an attribute's name into source text, it must not be more than a name."""
+    for name in names:
+        if not isinstance(name, str) or not name.isprintable() or _QUOTES.intersection(name):
+            raise LoadError("a module in this file has an attribute that is no name", seen=repr(name)[:80])
+
+
+def _check_attributes(module: nn.Module, state: dict[str, Any]) -> None:
+    kind = type(module)
+    for name in state:
+        of_class = getattr(kind, name, None)
+        is_own = name.startswith("forward") and _is_bound(state[name], module)  # timm's FasterNet chooses between two
+        if name.startswith("__") or (callable(of_class) and not is_own) or isinstance(of_class, property):
+            raise LoadError(f"a {kind.__name__} in this file has a `{name}` of its own", seen="its class defines that")
+    for name in _HOOKS:
+        if state.get(name):
+            raise LoadError(f"a {kind.__name__} in this file has hooks", hint="remove them and save it again")
+    if state.get("_compiled_call_impl") is not None:
+        raise LoadError(f"a {kind.__name__} in this file is compiled", hint="save it uncompiled")
+
+
+def _is_bound(value: Any, module: nn.Module) -> bool:
+    return isinstance(value, types.MethodType) and value.__self__ is module
+
+
+def _check_tree(modules: list[nn.Module]) -> None:
+    """Count what ``state_dict`` will visit, which follows every path; without recursion."""
+    paths: dict[int, int] = {}
+    depth: dict[int, int] = {}
+    for root in modules:
+        todo = [(root, False)]
+        open_ones: set[int] = set()
+        while todo:
+            module, is_done = todo.pop()
+            key = id(module)
+            children = [child for child in vars(module)["_modules"].values() if child is not None]
+            if is_done:
+                open_ones.discard(key)
+                paths[key] = 1 + sum(paths[id(child)] for child in children)
+                depth[key] = 1 + max((depth[id(child)] for child in children), default=0)
+                if paths[key] > MOST_PATHS or depth[key] > DEEPEST:
+                    raise pickle.UnpicklingError("modules within modules without end")
+            elif key in open_ones:
+                raise pickle.UnpicklingError("a module within itself")
+            elif key not in paths:
+                open_ones.add(key)
+                todo.append((module, True))
+                todo += [(child, False) for child in children if id(child) not in paths]

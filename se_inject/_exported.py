@@ -1,0 +1,327 @@
+"""Exported programs (``.pt2``) out of a stranger's file.
+
+``torch.export.load`` has no ``weights_only``, and more than its pickles runs. Read in torch 2.14.1 (``torch/export``,
+``torch/_export/serde``), it hands these parts of a file to something that executes them:
+
+* tensors and constants marked ``use_pickle``, opaque constants, and the sample inputs (if ``weights_only=True``
+  fails on them): ``pickle``; custom objects: their C++ class's ``__setstate__``;
+* symbolic sizes: ``sympy.sympify``, which is ``eval``;
+* an operator's name: an attribute path from ``torch``, whatever it leads to, called when the program runs;
+* tree specifications: an enum or a default factory is imported by its name;
+* names of nodes: written into Python source text, which is executed; so is ``guards_code`` when the program runs;
+* ``data/aotinductor``: a shared library, loaded into the process.
+
+So the archive is read here, each of these parts is checked or left out, and torch only puts the program together.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+from collections.abc import Callable
+from typing import IO, Any
+
+import torch
+from torch.export import ExportedProgram
+
+from se_inject._archives import Archive
+from se_inject._builders import check_view
+from se_inject._unpickling import unpickle
+from se_inject.bodies import checked_path, function_named
+from se_inject.errors import LoadError
+
+_COMPILED = "data/aotinductor/"
+_SYMBOL = re.compile(r"[a-z]{1,4}\d{1,5}")
+_EXPRESSION_NODES = (
+    ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Call, ast.Name, ast.Constant, ast.Load,
+    ast.keyword, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
+)  # fmt: skip
+_EXPRESSION_FUNCTIONS = frozenset(
+    [
+        "FloorDiv",
+        "ModularIndexing",
+        "Where",
+        "PythonMod",
+        "Mod",
+        "CleanDiv",
+        "CeilToInt",
+        "FloorToInt",
+        "CeilDiv",
+        "LShift",
+        "RShift",
+        "PowByNatural",
+        "FloatPow",
+        "FloatTrueDiv",
+        "IntTrueDiv",
+        "IsNonOverlappingAndDenseIndicator",
+        "TruncToFloat",
+        "TruncToInt",
+        "RoundToInt",
+        "RoundDecimal",
+        "ToFloat",
+        "Identity",
+        "Symbol",
+        "Integer",
+        "Rational",
+        "Add",
+        "Mul",
+        "Pow",
+        "Max",
+        "Min",
+        "And",
+        "Or",
+        "Not",
+        "Abs",
+        "Eq",
+        "Ne",
+        "Lt",
+        "Le",
+        "Gt",
+        "Ge",
+        "Equality",
+        "Unequality",
+        "GreaterThan",
+        "LessThan",
+        "StrictGreaterThan",
+        "StrictLessThan",
+        "floor",
+        "ceiling",
+    ]
+)
+_EXPRESSION_CONSTANTS = frozenset(["oo", "int_oo", "true", "false", "True", "False"])
+_ASSUMPTIONS = frozenset(["positive", "negative", "nonnegative", "nonpositive", "integer", "real", "finite", "zero"])
+_LARGEST_EXPONENT = 8
+_MOST_EXPRESSION_NODES = 200
+_HIGHER_ORDER = frozenset(["wrap_with_set_grad_enabled", "wrap_with_autocast", "cond"])
+_SYMBOLIC = frozenset(["sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite", "sym_sum", "_sym_sqrt"])
+_TREES = frozenset([None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"])
+_CUSTOM = frozenset(["as_custom_obj", "custom_obj"])
+_WITH_NAMES_OF_VALUES = frozenset(["tensor_values", "sym_int_values", "sym_bool_values", "sym_float_values"])
+
+
+def exported_program(file: IO[bytes]) -> ExportedProgram:
+    """The program in a ``.pt2`` archive; nothing of the file is executed. Guards on example inputs are left out.
+
+    Args:
+        file: the open file.
+
+    Raises:
+        LoadError: it holds what can't be read safely.
+        Exception: of any class, from a damaged file.
+    """
+    from torch._export.serde import schema
+    from torch._export.serde.serialize import ExportedProgramDeserializer, _bytes_to_dataclass
+
+    archive = Archive(file)
+    archive.check()
+    if "serialized_exported_program.json" in archive:
+        raise LoadError("written by a torch before 2.8", hint="load it with the torch that wrote it, and save it anew")
+    if any(name.startswith(_COMPILED) for name in archive.records):
+        raise LoadError("it holds compiled code, which can't be checked", hint="export it without compiling")
+    models = [name for name in archive.records if name.startswith("models/")]
+    if len(models) != 1:
+        raise LoadError("an archive of several exported programs", seen=f"{len(models)}")
+    name = models[0].removeprefix("models/").removesuffix(".json")
+    program = _checked_program(json.loads(archive.read(models[0])))
+    weights = _tensors(archive, "data/weights/", f"{name}_weights_config.json")
+    constants = _tensors(archive, "data/constants/", f"{name}_constants_config.json")
+    samples = _samples(archive, f"data/sample_inputs/{name}.pt")
+    data = _bytes_to_dataclass(schema.ExportedProgram, json.dumps(program).encode())  # type: ignore[no-untyped-call]
+    return ExportedProgramDeserializer().deserialize(data, weights, constants, samples)
+
+
+def torch_version(file: IO[bytes]) -> str | None:
+    """The version of torch that wrote a ``.pt2`` archive, if it says so."""
+    archive = Archive(file)
+    models = [name for name in archive.records if name.startswith("models/")]
+    version = json.loads(archive.read(models[0])).get("torch_version") if models else None
+    return version if isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,40}", version) else None
+
+
+# -- tensors -----------------------------------------------------------------------------------------------
+
+
+def _tensors(archive: Archive, folder: str, config: str) -> dict[str, Any]:
+    from torch._export.serde.schema import ScalarType
+    from torch._export.serde.serialize import deserialize_scalar_type
+
+    records: dict[str, torch.Tensor] = {}
+    found: dict[str, Any] = {}
+    for name, entry in json.loads(archive.read(folder + config))["config"].items():
+        checked_path(name)
+        meta, record = entry["tensor_meta"], entry["path_name"]
+        if entry["use_pickle"] or meta is None or not str(record).startswith(("weight_", "tensor_")):
+            raise LoadError(f"its `{name}` is pickled or an object of C++, not a plain tensor")
+        if meta["device"]["type"] != "cpu":
+            raise LoadError(f"it is exported for {meta['device']['type']}", hint="export it from the CPU")
+        dtype = deserialize_scalar_type(ScalarType(meta["dtype"]))
+        if record not in records:
+            view = archive.view(folder + record)
+            records[record] = torch.frombuffer(view, dtype=torch.uint8).clone() if view else torch.empty(0).byte()
+        storage = torch.storage.TypedStorage(  # type: ignore[no-untyped-call]
+            wrap_storage=records[record].untyped_storage(), dtype=dtype, _internal=True
+        )
+        sizes, strides = (tuple(number["as_int"] for number in meta[key]) for key in ("sizes", "strides"))
+        offset = meta["storage_offset"]["as_int"]
+        check_view(storage, dtype, offset, sizes, strides)
+        tensor = torch._utils._rebuild_tensor(storage, offset, sizes, strides)  # type: ignore[no-untyped-call]
+        found[name] = torch.nn.Parameter(tensor, bool(meta["requires_grad"])) if entry["is_param"] else tensor
+    return found
+
+
+def _samples(archive: Archive, name: str) -> Any:
+    """The example inputs if they are tensors and plain data; else None, and the program does without."""
+    refused: dict[str, str | None] = {}
+    try:
+        found = unpickle(io.BytesIO(archive.read(name)), "zip", (), refused)
+    except Exception:
+        return None
+    return None if refused or not isinstance(found, tuple) else found
+
+
+# -- the program -------------------------------------------------------------------------------------------
+
+
+def _checked_program(program: Any) -> Any:
+    """The program as JSON data, without what is executed, else as it was.
+
+    Raises:
+        LoadError: it holds what no exported network does.
+    """
+    if any(not _SYMBOL.fullmatch(name) for name in program["range_constraints"]):
+        raise LoadError("a symbol of an exported program that is no name")
+    program["guards_code"] = []
+    program["graph_module"]["metadata"] = {}
+    program["graph_module"]["treespec_namedtuple_fields"] = {}
+    for entry in program["graph_module"]["module_call_graph"]:
+        _check_name_of_path(entry["fqn"])
+        for name in (entry.get("signature") or {}).get("forward_arg_names") or []:
+            _check_name(name)
+    todo = [program["graph_module"]]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, list):
+            todo += part
+        elif isinstance(part, dict):
+            if {"target", "inputs", "outputs", "metadata"} <= part.keys():
+                part["metadata"] = _checked_metadata(part["metadata"])
+            for key, value in part.items():
+                if key in _CUSTOM or (key == "custom_obj_values" and value):
+                    raise LoadError("an exported program with an object of C++")
+                if key in _WITH_NAMES_OF_VALUES:
+                    for name in value:
+                        _check_name(name)
+                _CHECKS.get(key, _unchecked)(value)
+                todo.append(value)
+    return program
+
+
+def _unchecked(value: Any) -> None:
+    """Numbers, and text that no one reads as code."""
+
+
+def _checked_metadata(metadata: Any) -> dict[str, str]:
+    stack = metadata.get("nn_module_stack")
+    if stack is None:
+        return {}
+    if not isinstance(stack, str) or not stack.isprintable() or set(stack) & set("\"'\\"):
+        raise LoadError("an exported program with a module path that is no path")
+    return {"nn_module_stack": stack}
+
+
+def _check_name(name: Any) -> None:
+    if name is not None and name != "" and not (isinstance(name, str) and name.isidentifier()):
+        raise LoadError("an exported program with a name that is none", seen=repr(name)[:80])
+
+
+def _check_name_of_path(path: Any) -> None:
+    if path is not None and path != "":
+        checked_path(path)
+
+
+def _check_target(target: Any) -> None:
+    if not isinstance(target, str):
+        raise LoadError("an exported program with an operator that is no name")
+    head, _, name = target.partition(".")
+    if head == "_operator":
+        function_named(f"operator:{name}")
+    elif head == "math":
+        function_named(f"math:{name}")
+    elif target.startswith("torch.ops.higher_order.") and name.rpartition(".")[2] in _HIGHER_ORDER:
+        return
+    elif target.startswith("torch.ops."):
+        function_named(f"ops:{target.removeprefix('torch.ops.')}")
+    elif not (head == "torch" and name in _SYMBOLIC):
+        raise LoadError(f"an exported program calls `{target[:80]}`, which is no tensor operation of torch")
+
+
+def _check_tree(text: Any) -> None:
+    _, tree = json.loads(text)
+    todo = [tree]
+    while todo:
+        part = todo.pop()
+        context = part["context"]
+        keys = json.loads(context) if isinstance(context, str) else context
+        if part["type"] not in _TREES or not (keys is None or isinstance(keys, list)):
+            raise LoadError(
+                "an exported program whose inputs or outputs are of another type", seen=str(part["type"])[:80]
+            )
+        if any(isinstance(key, dict | list) for key in keys or []):
+            raise LoadError("an exported program whose inputs or outputs have keys that are no names")
+        todo += part["children_spec"]
+
+
+def _check_expression(text: Any) -> None:
+    """An expression of sizes, which torch evaluates as Python: numbers, symbols, and functions of sizes alone."""
+    try:
+        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise LoadError("an exported program with a size that is no expression") from error
+    if len(nodes) > _MOST_EXPRESSION_NODES or not all(map(_may_be_evaluated, nodes)):
+        raise LoadError("an exported program with a size that is no expression of sizes", seen=repr(text)[:80])
+
+
+def _may_be_evaluated(node: ast.AST) -> bool:
+    if isinstance(node, ast.Name):
+        return node.id in _EXPRESSION_FUNCTIONS | _EXPRESSION_CONSTANTS or bool(_SYMBOL.fullmatch(node.id))
+    if isinstance(node, ast.Constant):
+        is_symbol = isinstance(node.value, str) and bool(_SYMBOL.fullmatch(node.value))
+        return is_symbol or (isinstance(node.value, int | float) and abs(node.value) < 2**63)
+    if isinstance(node, ast.keyword):
+        return node.arg in _ASSUMPTIONS and isinstance(node.value, ast.Constant)
+    if isinstance(node, ast.Call):
+        is_power = isinstance(node.func, ast.Name) and node.func.id in ("Pow", "PowByNatural", "FloatPow", "LShift")
+        names = isinstance(node.func, ast.Name) and node.func.id in _EXPRESSION_FUNCTIONS
+        return names and (not is_power or _is_small_power(node.args))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow | ast.LShift):
+        return _is_small_power([node.left, node.right])
+    return isinstance(node, _EXPRESSION_NODES)
+
+
+def _is_small_power(parts: list[ast.expr]) -> bool:
+    """A small number as exponent, and no power within the base: sympy would multiply it out."""
+    if len(parts) != 2:
+        return False
+    numbers = [node.value for node in ast.walk(parts[1]) if isinstance(node, ast.Constant)]
+    is_number = len(numbers) == 1 and isinstance(numbers[0], int) and abs(numbers[0]) <= _LARGEST_EXPONENT
+    return is_number and not any(
+        isinstance(node, ast.Pow | ast.LShift) or (isinstance(node, ast.Name) and node.id in ("Pow", "LShift"))
+        for node in ast.walk(parts[0])
+    )
+
+
+_CHECKS: dict[str, Callable[[Any], None]] = {
+    "name": _check_name,
+    "as_name": _check_name,
+    "target": _check_target,
+    "as_operator": _check_target,
+    "expr_str": _check_expression,
+    "in_spec": _check_tree,
+    "out_spec": _check_tree,
+    **{
+        f"{kind}_name": _check_name_of_path
+        for kind in ("parameter", "buffer", "tensor_constant", "custom_obj", "user_input")
+    },
+}

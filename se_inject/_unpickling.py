@@ -1,0 +1,197 @@
+"""Files of ``torch.save`` and ``pickle.dump``: the pickle in them, and the storages of its tensors.
+
+Three formats: ``zip``, since torch 1.6; ``legacy``, from before; ``plain``, a bare pickle. All read with one
+``_pickles.Unpickler``. A storage is exactly as long as what the file holds for it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+from collections.abc import Sequence
+from typing import IO, Any
+
+import torch
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION, StorageType
+
+from se_inject._archives import Archive, DamagedArchive
+from se_inject._contents import check_modules
+from se_inject._pickles import Reading, Unpickler
+from se_inject.errors import LoadError
+
+_OF_TORCHSCRIPT = ("__torch__.", "torch.jit._pickle.")
+
+
+def unpickle(
+    file: IO[bytes], form: str, trust: Sequence[str], refused: dict[str, str | None], *, mapped: bool = False
+) -> Any:
+    """Read what ``torch.save`` or ``pickle.dump`` wrote; its tensors go to the CPU.
+
+    Args:
+        file: the open file, at its beginning.
+        form: ``zip`` (none of TorchScript) or ``legacy``, of ``torch.save``; ``plain``, of ``pickle.dump``.
+        trust: packages whose code the file may use.
+        refused: takes the names of what became inert, each with the reason if it could not be imported.
+        mapped: leave the tensors of a ``zip`` in the file, from which they are read when they are used; they
+            are valid as long as nobody writes to the file.
+
+    Raises:
+        Exception: of any class, from a damaged file or a trusted package.
+    """
+    size = file.seek(0, 2)
+    file.seek(0)
+    reading = Reading.of(size, trust)
+    reading.refused = refused
+    if form == "zip":
+        found = _zip(Archive(file), reading, mapped)
+    elif form == "legacy":
+        found = _legacy(file, reading, size)
+    else:
+        found = Unpickler(file, reading, load_bytes=lambda data: _nested(data, reading)).load()
+    check_modules(reading)
+    return found
+
+
+def _zip(archive: Archive, reading: Reading, mapped: bool) -> Any:
+    archive.check()
+    storages: dict[str, Any] = {}
+    swapped = "byteorder" in archive and archive.read("byteorder") != sys.byteorder.encode()
+
+    def storage(key: Any) -> Any:
+        kind, name, _, numel = _storage_id(key, 4)
+        if name not in storages:
+            dtype = _dtype(kind)
+            data = archive.view(f"data/{name}")
+            if type(numel) is not int or numel * dtype.itemsize != len(data):
+                raise DamagedArchive(f"a storage of {numel} elements in {len(data):,} bytes")
+            storages[name] = _storage(data, dtype, copied=not mapped)
+            if swapped:
+                storages[name]._untyped_storage.byteswap(dtype)
+        return storages[name]
+
+    return Unpickler(io.BytesIO(archive.read("data.pkl")), reading, storage).load()
+
+
+def check_script_pickle(archive: Archive, name: str) -> None:
+    """Look at a pickle of TorchScript, which torch's reader in C++ will read: are its tensors within their storages?
+
+    Args:
+        archive: the archive.
+        name: of the record: ``data.pkl``, ``constants.pkl``.
+
+    Raises:
+        Exception: of any class; they aren't, or it names more than TorchScript does.
+    """
+    reading = Reading.of(archive.size(name), ())
+    folder = name.removesuffix(".pkl")
+
+    def storage(key: Any) -> Any:
+        kind, record, _, numel = _storage_id(key, 4)
+        dtype = _dtype(kind)
+        size = archive.size(f"{folder}/{record}")
+        is_left_out = size == 0 and folder == "traced_inputs"  # torch keeps the shapes alone, and never reads them
+        if type(numel) is not int or not 0 <= numel < 2**48 or (numel * dtype.itemsize != size and not is_left_out):
+            raise DamagedArchive(f"a storage of {numel} elements in {size:,} bytes")
+        return _typed(_bytes(numel * dtype.itemsize, "meta"), dtype)
+
+    Unpickler(io.BytesIO(archive.read(name)), reading, storage).load()
+    other = [global_name for global_name in reading.refused if not global_name.startswith(_OF_TORCHSCRIPT)]
+    if other:
+        raise LoadError(f"a TorchScript archive that holds `{other[0]}`", seen=f"in its {name}")
+
+
+def _legacy(file: IO[bytes], reading: Reading, size: int) -> Any:
+    roots: dict[str, Any] = {}
+    views: dict[str, Any] = {}
+    reserved = 0
+
+    def persistent(key: Any) -> Any:
+        nonlocal reserved
+        if isinstance(key, tuple) and key[:1] == ("module",):  # a class, with its source
+            return key[1]
+        kind, name, _, numel, view = _storage_id(key, 5)
+        dtype = _dtype(kind)
+        if name not in roots:
+            if type(numel) is not int or not 0 <= numel * dtype.itemsize <= size - reserved:
+                raise pickle.UnpicklingError(f"a storage of {numel} elements in {size:,} bytes")
+            reserved += numel * dtype.itemsize
+            roots[name] = _typed(_bytes(numel * dtype.itemsize), dtype)
+        if view is None:
+            return roots[name]
+        name_of_view, start, length = view
+        if name_of_view not in views:
+            root = roots[name]
+            bounds = [number * dtype.itemsize for number in (start, start + length)]
+            if not 0 <= bounds[0] <= bounds[1] <= root._untyped_storage.nbytes():
+                raise pickle.UnpicklingError("a view that lies outside of its storage")
+            views[name_of_view] = _typed(root._untyped_storage[bounds[0] : bounds[1]], dtype)
+        return views[name_of_view]
+
+    def load(**options: Any) -> Any:
+        return Unpickler(file, reading, **options).load()
+
+    if load() != MAGIC_NUMBER or load() != PROTOCOL_VERSION:
+        raise pickle.UnpicklingError("it is not in the format that it begins like")
+    load()  # the machine that wrote it
+    found = load(persistent=persistent)
+    names = load()
+    if sorted(map(str, names)) != sorted(roots):
+        raise pickle.UnpicklingError("it holds other storages than its tensors use")
+    for name in names:
+        _fill(roots[name], file)
+    return found
+
+
+def _fill(storage: Any, file: IO[bytes]) -> None:
+    whole = storage._untyped_storage
+    numel = int.from_bytes(file.read(8), "little")
+    if numel * storage.dtype.itemsize != whole.nbytes():
+        raise pickle.UnpicklingError(f"a storage of {whole.nbytes():,} bytes that holds {numel} elements")
+    if numel == 0:
+        return
+    values: Any = torch.empty(0, dtype=torch.uint8).set_(whole).numpy()
+    view = memoryview(values)
+    while view:
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError("the file ends within a storage")
+        view = view[count:]
+
+
+def _nested(data: bytes, reading: Reading) -> Any:
+    if data.startswith(b"PK"):
+        raise pickle.UnpicklingError("an archive in place of a storage")
+    found = _legacy(io.BytesIO(data), reading, len(data))
+    if not isinstance(found, torch.storage.TypedStorage):
+        raise pickle.UnpicklingError(f"a {type(found).__name__} in place of a storage")
+    return found
+
+
+def _storage_id(key: Any, parts: int) -> Any:
+    if type(key) is not tuple or len(key) != parts + 1 or key[0] != "storage" or type(key[2]) is not str:
+        raise pickle.UnpicklingError("a persistent id that torch doesn't write")
+    return key[1:]
+
+
+def _dtype(kind: Any) -> torch.dtype:
+    if kind is torch.UntypedStorage:
+        return torch.uint8
+    if not isinstance(kind, StorageType):
+        raise pickle.UnpicklingError("a storage of no known type")
+    return kind.dtype  # type: ignore[no-any-return]
+
+
+def _storage(data: memoryview, dtype: torch.dtype, *, copied: bool) -> Any:
+    if not data:
+        return _typed(_bytes(0), dtype)
+    found = torch.frombuffer(data, dtype=torch.uint8)
+    return _typed((found.clone() if copied else found).untyped_storage(), dtype)
+
+
+def _bytes(size: int, device: str = "cpu") -> Any:
+    return torch.UntypedStorage(size, device=device)  # type: ignore[no-untyped-call]
+
+
+def _typed(storage: Any, dtype: torch.dtype) -> Any:
+    return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]

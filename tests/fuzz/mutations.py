@@ -1,0 +1,116 @@
+"""Files of every kind, each made by the tool that normally makes it, and damaged copies of them."""
+
+import functools
+import io
+import pickle
+import random
+import warnings
+
+import onnx
+import torch
+from safetensors.torch import save
+from torch import nn
+
+import se_inject as si
+from tests.hostile import exported, records, saved, scripted, small, zipped
+
+TARGET = small()
+
+
+def _injected():
+    return si.inject(nn.Sequential(small(), nn.ReLU()), torch.rand(2, 3, 8, 8), at="*", init="paper")
+
+
+def _onnx():
+    stream = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(small().eval(), (torch.rand(2, 3, 8, 8),), dynamo=True, verbose=False)
+    onnx.save(program.model_proto, stream)
+    return stream.getvalue()
+
+
+MAKERS = {
+    "zip": lambda: saved(small()),
+    "legacy": lambda: saved(small(), _use_new_zipfile_serialization=False),
+    "plain": lambda: pickle.dumps(small()),
+    "injected": lambda: saved(_injected()),
+    "state dict": lambda: saved(small().state_dict()),
+    "checkpoint": lambda: saved(
+        {"epoch": 3, "model": small(), "ema": None, "optimizer": torch.optim.Adam(TARGET.parameters()).state_dict()}
+    ),
+    "safetensors": lambda: save(small().state_dict()),
+    "torchscript": lambda: scripted(small().eval()),
+    "pt2": lambda: zipped(exported()),
+    "onnx": _onnx,
+}
+
+
+@functools.cache
+def original(kind):
+    """A sound file of this kind."""
+    return MAKERS[kind]()
+
+
+def mutated(kind, seed):
+    """A damaged copy, the same for the same seed.
+
+    Half of the damaged archives are packed again with right checksums, as someone would who means it.
+    """
+    rng = random.Random(f"{kind} {seed}")
+    data = original(kind)
+    if data[:4] == b"PK\x03\x04" and rng.random() < 0.5:
+        parts = records(data)
+        for name in rng.sample(sorted(parts), rng.choice((1, 1, 2))):
+            parts[name] = _damaged(parts[name], rng)
+        return zipped(parts)
+    return _damaged(data, rng)
+
+
+def _damaged(data, rng):
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        data = rng.choice((_truncated, _flipped, _flipped, _spliced, _inserted, _zeroed, _numbers))(
+            bytearray(data), rng
+        )
+    return bytes(data)
+
+
+def _at(data, rng):
+    return rng.randrange(len(data) + 1)
+
+
+def _truncated(data, rng):
+    return data[: _at(data, rng)]
+
+
+def _flipped(data, rng):
+    for _ in range(rng.choice((1, 1, 2, 8)) if data else 0):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return data
+
+
+def _spliced(data, rng):
+    start, end = sorted((_at(data, rng), _at(data, rng)))
+    other = bytearray(original(rng.choice(sorted(MAKERS)))) if rng.random() < 0.3 else data
+    place, length = _at(other, rng), rng.choice((1, 4, 64, end - start))
+    data[start : start + length] = other[place : place + length]
+    return data
+
+
+def _inserted(data, rng):
+    place = _at(data, rng)
+    data[place:place] = rng.randbytes(rng.choice((1, 2, 8, 64)))
+    return data
+
+
+def _zeroed(data, rng):
+    place, length = _at(data, rng), rng.choice((1, 4, 64))
+    data[place : place + length] = bytes(len(data[place : place + length]))
+    return data
+
+
+def _numbers(data, rng):
+    """A length or an index becomes a large one."""
+    place, length = _at(data, rng), rng.choice((1, 2, 4, 8))
+    data[place : place + length] = rng.choice((b"\xff", b"\x7f", b"\x80")) * length
+    return data

@@ -1,0 +1,308 @@
+"""No file runs anything, takes all memory, or takes forever: the corpus of ``tests/hostile.py``, through the one door."""
+
+import contextlib
+import copy
+import os
+import pickle
+import time
+import warnings
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from se_inject import bodies
+from se_inject.checkpoints import load, load_program, load_weights_
+from se_inject.errors import LoadError, UntrustedGlobals
+from tests import hostile
+from tests.fuzz.run import peak_bytes
+from tests.hostile import CALL, CONTAINERS, DAMAGED, HIT, PAYLOADS, PROTO, Reduced, Stated, archived, pickled, small
+
+TARGET = small()
+SECONDS = 10
+MEGABYTES = 256
+"""What a bomb may take: what unpickling two million objects takes."""
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "model.pt"
+
+
+def refused(path, data, kind=LoadError, match=None):
+    path.write_bytes(data)
+    with pytest.raises(kind, match=match) as caught:
+        load(path)
+    with contextlib.suppress(LoadError):
+        load_weights_(copy.deepcopy(TARGET), path)
+    assert not os.path.exists(HIT)
+    assert all(letter.isprintable() or letter == "\n" for letter in str(caught.value))
+    return caught.value
+
+
+# -- pickles -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_no_payload_runs(name, container, path):
+    with contextlib.suppress(Exception):
+        pickle.loads(PAYLOADS[name])
+    os.remove(HIT)
+    error = refused(path, CONTAINERS[container](PAYLOADS[name]))
+    assert isinstance(error, UntrustedGlobals) == ((name, container) not in DAMAGED)
+
+
+def test_a_tar_archive_is_not_unpacked(path):
+    path.write_bytes(hostile.legacy_tar())
+    with contextlib.suppress(Exception):
+        torch.load(path, weights_only=False)
+    os.remove(HIT)
+    refused(path, hostile.legacy_tar(), match="a tar archive")
+
+
+@pytest.mark.parametrize("name", hostile.polyglots())
+def test_polyglots(name, path):
+    refused(path, hostile.polyglots()[name])
+
+
+@pytest.mark.parametrize(
+    ("function", "args"),
+    [
+        (nn.Conv2d, (3, 4, 1)),
+        (torchvision.models.ResNet, (torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])),
+        (torchvision.models.get_model, ("resnet18",)),
+        (timm.create_model, ("resnet18",)),
+        (torch.load, ("model.pt",)),
+        (torch.hub.load, ("owner/repository", "model")),
+        (nn.functional.relu, (1,)),
+        (nn.Module.load_state_dict, (1, 2)),
+    ],
+)
+def test_allowed_packages_are_not_called(function, args, path, monkeypatch):
+    data = pickled(function, *args, protocol=4)
+    called = []
+    for kind in (nn.Conv2d, torchvision.models.ResNet):
+        monkeypatch.setattr(kind, "__init__", lambda *args: called.append(args))
+    refused(path, archived(data), UntrustedGlobals, function.__qualname__)
+    assert not called
+
+
+@pytest.mark.parametrize("code", [b"(K\x03K\x04K\x01itorch.nn\nConv2d\n.", b"(ctorch.nn\nConv2d\nK\x03K\x04K\x01o."])
+def test_old_opcodes_call_no_class(code, path, monkeypatch):
+    assert isinstance(pickle.loads(PROTO + code), nn.Conv2d)
+    called = []
+    monkeypatch.setattr(nn.Conv2d, "__init__", lambda *args: called.append(args))
+    refused(path, PROTO + code)
+    assert not called
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.from_file,
+        torch.load,
+        torch.nn.functional.handle_torch_function,
+        torch.nn.init.normal_,
+        timm.create_model,
+        timm.models.load_checkpoint,
+        torchvision.models.get_model,
+        os.system,
+        small().load_state_dict,
+    ],
+)
+def test_functions_that_a_network_may_not_hold(function, path):
+    model = small()
+    model.function = function
+    refused(path, hostile.saved(model), UntrustedGlobals, function.__name__)
+
+
+def test_class_from_elsewhere_in_an_allowed_package(path, monkeypatch):
+    class Foreign(nn.Module):
+        pass
+
+    monkeypatch.setattr(torchvision.models, "Foreign", Foreign, raising=False)
+    code = PROTO + b"ctorchvision.models\nForeign\n)\x81."
+    refused(path, code, UntrustedGlobals, r"`torchvision\.models\.Foreign`")
+
+
+def test_function_from_elsewhere_in_an_allowed_module(path):
+    code = PROTO + b"ctorch.nn.functional\nhandle_torch_function\n."
+    refused(path, code, UntrustedGlobals, r"`torch\.nn\.functional\.handle_torch_function`")
+
+
+@pytest.mark.parametrize("name", hostile.CLASSES)
+def test_classes_of_allowed_packages_that_do_more(name, path):
+    refused(path, PROTO + hostile.CLASSES[name], UntrustedGlobals)
+
+
+def test_no_torchscript_in_place_of_a_storage(path, monkeypatch):
+    payload = pickled(torch.storage._load_from_bytes, hostile.scripted(small().eval()))
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("an archive was loaded"))
+    refused(path, payload, match="an archive in place of a storage")
+
+
+def test_all_that_is_refused_is_named(path):
+    data = hostile.saved([Reduced(os.system, "true"), Reduced(exec, ""), Stated(), small()])
+    refused(path, data, UntrustedGlobals, r"`posix.system`, `builtins.exec`, `.*\.Stated`")
+
+
+def test_names_are_shown_as_text_and_never_as_a_command(path):
+    code = b"\x80\x04\x8c\x0dmine; rm -rf \x8c\x08\x1b[31mNet\x93."
+    error = refused(path, code, UntrustedGlobals, r"\\x1b\[31mNet")
+    assert "--trust" not in str(error)
+
+
+# -- networks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ['a") or exec("', "a\nb", "a\\x", 3])
+@pytest.mark.parametrize("place", ["__dict__", "_modules", "_parameters", "_buffers"])
+def test_names_that_are_code(name, place, path):
+    model = small()
+    getattr(model[1], place)[name] = None
+    refused(path, hostile.saved(model), match="an attribute that is no name")
+
+
+@pytest.mark.parametrize("name", hostile.RIDERS)
+def test_what_no_network_brings_along(name, path):
+    model = small()
+    hostile.RIDERS[name](model)
+    refused(path, hostile.saved(model))
+
+
+@pytest.mark.parametrize("name", hostile.STATES)
+def test_what_torch_does_not_even_write(name, path):
+    refused(path, hostile.STATES[name])
+
+
+def test_nothing_is_hidden_from_the_checks(path):
+    model = small()
+    model[1].__dict__["__deepcopy__"] = nn.functional.relu
+    outer = nn.ReLU()
+    outer.extra = [{"model": model}]
+    refused(path, hostile.saved(outer), match="a `__deepcopy__` of its own")
+
+
+@pytest.mark.parametrize("name", hostile.BODIES)
+def test_no_edited_forward_runs_code(name, path):
+    refused(path, hostile.saved(hostile.Injected(hostile.BODIES[name])))
+
+
+def test_an_edited_forward_that_is_none_of_these(path):
+    path.write_bytes(hostile.saved(hostile.Injected(hostile._body())))
+    image = torch.rand(2)
+    assert torch.equal(load(path)(image), image)
+
+
+def test_every_operator_that_an_edited_forward_may_call():
+    """Of those that torch knows, none that takes a text opens a file of that name."""
+    for name in ("save", "from_file", "read_file", "write_file", "load_tensor"):
+        for space in ("aten", "prims", "torchvision", "image", "debugprims"):
+            with pytest.raises(LoadError):
+                bodies.function_named(f"ops:{space}.{name}")
+
+
+# -- bombs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is measured on Linux alone")
+@pytest.mark.parametrize("name", hostile.bombs())
+def test_bombs(name, path):
+    data = hostile.bombs()[name]
+    path.write_bytes(data)
+    peak_bytes()
+    before, start = peak_bytes(), time.process_time()
+    with pytest.raises(LoadError) as caught:
+        load(path)
+    with contextlib.suppress(LoadError):
+        load_weights_(small(), path)
+    assert time.process_time() - start < SECONDS
+    assert peak_bytes() - before < 2 * len(data) + MEGABYTES * 2**20
+    assert "MemoryError" not in str(caught.value)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is measured on Linux alone")
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize(
+    "write",
+    [
+        torch.save,
+        lambda model, path: torch.save(model, path, _use_new_zipfile_serialization=False),
+        lambda model, path: path.write_bytes(pickle.dumps(model)),
+        lambda model, path: path.write_bytes(pickle.dumps(model, protocol=2)),
+    ],
+)
+def test_memory_of_a_large_file(write, mmap, path):
+    """A mapped file's own pages count, which are the system's to take back."""
+    write(nn.Linear(4000, 4000), path)
+    peak_bytes()
+    before = peak_bytes()
+    model = load(path, mmap=mmap)
+    assert peak_bytes() - before < 2 * path.stat().st_size + 2**25
+    assert model.weight.shape == (4000, 4000)
+
+
+# -- programs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", hostile.EXECUTED)
+def test_torch_executes_this_and_the_door_does_not(name, path):
+    path = path.with_suffix(".pt2")
+    path.write_bytes(hostile.EXECUTED[name]())
+    with contextlib.suppress(Exception):
+        torch.export.load(path)
+    os.remove(HIT)
+    with contextlib.nullcontext() if name in hostile.ACCEPTED else pytest.raises(LoadError):
+        load_program(path)
+    with pytest.raises(LoadError):
+        load(path)
+    assert not os.path.exists(HIT)
+
+
+@pytest.mark.parametrize("name", hostile.PROGRAMS)
+def test_programs(name, path):
+    path.write_bytes(hostile.PROGRAMS[name]())
+    if name in hostile.ACCEPTED:
+        program = load_program(path)
+        program.module()(torch.rand(2, 3, 8, 8))
+    else:
+        with pytest.raises(LoadError):
+            load_program(path)
+    assert not os.path.exists(HIT)
+
+
+def test_torch_runs_a_torchscript_archive_when_it_is_loaded(path):
+    path.write_bytes(hostile.SCRIPTED["__setstate__"]())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.load(path)
+    assert os.path.exists(HIT)
+
+
+@pytest.mark.parametrize("name", hostile.SCRIPTED)
+def test_torchscript(name, path):
+    path.write_bytes(hostile.SCRIPTED[name]())
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(HIT)
+    with pytest.raises(LoadError):
+        load_program(path)
+    assert not os.path.exists(HIT)
+
+
+def test_paths_in_an_archive_are_only_names(path, tmp_path):
+    data = hostile.records(hostile.saved(small()))
+    path.write_bytes(hostile.zipped({**data, "archive/../../outside": b"x", "archive//etc/outside": b"x"}))
+    assert isinstance(load(path), nn.Sequential)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.pt"]
+
+
+def test_trust_does_not_reach_further(path, monkeypatch):
+    path.with_name("helper.py").write_text("from os import system\n")
+    path.write_bytes(archived(PROTO + b"chelper\nsystem\n" + CALL))
+    with pytest.raises(UntrustedGlobals, match=r"`helper\.system`"):
+        load(path, trust=["helper"])
+    assert not os.path.exists(HIT)
