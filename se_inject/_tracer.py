@@ -395,8 +395,9 @@ class OwnerTracer(TracerBase):
         if outputs:
             value = outputs.pop(0)
         else:
-            computed = [key for key, argument in (*enumerate(args), *kwargs.items()) if type(argument) is ValueProxy]
-            value = self.observer.run(module, values_of(args), values_of(kwargs), frozenset(computed))
+            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+            computed = frozenset(key for key, argument in given.items() if type(argument) is ValueProxy)
+            value = self.observer.run(module, values_of(args), values_of(kwargs), computed)
         node.meta["counts"] = [now - then for now, then in zip(self.observer.counts(), before, strict=True)]
         return self._wrap(node, value)
 

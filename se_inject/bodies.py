@@ -287,7 +287,7 @@ def original_class(module: nn.Module) -> Any:
 
 
 @functools.cache
-def generated_class(original: type, body: str) -> type:
+def generated_class(original: Any, body: str) -> type:
     """The subclass of ``original`` whose forward is this body; one for each pair, shared by equal owners.
 
     Args:
@@ -379,7 +379,8 @@ def rebuild(original: type, body: str) -> nn.Module:
         raise LoadError("a damaged file: an edited forward that is no JSON", seen=str(error)) from error
     if not well_formed:
         raise LoadError("a damaged file: an edited forward of an unknown form")
-    generated = generated_class(original, body)
+    kind: Any = original
+    generated: Any = generated_class(kind, body)
     return generated.__new__(generated)  # type: ignore[no-any-return]
 
 

@@ -150,8 +150,8 @@ class Finder:
         if not common and (branch := self._only_deep(operands)) is not None:
             (shortcut,) = set(operands) - {branch}
             return branch, shortcut, {node for node in owner.graph.nodes if node.op == "placeholder"}
-        branch, shortcut = self._parts(owner, operands, common) or (join, None)
-        return branch, shortcut, common
+        parts = self._parts(owner, operands, common)
+        return (join, None, common) if parts is None else (*parts, common)
 
     def _only_deep(self, operands: list[fx.Node]) -> fx.Node | None:
         """The one of two operands with convolutions behind it; None if both have some, or neither."""

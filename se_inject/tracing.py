@@ -144,14 +144,14 @@ class Observer:
         return self._convs, self._macs, self._gates, self._attention
 
     def relative_path(self, module: nn.Module, root: str) -> str | None:
-        path: str | None = self.result.paths.get(id(module))
+        path = self.result.paths.get(id(module))
         if path is None or path == root:
             return None if path is None else ""
         if not root:
             return path
         for name in (path, *self.result.aliases.get(path, ())):
             if name.startswith(root + "."):
-                return name[len(root) + 1 :]
+                return str(name[len(root) + 1 :])
         return None
 
     def count_function(self, node: fx.Node, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -340,7 +340,7 @@ class Observer:
         def enter_autocast(context: Any) -> Any:
             if self.tracer is not None:
                 raise Untraceable("changes the autocast mode")
-            return enter(context)
+            return enter(context)  # type: ignore[no-untyped-call]
 
         read_attribute = nn.Module.__getattr__
         apply_function = inspect.getattr_static(torch.autograd.Function, "apply")

@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -93,14 +94,15 @@ def plan_one(name):
     row["held_back"] = Counter(site.held_back for site in found.all_sites if site.held_back)
     row["stages"] = [[stage.path, [round(s) for s in stage.strides[0]], len(stage.sites)] for stage in found.table]
     row["free"] = len(found)
-    if not detection:
+    convolutions = sum(isinstance(module, torch.nn.modules.conv._ConvNd) for module in network.modules())
+    if detection or convolutions <= 2:  # two: a patch embedding
+        row["conv_share"] = 1.0 if detection else 0.0
+    else:
         from se_inject.cost import cost_of_model
 
         total = cost_of_model(network, trace)[0].macs
         batch = next(t.shape[0] for t in torch.utils._pytree.tree_leaves(trace.inputs) if isinstance(t, torch.Tensor))
         row["conv_share"] = round(min(1.0, trace.macs / batch / max(total, 1)), 3)
-    else:
-        row["conv_share"] = 1.0
     return row
 
 
