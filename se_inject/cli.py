@@ -59,6 +59,9 @@ def cli() -> None:
 @click.option("--at", multiple=True, metavar="PATTERN", help="Sites by address: a glob ('layer3.*') or re:EXPRESSION.")
 @options.attended
 @click.option(
+    "--require-all", is_flag=True, help="A module with convolutions that can't be traced is an error, not a note."
+)
+@click.option(
     "--r",
     "--reduction",
     "reduction",

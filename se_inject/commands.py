@@ -143,6 +143,7 @@ def _plan(network: nn.Module, inputs: tuple[str, ...], options: dict[str, Any]) 
                 init=options["init"],
                 position=options["position"],
                 name=options["name"],
+                require_all=options["require_all"],
                 **block.options,
             )
         )

@@ -14,7 +14,7 @@ from torch import nn
 
 from se_inject.blocks import build_block, check_block, check_options, has_identity_start
 from se_inject.bodies import original_class
-from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError
+from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError
 from se_inject.finding import find_sites
 from se_inject.inputs import observe_model, shapes_of
 from se_inject.plans import Plan, already
@@ -38,6 +38,7 @@ def plan(
     position: str = "standard",
     init: str | None = None,
     name: str | None = None,
+    require_all: bool = False,
     **block_options: Any,
 ) -> Plan:
     """Look at a network and say what would be put where. Nothing is computed and nothing changed.
@@ -56,13 +57,14 @@ def plan(
         init: ``identity``: the block starts as x ↦ x, so the network's output stays the same bit for bit until it is
             trained; ``paper``: as its authors start it. None: ``identity`` if the block has it.
         name: attribute that a block gets on its owner; None: ``se``, or ``se_<value>`` if an owner has several.
+        require_all: a module with convolutions that can't be traced is an error, instead of losing its own sites.
         **block_options: the block's, for SE ``reduction=16``, ``bias=True``, ``gate="sigmoid"`` and more.
 
     Raises:
         NoSites: the network has no place for a block.
         SiteNotFound: a stage or pattern matches nothing.
         OptionError: an option that the block refuses.
-        TraceError: the network's own forward fails on the inputs.
+        TraceError: the network's own forward fails on the inputs, or with ``require_all`` a module can't be traced.
         UnsupportedModel: a wrapped, compiled, scripted or quantised module.
         AlreadyInjected: every chosen site holds a block of ours.
     """
@@ -73,6 +75,8 @@ def plan(
     if name is not None and (not name.isidentifier() or keyword.iskeyword(name)):
         raise OptionError(f"`{name}` can't be the name of an attribute")
     trace = observe_model(model, example_inputs, example_kwargs)
+    if require_all:
+        _require_all(trace)
     sites = find_sites(trace)
     chosen, notes = _select(sites, _listed(stages), _listed(at), attended, model)
     places, unplaced = _places(trace, chosen, position)
@@ -124,6 +128,22 @@ def plan_of(model: nn.Module, example_inputs: Any = None) -> Plan:
     order = {path: number for number, path in enumerate(called)}
     steps = tuple(sorted(steps, key=lambda step: order.get(step.path, len(order))))
     return Plan(steps, original_class(model).__name__)
+
+
+def _require_all(trace: Trace) -> None:
+    """Whether every module with convolutions in it was traced."""
+    lost = {path: reason for path, reason in trace.failures.items() if _convolves(trace.model.get_submodule(path))}
+    if lost:
+        path, reason = next(iter(lost.items()))
+        raise TraceError(
+            f"{counted(len(lost), 'module')} with convolutions can't be traced, and all were required",
+            seen=f"`{path or type(trace.model).__name__}`: {reason}",
+            hint="`se-inject sites MODEL -v` lists them; without `require_all` they lose their own sites and the rest goes on",
+        )
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(isinstance(each, nn.modules.conv._ConvNd) for each in module.modules())
 
 
 def _select(

@@ -229,7 +229,7 @@ class Observer:
             return torch.empty_like(x)
         if self.result.how != "real":
             return None
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and x.shape[-1] == module.in_features:
             return self._drawn((*x.shape[:-1], module.out_features), x)
         if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
             weight, bias = (None if t is None else t.to("meta") for t in (module.weight, module.bias))

@@ -333,6 +333,16 @@ def test_refusals_are_counted_and_with_v_explained(se_inject):
     assert "self.last" in refusal["reason"]
 
 
+def test_all_can_be_required(se_inject):
+    done = se_inject("nets.py:Undecided", *SMALL, "--dry-run")
+    assert "1 module that can't be traced" in done.out
+    refused = se_inject("nets.py:Undecided", *SMALL, "--require-all", code=1)
+    assert "1 module with convolutions can't be traced" in refused.err
+    assert "`odd`: its forward stores into `self.last`" in refused.err
+    assert not list(Path().glob("*.pt"))
+    se_inject("nets.py:tiny", *SMALL, "--require-all", "--dry-run")
+
+
 def test_attention_that_is_there_is_left_alone_unless_asked_for(se_inject):
     network = ("timm:seresnet18", "--input", "3x64x64")
     refused = se_inject(*network, "--dry-run", code=1)
