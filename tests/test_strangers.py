@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 from se_inject.exporting import export
 from se_inject.finding import find_sites
 from se_inject.inputs import observe_model
-from se_inject.plans import plan
+from se_inject.planning import plan
 from se_inject.surgery import eject_, injected_blocks
 from se_inject.verification import verify
 from tests.strangers import STRANGERS
