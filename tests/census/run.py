@@ -156,7 +156,7 @@ def onnx_one(network, plan):
     with torch.no_grad():
         for parameter in si.injected_parameters(injected):
             parameter.normal_(0, 0.1, generator=generator)
-    args, kwargs = real_inputs(plan.trace.inputs, batch=2, device=torch.device("cpu"), dtype=torch.float32)
+    args, _ = real_inputs(plan.trace.inputs, batch=2, device=torch.device("cpu"), dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         try:
             exported = si.export(injected, Path(folder) / "net.onnx", args)
