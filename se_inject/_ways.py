@@ -76,7 +76,8 @@ def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:
 def _items(result: object, reached: set[fx.Node]) -> list[object] | None:
     """The indices of a returned structure under which the reached values are; None: it is no flat structure."""
     if isinstance(result, tuple | list):
-        return [index for index, item in enumerate(result) if item in reached or not isinstance(item, fx.Node)]
+        found = [index for index, item in enumerate(result) if item in reached or not isinstance(item, fx.Node)]
+        return [*found, *(index - len(result) for index in found)]
     if isinstance(result, dict):
         return [key for key, item in result.items() if item in reached or not isinstance(item, fx.Node)]
     return None
