@@ -59,6 +59,13 @@ _MODULES: tuple[tuple[type | tuple[type, ...], str], ...] = (
 
 def operation(trace: Trace, owner: str, node: fx.Node) -> str:
     """One of conv, norm, act, pass, add, mul, cat, pool, module (one with a graph of its own) or other."""
+    known: str | None = node.meta.get("operation")
+    if known is None:
+        known = node.meta["operation"] = _operation(trace, owner, node)
+    return known
+
+
+def _operation(trace: Trace, owner: str, node: fx.Node) -> str:
     if node.op == "call_module":
         module = trace.model.get_submodule(trace.child(owner, node.target))
         if not is_leaf(module):

@@ -78,6 +78,7 @@ class Trace:
     kinds: dict[str, set[Any]] = field(default_factory=dict)
     paths: dict[int, str] = field(default_factory=dict)
     aliases: dict[str, list[str]] = field(default_factory=dict)
+    children: dict[tuple[str, Any], str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     outputs: Any = None
     macs: int = 0
@@ -88,8 +89,11 @@ class Trace:
 
     def child(self, owner: str, target: Any) -> str:
         """The path of a module that an owner's graph names relative to the owner: the one its trace is under."""
-        path = ".".join(part for part in (owner, str(target)) if part)
-        return self.paths.get(id(self.model.get_submodule(path)), path)
+        known = self.children.get((owner, target))
+        if known is None:
+            path = ".".join(part for part in (owner, str(target)) if part)
+            known = self.children[owner, target] = self.paths.get(id(self.model.get_submodule(path)), path)
+        return known
 
     def training_graph(self, owner: OwnerGraph) -> tuple[fx.Graph, list[tuple[fx.Node, bool]]]:
         """The owner's graph and guards with its ``training`` flag set, its children's outputs taken from the first one.
