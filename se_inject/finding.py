@@ -375,7 +375,7 @@ class Finder:
             name = "se" if owners[site.owner] == 1 else f"se_{label}"
             taken = {other.block_name for other in result if other.owner == site.owner}
             owner = self.trace.model.get_submodule(site.owner)
-            if name in taken or (not injected.get(site.address) and _is_taken(owner, name)):
+            if name in taken or (not injected.get(site.address) and _is_taken(owner, name, site.value)):
                 name = f"{name}_block"
             blocks = tuple(injected.get(site.address, ()))
             result.append(
@@ -389,6 +389,8 @@ class Finder:
         return result
 
 
-def _is_taken(owner: nn.Module, name: str) -> bool:
-    """Whether an attribute is there already; one that is None on the instance is free."""
-    return hasattr(type(owner), name) or getattr(owner, name, None) is not None
+def _is_taken(owner: nn.Module, name: str, value: str | None) -> bool:
+    """Whether an attribute is there already; one that is None is free, unless the author's own forward goes on reading it."""
+    return (
+        hasattr(type(owner), name) or (value is None and hasattr(owner, name)) or getattr(owner, name, None) is not None
+    )

@@ -376,3 +376,10 @@ def test_stems_have_no_stage():
 def test_stages_that_are_not_there(names):
     with pytest.raises(SiteNotFound):
         found_in("torchvision:resnet18").stages(*names)
+
+
+def test_a_name_that_the_authors_forward_reads_is_left_to_it():
+    network = build("timm:rexnet_100").eval()  # its blocks without SE have `self.se = None` and ask for it
+    plan = si.plan(network, attended=True)
+    assert {step.block_name for step in plan.steps} == {"se", "se_block"}
+    assert si.verify(network, plan.apply(network), fresh=True).passed
