@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._comparison import TOLERANCES, Check, Rejected, difference, reason, tensors
+from ._reasons import describe
+from ._stand_ins import preserved
 from ._targets import Conversion
 from .errors import ExportError
 from .inputs import SMALL_SIDE, copied, cropped
-from .tracing import describe, preserved
 
 BATCHES = (1, 2, 5)
 """The batch sizes a file is run at, unless its batch is fixed."""

@@ -6,8 +6,9 @@ import math
 
 from torch import fx
 
+from se_inject._graphs import sources
 from se_inject.operations import convolutions, is_bundle, is_data, operation, parent, prefixes
-from se_inject.tracing import OwnerGraph, Trace, sources
+from se_inject.tracing import OwnerGraph, Trace
 
 IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "setitem"})
 """Operators that write into their first operand."""

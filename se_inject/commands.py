@@ -15,6 +15,7 @@ from torch import nn
 
 from se_inject import exporting, report, verification
 from se_inject._block_texts import parsed_blocks
+from se_inject._stand_ins import preserved
 from se_inject.adapters import Adapter, read_adapter
 from se_inject.blocks import block_names, build_block, find_block, has_identity_start
 from se_inject.checkpoints import describe, load
@@ -31,7 +32,6 @@ from se_inject.sites import ATTENDED
 from se_inject.starts import start_factors
 from se_inject.surgery import eject_
 from se_inject.tables import as_json, counted, table
-from se_inject.tracing import preserved
 
 
 class _Talk:

@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from se_inject._stand_ins import standing_in
 from se_inject.blocks import build_block
 from se_inject.inputs import real_inputs
 from se_inject.steps import Step
-from se_inject.tracing import Trace, standing_in
+from se_inject.tracing import Trace
 
 _FREE = frozenset(
     {

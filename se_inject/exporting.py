@@ -26,10 +26,10 @@ from ._comparison import Check, reason
 from ._files import atomic_all, check_all_writable, no_space
 from ._network import Network, Written, untouched
 from ._onnx import write_onnx
+from ._reasons import describe
 from ._targets import FORMATS, Conversion, format_of
 from ._torch_files import write_module, write_pt2, write_scripted, write_traced
 from .errors import ExportError
-from .tracing import describe
 
 
 @dataclasses.dataclass(frozen=True)

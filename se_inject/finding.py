@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from se_inject._chains import Chains
+from se_inject._graphs import is_gating, sources
 from se_inject._staging import staged
 from se_inject._values import Values
 from se_inject._ways import Depths, lineage, shared_lineage
@@ -43,7 +44,7 @@ from se_inject.operations import (
     slices_channels,
 )
 from se_inject.sites import ATTENDED, DENSE, HEAD, INJECTED, NESTED, OUTSIDE, Refusal, Site, Sites
-from se_inject.tracing import OwnerGraph, Trace, is_gating, sources
+from se_inject.tracing import OwnerGraph, Trace
 
 
 def find_sites(trace: Trace) -> Sites:

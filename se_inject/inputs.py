@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from se_inject._reasons import describe
 from se_inject.errors import NoSites, OptionError, TraceError, UnsupportedModel
-from se_inject.tracing import Trace, describe, observe
+from se_inject.tracing import Trace, observe
 
 SIZES = {1: (1024, 16000, 128), 2: (224, 32, 28, 64, 96, 128, 299, 256, 384, 512), 3: (16, 32, 64, 8)}
 """Spatial sizes that are tried, in this order, for networks of one, two and three dimensions."""

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from se_inject._graphs import CONVOLUTIONS
 from se_inject._tracer import holds_tensor
-from se_inject.tracing import CONVOLUTIONS, Trace, is_leaf
+from se_inject.tracing import Trace, is_leaf
 
 _FUNCTIONS = {
     **dict.fromkeys(CONVOLUTIONS, "conv"),

@@ -11,11 +11,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import inspect
-import logging
 import math
-import os
-import random
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,25 +19,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from se_inject._graphs import CONVOLUTIONS, gates_in
+from se_inject._reasons import describe, location, reason_of
+from se_inject._stand_ins import forget_modes, preserved, shapes_only, standing_in, swapped
 from se_inject._tracer import (
     OwnerTracer,
     Untraceable,
     ValueProxy,
-    holds_tensor,
     random_state,
-    restore,
     set_random_state,
-    snapshot,
 )
 from se_inject.errors import TraceError
-
-CONVOLUTIONS = frozenset(f"conv{transpose}{rank}d" for transpose in ("", "_transpose") for rank in (1, 2, 3)) | {
-    "convolution",
-    "deform_conv2d",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,14 +100,14 @@ class Trace:
         how = "real" if self.how == "real" else "meta"
         inputs = owner.inputs
         if self.how == "fake":  # its values belong to a mode that is closed
-            replay, inputs = tree_map_only(Tensor, _shapes_only, (replay, inputs))
+            replay, inputs = tree_map_only(Tensor, shapes_only, (replay, inputs))
         observer = Observer(self)
         tracer = OwnerTracer(observer, owner.module, owner.path, training=True, replay=replay)
         state = random_state()
         try:
-            with preserved(owner.module), warnings.catch_warnings(), _swapped(owner.module, how):
+            with preserved(owner.module), warnings.catch_warnings(), swapped(owner.module, how):
                 warnings.simplefilter("ignore")
-                _forget_modes(owner.module)
+                forget_modes(owner.module)
                 with observer.watching():
                     observer.trace(tracer, inputs)
         except Exception as error:
@@ -394,7 +384,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
         observer = Observer(trace)
         try:
             with standing_in(model, how) as place, observer.watching():
-                _forget_modes(model)
+                forget_modes(model)
                 trace.outputs = observer.run(model, place(args), place(kwargs or {}))
             trace.macs = observer.counts()[1]
             return trace
@@ -409,87 +399,6 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     ) from last
 
 
-@contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Put every module's attributes back as they were: flags, hooks, and whatever its forward stores or caches."""
-    before = [(module, snapshot(module)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, state in before:
-            restore(module, state)
-
-
-@contextlib.contextmanager
-def standing_in(model: nn.Module, how: str) -> Iterator[Callable[[Any], Any]]:
-    """The model in eval mode with stand-ins for its tensors; the function given makes inputs that match them.
-
-    Afterwards everything is as before: attributes, modes, hooks, and the random generator.
-    """
-    python_state = random.getstate()
-    chatter = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, chatter.disabled = chatter.disabled, True
-    with preserved(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        warnings.simplefilter("ignore")
-        for module in model.modules():
-            module.training = False
-        try:
-            with _swapped(model, how) as place:
-                yield place
-        finally:
-            random.setstate(python_state)
-            chatter.disabled = disabled
-
-
-@contextlib.contextmanager
-def _swapped(module: nn.Module, how: str) -> Iterator[Callable[[Any], Any]]:
-    """Stand-ins for all parameters and buffers, and the function that makes the inputs match them."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    if how == "real":
-        state = {
-            name: tensor.detach().clone() if name not in dict(module.named_parameters()) else tensor.detach()
-            for name, tensor in tensors.items()
-        }
-        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-        with _reparametrize_module(module, state, tie_weights=True):
-            yield lambda inputs: tree_map_only(Tensor, lambda t: _drawn(t).to(device, copy=True), inputs)
-        return
-    if how == "meta":
-        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        with _reparametrize_module(module, meta, tie_weights=True):
-            yield lambda inputs: tree_map_only(Tensor, lambda t: t.detach().to("meta"), inputs)
-        return
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake: dict[str, Tensor] = {
-            name: mode.from_tensor(tensor.detach(), static_shapes=True) for name, tensor in tensors.items()
-        }
-        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-        with _reparametrize_module(module, fake, tie_weights=True):
-            yield lambda inputs: tree_map_only(
-                Tensor, lambda t: mode.from_tensor(_drawn(t).to(device), static_shapes=True), inputs
-            )
-
-
-def _forget_modes(model: nn.Module) -> None:
-    """Take the mode flags out of the modules' own attributes, so that every read of one passes the observer."""
-    for module in model.modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            module.__dict__.pop("training", None)
-
-
-def _shapes_only(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-
-def _drawn(tensor: Tensor) -> Tensor:
-    """A tensor with numbers in it."""
-    if tensor.device.type != "meta":
-        return tensor.detach()
-    return torch.randn(tensor.shape).to(tensor.dtype)
-
-
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module's forward is torch's own, ``nn.Sequential``'s apart: what it does is known without a look."""
     if isinstance(module, torch.jit.ScriptModule):
@@ -500,104 +409,6 @@ def is_leaf(module: nn.Module) -> bool:
         and forward is not nn.Sequential.forward
         and not isinstance(module, fx.GraphModule)
     )
-
-
-def gates_in(graph: fx.Graph) -> int:
-    """How many values this graph multiplies by a gate made from themselves: attention that is already there."""
-    return sum(is_gating(node) for node in graph.nodes)
-
-
-def is_gating(node: fx.Node) -> bool:
-    """Whether a node is ``x * g(x)`` with a gate that has fewer positions or channels than x."""
-    name = getattr(node.target, "__name__", node.target)
-    if name not in ("mul", "imul", "mul_", "multiply") or len(node.args) < 2:
-        return False
-    operands = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
-    if len(operands) < 2:
-        return False
-    shapes = [tensor_shape(_unexpanded(operand)) for operand in operands]
-    if None in shapes or len(shapes[0] or ()) < 3 or len(shapes[0] or ()) != len(shapes[1] or ()):
-        return False
-    smaller = 0 if _volume(shapes[0]) < _volume(shapes[1]) else 1
-    if _volume(shapes[0]) == _volume(shapes[1]):
-        return False
-    gate, gated = operands[smaller], operands[1 - smaller]
-    before = ancestors(gated) | {gated}
-    if not ancestors(gate) & before:
-        return False
-    return any(map(_decides, (ancestors(gate) | {gate}) - before))
-
-
-def _decides(node: fx.Node) -> bool:
-    """Whether a node can make a gate of a statistic: it has weights or is bounded; what only divides by a norm can't."""
-    name = str(getattr(node.target, "__name__", node.target)).rstrip("_")
-    return (
-        node.op == "call_module"
-        or name in ("sigmoid", "hardsigmoid", "tanh", "softmax", "linear", "matmul", "einsum", "clamp", "relu")
-        or name in CONVOLUTIONS
-    )
-
-
-def _unexpanded(node: fx.Node) -> fx.Node:
-    while node.op == "call_method" and node.target in ("expand", "expand_as") and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
-def _volume(shape: Any) -> int:
-    return torch.Size(shape).numel()
-
-
-def tensor_shape(node: fx.Node) -> tuple[int, ...] | None:
-    """The shape of a node's value in the observed call; None if it is no tensor."""
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """Every node this node's value was computed from, parameters left out."""
-    seen: set[fx.Node] = set()
-    pending = list(node.all_input_nodes)
-    while pending:
-        current = pending.pop()
-        if current not in seen and current.op != "get_attr":
-            seen.add(current)
-            pending.extend(current.all_input_nodes)
-    return seen
-
-
-def sources(node: fx.Node) -> set[fx.Node]:
-    """Every tensor this node's value was computed from, parameters left out."""
-    return {found for found in ancestors(node) if isinstance(found.meta.get("val"), Tensor)}
-
-
-def describe(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> str:
-    """Inputs in words: ``1 input of 1×3×224×224``."""
-    shapes = [
-        ("×".join(map(str, t.shape)) or "a number") for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)
-    ]
-    return f"{len(shapes)} input{'s' * (len(shapes) != 1)} of {', '.join(shapes)}" if shapes else "no tensor at all"
-
-
-def reason_of(error: Exception) -> str:
-    """An error as the reason why a forward can't be traced, with the author's file and line."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if any("torch/utils/checkpoint.py" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
-        return "it uses activation checkpointing, which a graph can't hold"
-    if not isinstance(error, Untraceable):
-        text = f"{type(error).__name__}: {text}"
-    return f"{text} {location(error)}".strip()
-
-
-def location(error: BaseException | None) -> str:
-    """``(file.py:12)``: the innermost line of the error that is neither torch's nor ours."""
-    ours = os.path.dirname(os.path.abspath(__file__))
-    torch_files = os.path.dirname(torch.__file__)
-    frames = traceback.extract_tb(error.__traceback__) if error else []
-    for frame in reversed(frames):
-        if not frame.filename.startswith((ours, torch_files, "<")):
-            return f"({os.path.basename(frame.filename)}:{frame.lineno})"
-    return ""
 
 
 def _is_from_forward(error: BaseException | None) -> bool:
@@ -620,6 +431,3 @@ def _kinds(arguments: Any) -> Any:
     if isinstance(arguments, tuple | list):
         return tuple(_kinds(value) for value in arguments)
     return arguments if isinstance(arguments, bool | int | float | str | None) else type(arguments).__name__
-
-
-__all__ = ["CONVOLUTIONS", "Observer", "OwnerGraph", "Trace", "describe", "holds_tensor", "observe", "preserved"]
