@@ -63,6 +63,7 @@ def run(
     mode: str,
     parameters: dict[str, Tensor] | None = None,
     then: Callable[[Any], Any] = lambda output: output,
+    seed: int = 1,
 ) -> Seen:
     """One call with nothing left behind: modes, buffers, attributes and the random generator as before.
 
@@ -75,8 +76,8 @@ def run(
         with preserved(model):
             for module in model.modules():
                 module.training = mode == "train"
-            torch.manual_seed(1)
-            random.seed(1)
+            torch.manual_seed(seed)
+            random.seed(seed)
             args, kwargs = copied((tuple(args), kwargs))
             with _reparametrize_module(model, {**buffers, **(parameters or {})}, tie_weights=True):
                 return Seen(then(model(*args, **kwargs)), buffers)
@@ -102,12 +103,14 @@ def difference(expected: Any, seen: Any) -> str:
     return f"differs by up to {max(errors):.3g}" if errors else ""
 
 
-def run_awake(model: nn.Module, inputs: Any, awake: dict[str, Tensor], then: Callable[[Any], Any]) -> Any:
+def run_awake(
+    model: nn.Module, inputs: Any, awake: dict[str, Tensor], then: Callable[[Any], Any], seed: int = 1
+) -> Any:
     """What ``then`` makes of the output in training, if the network can be, with these weights in place of its own."""
     try:
-        return run(model, inputs, "train", awake, then).output
+        return run(model, inputs, "train", awake, then, seed).output
     except Exception:
-        return run(model, inputs, "eval", awake, then).output
+        return run(model, inputs, "eval", awake, then, seed).output
 
 
 def first_line(error: Exception) -> str:

@@ -166,6 +166,19 @@ def holds_tensor(argument: Any) -> bool:
     return isinstance(argument, tuple | list) and any(holds_tensor(item) for item in argument)
 
 
+def _is_numbers(value: Any) -> bool:
+    """Whether a value is a plain number, or a tuple or list of some."""
+    if isinstance(value, tuple | list):
+        return bool(value) and all(map(_is_numbers, value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _holds_proxy(argument: Any) -> bool:
+    return type(argument) is ValueProxy or (
+        isinstance(argument, tuple | list) and any(type(item) is ValueProxy for item in argument)
+    )
+
+
 def snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """A module's attributes, and copies of the plain lists, dicts and sets among them; hooks are in dicts too."""
     attributes = dict(module.__dict__)
@@ -315,8 +328,7 @@ class OwnerTracer(TracerBase):
                 proxy = self._placeholder("**" + name, value)
                 keywords |= {key: proxy[key] for key in value}
             else:
-                number = isinstance(value, int | float) and not isinstance(value, bool)
-                if holds_tensor(value) or (number and symbolic & {position - 1, name}):
+                if holds_tensor(value) or (_is_numbers(value) and symbolic & {position - 1, name}):
                     argument = self._placeholder(name, value)
                 else:
                     self.constants[name] = argument = value
@@ -396,7 +408,7 @@ class OwnerTracer(TracerBase):
             value = outputs.pop(0)
         else:
             given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-            computed = frozenset(key for key, argument in given.items() if type(argument) is ValueProxy)
+            computed = frozenset(key for key, argument in given.items() if _holds_proxy(argument))
             value = self.observer.run(module, values_of(args), values_of(kwargs), computed)
         node.meta["counts"] = [now - then for now, then in zip(self.observer.counts(), before, strict=True)]
         return self._wrap(node, value)

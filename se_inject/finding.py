@@ -236,6 +236,8 @@ class Finder:
             inside = set().union(*map(lineage, operands)) - common
             if not (common or node in cells) or not any(map(convolutions, inside)):
                 continue
+            if kind == "add" and max(self.depths.between(owner, operand, common) for operand in operands) < 1:
+                continue
             parts = self._parts(owner, operands, common) if kind == "add" else None
             if parts and not self._is_reparametrised(owner, *parts, common):
                 continue

@@ -304,20 +304,26 @@ def _all_zero(tensor: Tensor) -> bool:
     return not tensor.flatten()[:1].any() and not tensor.any()  # of most, one number tells it
 
 
-def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> Check:
-    """One backward pass of a random projection of the outputs, towards the new parameters only."""
+_DRAWS = 4
+
+
+def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any, seed: int = 1) -> Check:
+    """One backward pass of a random projection of the outputs, towards the new parameters only.
+
+    Where no gradient arrives, it is done again with other draws: stochastic depth may have dropped a branch.
+    """
     name = "blocks trainable"
     new = {path: {key: p for key, p in block.named_parameters() if p.requires_grad} for path, block in blocks.items()}
     named = {f"{path}.{key}": p for path, parameters in new.items() for key, p in parameters.items()}
     with _calls_of(after, blocks) as calls, torch.enable_grad():
 
-        def backward(output: Any) -> tuple[Counter[str], dict[str, Tensor | None]]:
+        def backward(output: Any) -> tuple[Counter[str], bool, dict[str, Tensor | None]]:
             made = calls.copy()  # before anything is called again on the way back
-            return made, _grads_of(output, named)
+            return made, after.training, _grads_of(output, named)
 
         with _watched(blocks) as running:
             try:
-                made, grads = run_awake(after, inputs, _awakened(after, named), backward)
+                made, trained, grads = run_awake(after, inputs, _awakened(after, named), backward, seed)
             except Exception as error:
                 return Check(name, False, _failure(after, error, running))
     if silent := sorted(path for path in blocks if not made[path]):
@@ -330,6 +336,11 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
         for path, parameters in new.items()
         if parameters and not any((grad := grads[f"{path}.{key}"]) is not None and grad.any() for key in parameters)
     ]
+    if (missing or dead) and seed < _DRAWS:
+        return _gradients(after, blocks, inputs, seed + 1)
+    if (missing or dead) and not trained:  # a detector's best boxes need not come from everywhere
+        seen = f"in eval mode no gradient reached {(missing or dead)[0]}"
+        return Check(name, None, f"not told: the network can't be trained on these inputs alone; {seen}")
     if missing or dead:
         first = (missing or dead)[0]
         owner = next(path for path in blocks if f"{first}.".startswith(f"{path}."))
