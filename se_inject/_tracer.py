@@ -179,6 +179,17 @@ def _holds_proxy(argument: Any) -> bool:
     )
 
 
+def _concatenated(*args: Any, **kwargs: Any) -> Any:
+    """What ``torch.cat`` gives on the meta device, where torch takes long to find out for plain cases too."""
+    tensors: Any
+    tensors, dim = args if len(args) == 2 and not kwargs else ([], 0)
+    kinds = {(type(each), each.dtype, *each.shape[:1], *each.shape[2:]) for each in tensors if isinstance(each, Tensor)}
+    if dim != 1 or len(kinds) != 1 or any(not isinstance(each, Tensor) or each.dim() < 2 for each in tensors):
+        return torch.cat(*args, **kwargs)
+    first = tensors[0]
+    return first.new_empty((first.shape[0], sum(each.shape[1] for each in tensors), *first.shape[2:]))
+
+
 def snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """A module's attributes, and copies of the plain lists, dicts and sets among them; hooks are in dicts too."""
     attributes = dict(module.__dict__)
@@ -385,6 +396,8 @@ class OwnerTracer(TracerBase):
                 value = getattr(real_args[0], target)(*real_args[1:], **real_kwargs)
             elif target is F.batch_norm and self.observer.result.how == "meta":
                 value = torch.empty_like(real_args[0])  # as `Observer._known_result` has it
+            elif target is torch.cat and self.observer.result.how == "meta":
+                value = _concatenated(*real_args, **real_kwargs)
             else:
                 value = target(*real_args, **real_kwargs)
         finally:
