@@ -13,6 +13,9 @@ CONVOLUTIONS = frozenset(f"conv{transpose}{rank}d" for transpose in ("", "_trans
 }
 
 
+_SIZES = (int, float, str, torch.Size, torch.dtype, torch.device)
+
+
 def gates_in(graph: fx.Graph) -> int:
     """How many values this graph multiplies by a gate made from themselves: attention that is already there."""
     return sum(is_gating(node) for node in graph.nodes)
@@ -66,12 +69,12 @@ def tensor_shape(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
-    """Every node this node's value was computed from, parameters left out."""
+    """Every node this node's value was computed from, parameters and what only gives a size left out."""
     seen: set[fx.Node] = set()
     pending = list(node.all_input_nodes)
     while pending:
         current = pending.pop()
-        if current not in seen and current.op != "get_attr":
+        if current not in seen and current.op != "get_attr" and not isinstance(current.meta.get("val"), _SIZES):
             seen.add(current)
             pending.extend(current.all_input_nodes)
     return seen
