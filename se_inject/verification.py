@@ -305,49 +305,47 @@ def _all_zero(tensor: Tensor) -> bool:
 
 
 _DRAWS = 4
+"""How often gradients are asked for: stochastic depth may drop a branch at random."""
 
 
-def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any, seed: int = 1) -> Check:
-    """One backward pass of a random projection of the outputs, towards the new parameters only.
-
-    Where no gradient arrives, it is done again with other draws: stochastic depth may have dropped a branch.
-    """
+def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> Check:
+    """Backward passes of a random projection of the outputs, towards the new parameters only."""
     name = "blocks trainable"
     new = {path: {key: p for key, p in block.named_parameters() if p.requires_grad} for path, block in blocks.items()}
     named = {f"{path}.{key}": p for path, parameters in new.items() for key, p in parameters.items()}
-    with _calls_of(after, blocks) as calls, torch.enable_grad():
+    reached: set[str] = set()
+    alive = {path for path, parameters in new.items() if not parameters}
+    for seed in range(1, _DRAWS + 1):
+        with _calls_of(after, blocks) as calls, torch.enable_grad():
 
-        def backward(output: Any) -> tuple[Counter[str], bool, dict[str, Tensor | None]]:
-            made = calls.copy()  # before anything is called again on the way back
-            return made, after.training, _grads_of(output, named)
+            def backward(output: Any) -> tuple[Counter[str], bool, dict[str, Tensor | None]]:
+                made = calls.copy()  # before anything is called again on the way back
+                return made, after.training, _grads_of(output, named)
 
-        with _watched(blocks) as running:
-            try:
-                made, trained, grads = run_awake(after, inputs, _awakened(after, named), backward, seed)
-            except Exception as error:
-                return Check(name, False, _failure(after, error, running))
-    if silent := sorted(path for path in blocks if not made[path]):
-        return Check(name, False, f"not called: {', '.join(silent[:3])}")
-    if repeated := sorted(path for path in blocks if 0 < made[path.rpartition(".")[0]] < made[path]):
-        return Check(name, False, f"called more often than their owners: {', '.join(repeated[:3])}")
-    missing = [key for key in named if grads[key] is None]
-    dead = [
-        path
-        for path, parameters in new.items()
-        if parameters and not any((grad := grads[f"{path}.{key}"]) is not None and grad.any() for key in parameters)
-    ]
-    if (missing or dead) and seed < _DRAWS:
-        return _gradients(after, blocks, inputs, seed + 1)
-    if (missing or dead) and not trained:  # a detector's best boxes need not come from everywhere
-        seen = f"in eval mode no gradient reached {(missing or dead)[0]}"
+            with _watched(blocks) as running:
+                try:
+                    made, trained, grads = run_awake(after, inputs, _awakened(after, named), backward, seed)
+                except Exception as error:
+                    return Check(name, False, _failure(after, error, running))
+        if silent := sorted(path for path in blocks if not made[path]):
+            return Check(name, False, f"not called: {', '.join(silent[:3])}")
+        if repeated := sorted(path for path in blocks if 0 < made[path.rpartition(".")[0]] < made[path]):
+            return Check(name, False, f"called more often than their owners: {', '.join(repeated[:3])}")
+        reached |= {key for key in named if grads[key] is not None}
+        alive |= {
+            path
+            for path, parameters in new.items()
+            if any((grad := grads[f"{path}.{key}"]) is not None and grad.any() for key in parameters)
+        }
+        unreached = [key for key in named if key not in reached] or [path for path in blocks if path not in alive]
+        if not unreached:
+            told = f"gradients reach all {counted(len(named), 'new parameter')} of {counted(len(blocks), 'block')}"
+            return Check(name, True, told)
+    if not trained:  # a detector's best boxes need not come from everywhere
+        seen = f"in eval mode no gradient reached {unreached[0]}"
         return Check(name, None, f"not told: the network can't be trained on these inputs alone; {seen}")
-    if missing or dead:
-        first = (missing or dead)[0]
-        owner = next(path for path in blocks if f"{first}.".startswith(f"{path}."))
-        told = f"no gradient reaches {', '.join((missing or dead)[:3])}: {_named(after, owner)}"
-        return Check(name, False, told)
-    told = f"gradients reach all {counted(len(named), 'new parameter')} of {counted(len(blocks), 'block')}"
-    return Check(name, True, told)
+    owner = next(path for path in blocks if f"{unreached[0]}.".startswith(f"{path}."))
+    return Check(name, False, f"no gradient reaches {', '.join(unreached[:3])}: {_named(after, owner)}")
 
 
 @contextlib.contextmanager

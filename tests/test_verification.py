@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import StochasticDepth
 
 import se_inject as si
+from se_inject import verification
 from se_inject.errors import VerificationError
 from se_inject.planning import plan
 from se_inject.verification import Check, Verdict
@@ -433,3 +435,40 @@ def test_a_check_that_does_not_apply_is_no_failure():
     verdict = Verdict((Check("a", True, ""), Check("b", None, "")))
     assert verdict.passed
     assert not Verdict((*verdict.checks, Check("c", False, ""))).passed
+
+
+def test_a_branch_that_was_dropped_at_random_is_asked_again(monkeypatch):
+    network = randomise(Net()).eval()
+    for unit in network.units:
+        unit.bn2 = nn.Sequential(unit.bn2, StochasticDepth(0.8, "batch"))
+    injected = si.inject(network, X)
+    assert si.verify(network, injected, X).passed
+    monkeypatch.setattr(verification, "_DRAWS", 1)
+    failed = [check.name for check in si.verify(network, injected, X).checks if check.passed is False]
+    assert failed == ["blocks trainable"]  # each draw drops one of the two
+
+
+class Detector(Net):
+    """It wants targets in training; in eval what it returns need not come from everywhere."""
+
+    def forward(self, x):
+        if self.training:
+            raise ValueError("targets should not be none")
+        return self.head(self.units[0](self.stem(x)).mean((2, 3)) + 0 * self.units[1](self.stem(x)).mean((2, 3)))
+
+
+def test_gradients_are_not_told_where_a_network_cannot_be_trained():
+    network = randomise(Detector()).eval()
+    check = si.verify(network, si.inject(network, X), X).checks[-1]
+    assert (check.name, check.passed) == ("blocks trainable", None)
+    assert "not told" in check.detail and "units.1.se" in check.detail
+
+
+def test_gradients_that_do_not_arrive_in_training_are_a_failure():
+    class Trains(Detector):
+        def forward(self, x):
+            return self.head(self.units[0](self.stem(x)).mean((2, 3)) + 0 * self.units[1](self.stem(x)).mean((2, 3)))
+
+    network = randomise(Trains()).eval()
+    check = si.verify(network, si.inject(network, X), X).checks[-1]
+    assert check.passed is False and "units.1.se" in check.detail
