@@ -321,6 +321,23 @@ class SumOfThree(Parts):
 
 
 @in_net("bn2")
+class Shadowing(Parts):
+    """Attributes of the instance that shadow the class's, and a method of ``nn.Module``: the instance's count."""
+
+    scale, active = 1.0, False
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.active, self.half = 0.5, True, C // 2
+
+    def forward(self, x):
+        out = self.branch(x)
+        if self.active:
+            out = out * self.scale
+        return F.relu(x + out) + x[:, : self.half].mean()
+
+
+@in_net("bn2")
 class FloatFunctional(Parts):
     """The sum is taken by a module's method, as networks do that are to be quantised."""
 
