@@ -35,6 +35,8 @@ BUILDERS = frozenset(
         "_codecs.encode",
         "collections.Counter",
         "collections.OrderedDict",
+        "se_inject._programs.new_program",
+        "se_inject._programs.program_class",
         "se_inject.bodies.rebuild",
         "se_inject.freezing.rebuild_frozen",
         "torch.Size",

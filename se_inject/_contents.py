@@ -16,6 +16,7 @@ from torch import nn
 
 from se_inject._allowed import within
 from se_inject._pickles import Inert, Reading
+from se_inject._programs import Program, check_program
 from se_inject.bodies import check_targets
 from se_inject.errors import LoadError
 
@@ -52,6 +53,8 @@ def check_modules(reading: Reading) -> None:
             _check_attributes(module, vars(module))
         if hasattr(type(module), "_se_inject_body"):
             check_targets(module)
+        if isinstance(module, Program):
+            check_program(module)
     _check_tree(reading.modules)
 
 

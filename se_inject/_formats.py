@@ -38,8 +38,8 @@ _ARCHITECTURE = "name the architecture they belong to: `se-inject {path} --arch 
 _DECOMPRESS = "decompress it first"
 _OTHER = {
     "empty": ("an empty file", None),
-    "torchscript": ("a TorchScript archive, which can't be edited yet", _EAGER),
-    "pt2": ("an exported program, which can't be edited yet", _EAGER),
+    "torchscript": ("a TorchScript archive: a network, and no file of weights", "pass it as MODEL"),
+    "pt2": ("an exported program: a network, and no file of weights", "pass it as MODEL"),
     "onnx": ("an ONNX file, which can't be edited: it holds a graph, but no module to train", _EAGER),
     "safetensors": ("a file of weights, without a network", _ARCHITECTURE),
     "state dict": ("a file of weights, without a network", _ARCHITECTURE),

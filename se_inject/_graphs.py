@@ -9,11 +9,18 @@ from torch import Tensor, fx
 
 CONVOLUTIONS = frozenset(f"conv{transpose}{rank}d" for transpose in ("", "_transpose") for rank in (1, 2, 3)) | {
     "convolution",
+    "_convolution",
     "deform_conv2d",
 }
 
 
 _SIZES = (int, float, str, torch.Size, torch.dtype, torch.device)
+
+
+def function_name_of(node: fx.Node) -> str:
+    """What the function or method of a node is called, an operator of torch without its overload: ``add``, ``conv2d``."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return name.partition(".")[0] if isinstance(node.target, torch._ops.OpOverload) else name
 
 
 def gates_in(graph: fx.Graph) -> int:
@@ -23,7 +30,7 @@ def gates_in(graph: fx.Graph) -> int:
 
 def is_gating(node: fx.Node) -> bool:
     """Whether a node is ``x * g(x)`` with a gate that has fewer positions or channels than x."""
-    name = getattr(node.target, "__name__", node.target)
+    name = function_name_of(node)
     if name not in ("mul", "imul", "mul_", "multiply") or len(node.args) < 2:
         return False
     operands = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
@@ -44,7 +51,7 @@ def is_gating(node: fx.Node) -> bool:
 
 def _decides(node: fx.Node) -> bool:
     """Whether a node can make a gate of a statistic: it has weights or is bounded; what only divides by a norm can't."""
-    name = str(getattr(node.target, "__name__", node.target)).rstrip("_")
+    name = function_name_of(node).rstrip("_")
     return (
         node.op == "call_module"
         or name in ("sigmoid", "hardsigmoid", "tanh", "softmax", "linear", "matmul", "einsum", "clamp", "relu")
@@ -53,7 +60,11 @@ def _decides(node: fx.Node) -> bool:
 
 
 def _unexpanded(node: fx.Node) -> fx.Node:
-    while node.op == "call_method" and node.target in ("expand", "expand_as") and isinstance(node.args[0], fx.Node):
+    while (
+        node.op.startswith("call")
+        and function_name_of(node) in ("expand", "expand_as")
+        and isinstance(node.args[0], fx.Node)
+    ):
         node = node.args[0]
     return node
 

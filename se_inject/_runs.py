@@ -31,19 +31,19 @@ class Seen(NamedTuple):
 def observed_in_eval(model: nn.Module, trace: Trace) -> tuple[Any, Seen]:
     """Inputs for the numeric checks, and what the model makes of them in eval mode.
 
-    They are of another batch size than the observed ones, and small if those are large.
+    They are of another batch size than the observed ones, if the model takes that, and small if those are large.
     """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     choices = [trace.inputs]
     if trace.macs > LARGE:
         choices.insert(0, cropped(trace.inputs, SMALL_SIDE))
-    for choice in choices:
-        inputs = real_inputs(choice, batch=3, device=parameter.device, dtype=parameter.dtype)
+    for choice, batch in (*((choice, 3) for choice in choices), (trace.inputs, None)):
+        inputs = real_inputs(choice, batch=batch, device=parameter.device, dtype=parameter.dtype)
         try:
             with torch.no_grad():
                 return inputs, run(model, inputs, "eval")
         except Exception:
-            if choice is trace.inputs:
+            if batch is None:
                 raise
     raise AssertionError("unreachable")  # pragma: no cover
 

@@ -9,7 +9,7 @@ reader, in C++.
 from __future__ import annotations
 
 import ast
-import warnings
+from collections.abc import Callable
 from typing import IO, Any
 
 import torch
@@ -26,8 +26,8 @@ _FILES = frozenset(
 )
 
 
-def script_module(file: IO[bytes]) -> torch.jit.ScriptModule:
-    """The module in a TorchScript archive, on the CPU. None of its code has run.
+def script_module(file: IO[bytes]) -> tuple[torch.jit.ScriptModule, Callable[[str], Any]]:
+    """The module in a TorchScript archive, on the CPU, and its function of a qualified name. None of its code has run.
 
     Args:
         file: the open file.
@@ -51,9 +51,9 @@ def script_module(file: IO[bytes]) -> torch.jit.ScriptModule:
         elif (name in _FILES and name.endswith(".pkl")) or name.endswith(".debug_pkl"):
             check_script_pickle(archive, name)
     file.seek(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that TorchScript is deprecated
-        return torch.jit.load(file, map_location="cpu")  # type: ignore[no-any-return,no-untyped-call]
+    unit = torch._C.CompilationUnit()
+    found = torch._C.import_ir_module_from_buffer(unit, file.read(), torch.device("cpu"), {}, False)  # type: ignore[call-arg,arg-type]
+    return torch.jit._recursive.wrap_cpp_module(found), unit.find_function  # type: ignore[no-untyped-call]
 
 
 def _check_source(name: str, text: str) -> None:

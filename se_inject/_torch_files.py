@@ -11,6 +11,8 @@ import torch
 from ._comparison import Rejected, same_value
 from ._files import write_through
 from ._network import Network, Written
+from ._programs import Program
+from .bodies import original_class
 
 
 def write_scripted(network: Network, path: Path, dynamic: bool) -> Written:
@@ -58,5 +60,7 @@ def write_module(network: Network, path: Path, dynamic: bool) -> Written:
     same = before.keys() == after.keys() and all(same_value(before[key], after[key]) for key in before)
     if not same or modes[0] != modes[1]:
         raise Rejected("what is loaded back has other weights or modes")
-    note = f"a pickle: loading it needs the code of `{type(model).__module__}.{type(model).__qualname__}`"
+    kind = original_class(model)
+    code = "`se_inject`" if isinstance(model, Program) else f"the code of `{kind.__module__}.{kind.__qualname__}`"
+    note = f"a pickle: loading it needs {code}"
     return Written("whole module", loaded.eval(), (note,))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from se_inject._graphs import function_name_of
 from se_inject._tracer import Untraceable
 from se_inject._ways import IN_PLACE, lineage, reaches_output
 from se_inject.bodies import check_editable
@@ -151,7 +152,7 @@ class Values:
         if node.op == "call_module":
             module = self.trace.model.get_submodule(self.trace.child(owner.path, node.target))
             return first if getattr(module, "inplace", False) is True and is_leaf(module) else None
-        name = str(getattr(node.target, "__name__", node.target))
+        name = function_name_of(node)
         in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         return first if in_place or node.kwargs.get("inplace") is True else None
 
@@ -172,7 +173,7 @@ class Values:
                 return axis
             if not isinstance(tensor, Tensor) or not data or kind in ("conv", "pool"):
                 return axis == 1
-            name = getattr(node.target, "__name__", node.target)
+            name = function_name_of(node)
             before = data[0].meta["val"]
             inner = self.trace.graphs.get(self.trace.child(owner.path, node.target)) if kind == "module" else None
             result = returned(inner.graph) if inner is not None else None

@@ -6,7 +6,7 @@ import math
 
 from torch import fx
 
-from se_inject._graphs import sources
+from se_inject._graphs import function_name_of, sources
 from se_inject.operations import convolutions, is_bundle, is_data, operation, parent, prefixes
 from se_inject.tracing import OwnerGraph, Trace
 
@@ -64,7 +64,7 @@ def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:
             continue
         seen.add(current)
         pending += current.users
-        name = str(getattr(current.target, "__name__", current.target))
+        name = function_name_of(current)
         if (
             current.args
             and isinstance(current.args[0], fx.Node)

@@ -104,7 +104,7 @@ def function_named(name: str) -> Callable[..., Any]:
     elif space in _NAMESPACES:
         found = _function_in(space, short)
     if found is None:
-        raise LoadError(f"an edited forward in this file calls `{name}`, which is no tensor operation of torch")
+        raise LoadError(f"a forward in this file calls `{name}`, which is no tensor operation of torch")
     return found  # type: ignore[no-any-return]
 
 
@@ -118,11 +118,11 @@ def _function_in(space: str, short: str) -> Any:
     return found if inspect.isbuiltin(found) and not short.startswith("_") else None
 
 
-def _method(name: Any) -> str:
+def method_named(name: Any) -> str:
     if not isinstance(name, str) or name.startswith("_") or name in _FORBIDDEN_METHODS:
-        raise LoadError(f"an edited forward in this file calls the method `{name}`, which it must not")
+        raise LoadError(f"a forward in this file calls the method `{name}`, which it must not")
     if not any(hasattr(kind, name) for kind in (torch._C.TensorBase, torch.Size, dict, list)):
-        raise LoadError(f"an edited forward in this file calls the method `{name}`, which tensors don't have")
+        raise LoadError(f"a forward in this file calls the method `{name}`, which tensors don't have")
     return name
 
 
@@ -134,13 +134,13 @@ def checked_path(name: Any) -> str:
     """
     parts = name.split(".") if isinstance(name, str) else [""]
     if any(not part.isprintable() or not part or part.startswith("__") or set(part) & set("\"'\\") for part in parts):
-        raise LoadError(f"an edited forward in this file refers to `{name}`, which is no submodule")
+        raise LoadError(f"a forward in this file refers to `{name}`, which is no submodule")
     return name  # type: ignore[no-any-return]
 
 
 def _parameter(name: Any) -> str:
     if not isinstance(name, str) or not name.lstrip("*").isidentifier():
-        raise LoadError(f"an edited forward in this file has a parameter `{name}`, which is no name")
+        raise LoadError(f"a forward in this file has a parameter `{name}`, which is no name")
     return name
 
 
@@ -170,7 +170,7 @@ def graph_from(rows: Any) -> fx.Graph:
     nodes: dict[str, fx.Node] = {}
     checked: dict[str, Callable[[Any], Any]] = {
         "call_function": function_named,
-        "call_method": _method,
+        "call_method": method_named,
         "call_module": checked_path,
         "get_attr": checked_path,
         "placeholder": _parameter,
@@ -179,23 +179,23 @@ def graph_from(rows: Any) -> fx.Graph:
     try:
         for name, op, target, args, kwargs in rows:
             if op not in checked or not str(name).isidentifier():
-                raise LoadError("an edited forward in this file is not a graph", seen=f"a node `{name}` of kind `{op}`")
+                raise LoadError("a forward in this file is not a graph", seen=f"a node `{name}` of kind `{op}`")
             real = checked[op](target)
-            arguments, keywords = _decode(args, nodes), _decode(kwargs, nodes)
-            if real is getattr and not _is_tensor_attribute(arguments[1:]):
-                raise LoadError("an edited forward in this file reads an attribute that tensors don't have")
+            arguments, keywords = decoded(args, nodes), decoded(kwargs, nodes)
+            if real is getattr and not is_tensor_attribute(arguments[1:]):
+                raise LoadError("a forward in this file reads an attribute that tensors don't have")
             if (op == "placeholder" and arguments) or not all(map(str.isidentifier, keywords)):
-                raise LoadError("an edited forward in this file has arguments that are no names")
+                raise LoadError("a forward in this file has arguments that are no names")
             nodes[name] = graph.create_node(op, real, arguments, keywords, name=name)
         graph.lint()
     except LoadError:
         raise
     except Exception as error:
-        raise LoadError("an edited forward in this file is damaged", seen=f"{type(error).__name__}: {error}") from error
+        raise LoadError("a forward in this file is damaged", seen=f"{type(error).__name__}: {error}") from error
     return graph
 
 
-def _is_tensor_attribute(names: Any) -> bool:
+def is_tensor_attribute(names: Any) -> bool:
     """One name, as text: a node's value would only be known when the forward runs."""
     if len(names) != 1 or type(names[0]) is not str:
         return False
@@ -234,20 +234,20 @@ def encoded(value: Any) -> Any:
     raise SurgeryError(f"its forward holds a {type(value).__name__} as a constant, which can't be written down")
 
 
-def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+def decoded(value: Any, nodes: dict[str, fx.Node]) -> Any:
     if isinstance(value, list):
-        return [_decode(item, nodes) for item in value]
+        return [decoded(item, nodes) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "node":
         return nodes[content]
     if kind == "tuple":
-        return tuple(_decode(item, nodes) for item in content)
+        return tuple(decoded(item, nodes) for item in content)
     if kind == "dict":
-        return {_decode(key, nodes): _decode(item, nodes) for key, item in content}
+        return {decoded(key, nodes): decoded(item, nodes) for key, item in content}
     if kind == "slice":
-        return slice(*(_decode(item, nodes) for item in content))
+        return slice(*(decoded(item, nodes) for item in content))
     if kind == "ellipsis":
         return ...
     if kind == "float":
@@ -256,7 +256,7 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
         return torch.device(content)
     constant = getattr(torch, content)
     if not isinstance(constant, _CONSTANTS[kind]):
-        raise LoadError(f"an edited forward in this file holds `{content}` as a {kind}")
+        raise LoadError(f"a forward in this file holds `{content}` as a {kind}")
     return constant
 
 
@@ -275,7 +275,7 @@ def check_editable(trace: Trace, owner: OwnerGraph) -> None:
     except Untraceable as error:
         raise SurgeryError(str(error)) from error
     except LoadError as error:
-        raise SurgeryError(f"{error.message.replace('an edited forward in this file', 'its forward')}") from error
+        raise SurgeryError(f"{error.message.replace('a forward in this file', 'its forward')}") from error
 
 
 # -- classes -----------------------------------------------------------------------------------------------
@@ -399,24 +399,24 @@ def check_targets(module: nn.Module) -> None:
     calls += [target for _, op, target, *_ in rows if op == "call_module"]
     reads = [target for _, op, target, *_ in rows if op == "get_attr"]
     for path in calls:
-        if not isinstance(_value_at(module, path), nn.Module):
-            raise LoadError(f"an edited forward in this file calls `{path}`, which is no submodule")
+        if not isinstance(value_at(module, path), nn.Module):
+            raise LoadError(f"a forward in this file calls `{path}`, which is no submodule")
     for path in reads:
-        value = _value_at(module, path)
+        value = value_at(module, path)
         if callable(value) and not isinstance(value, nn.Module):
-            raise LoadError(f"an edited forward in this file reads `{path}`, which is no value")
+            raise LoadError(f"a forward in this file reads `{path}`, which is no value")
 
 
-def _value_at(module: Any, path: str) -> Any:
+def value_at(module: Any, path: str) -> Any:
     """What a path leads to through submodules; a function, which nobody may read, if it leads elsewhere."""
     *through, last = path.split(".")
     for part in through:
         module = vars(module)["_modules"].get(part)
         if not isinstance(module, nn.Module):
-            return _value_at
+            return value_at
     state = vars(module)
     tables = (state["_modules"], state["_parameters"], state["_buffers"], state)
-    return next((table[last] for table in tables if last in table), _value_at)
+    return next((table[last] for table in tables if last in table), value_at)
 
 
 def _source(original: type, data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -439,11 +439,11 @@ def _source(original: type, data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         values = {**data["constants"], **{f"{myself}.{name}": value for name, value in data["settings"].items()}}
         for name, value in values.items():
             if isinstance(value, dict) and "form" in value:
-                form = _decode(value["form"], {})
+                form = decoded(value["form"], {})
                 constant = repr(form)
                 test = f"len({name}) != {form}" if isinstance(form, int) else f"tuple({name}) != {form!r}"
             else:
-                constant = repr(_decode(value, {}))
+                constant = repr(decoded(value, {}))
                 test = f"{name} is not None" if constant == "None" else f"{name} != {constant}"
             message = f"{original.__name__} was edited for {name} = {constant}: eject the blocks and inject again"
             lines += [f"    if {test}:", f"        raise RuntimeError({message!r})"]

@@ -48,8 +48,9 @@ def load(
     Downloads nothing, runs no code out of a file, and leaves training flags as they are.
 
     Args:
-        source: a file with a whole pickled module; ``torchvision:NAME`` or ``timm:NAME``, built with random
-            weights; ``package.module:callable`` or ``path/to/file.py:callable``, called without arguments.
+        source: a file with a whole pickled module, a TorchScript archive or an exported program (``.pt2``), which
+            become ordinary modules; ``torchvision:NAME`` or ``timm:NAME``, built with random weights;
+            ``package.module:callable`` or ``path/to/file.py:callable``, called without arguments.
         arch: the network's name if ``source`` is a file of weights: ``load(file, arch=name)`` is
             ``load(name, weights=file)``.
         weights: a file to take the weights from, as ``load_weights_`` does.
@@ -140,7 +141,7 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram | torch.jit.Sc
         from se_inject._exported import exported_program
         from se_inject._scripted import script_module
 
-        return _read(path, lambda: exported_program(file) if form == "pt2" else script_module(file))
+        return _read(path, lambda: exported_program(file) if form == "pt2" else script_module(file)[0])
 
 
 def describe(source: str | os.PathLike[str], model: nn.Module, arch: str | None = None) -> str | None:
@@ -157,9 +158,14 @@ def describe(source: str | os.PathLike[str], model: nn.Module, arch: str | None 
         return None
     with _opened(Path(source)) as file:
         form = form_of(file)
+        writer = _WRITERS[form]
+        if form == "pt2":
+            from se_inject._exported import torch_version
+
+            writer += f", torch {torch_version(file)}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    what = "a pickled network" if arch is None else f"weights for {arch}"
-    return f"{os.fspath(source)}: {what} ({_WRITERS[form]}), {type(model).__name__}, {parameters:,} parameters"
+    what = _KINDS.get(form, "a pickled network") if arch is None else f"weights for {arch}"
+    return f"{os.fspath(source)}: {what} ({writer}), {type(model).__name__}, {parameters:,} parameters"
 
 
 # -- files -------------------------------------------------------------------------------------------------
@@ -169,7 +175,10 @@ _WRITERS = {
     "legacy": "torch.save before torch 1.6",
     "plain": "pickle.dump",
     "safetensors": "safetensors",
+    "torchscript": "torch.jit.save",
+    "pt2": "torch.export.save",
 }
+_KINDS = {"torchscript": "a TorchScript archive", "pt2": "an exported program"}
 
 
 _BESIDE_A_NETWORK = (
@@ -185,8 +194,8 @@ def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
         form = form_of(file)
         if form == "safetensors":
             raise _only_weights(path, form, _read(path, lambda: _state_dict(file, form)))
-        if form == "pt2":
-            raise unreadable(path, form, seen=_read(path, lambda: _written_by(file)))
+        if form in PROGRAMS:
+            return _read(path, lambda: _network(file, form))
         if form not in PICKLES:
             raise unreadable(path, form)
         try:
@@ -206,11 +215,17 @@ def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
     return found
 
 
-def _written_by(file: IO[bytes]) -> str | None:
-    from se_inject._exported import torch_version
+def _network(file: IO[bytes], form: str) -> nn.Module:
+    """The program in an archive, as an ordinary network."""
+    if form == "pt2":
+        from se_inject._exported import exported_program
+        from se_inject._from_exports import network_from_export
 
-    version = torch_version(file)
-    return version and f"written by torch {version}"
+        return network_from_export(exported_program(file))
+    from se_inject._from_scripts import network_from_script
+    from se_inject._scripted import script_module
+
+    return network_from_script(*script_module(file))
 
 
 def _only_weights(path: Path, form: str, state: Mapping[str, Any]) -> LoadError:

@@ -93,7 +93,7 @@ def inject(
             data["latency"] = vars(measured)
             say(report.latency_line(measured))
         if targets:
-            args, kwargs = _real_inputs(planned, injected, batch=2)
+            args, kwargs = _real_inputs(planned, injected)
             exported = write_all(
                 injected, planned, targets, args, example_kwargs=kwargs, force=force, **_conversion(options, "opset")
             )
@@ -189,12 +189,19 @@ def _replayed(stored: Plan | Adapter, network: nn.Module, inputs: tuple[str, ...
 
 
 def _latency(network: nn.Module, injected: nn.Module, planned: Plan) -> Latency:
-    args, kwargs = _real_inputs(planned, network, batch=1)
     with preserved(network), preserved(injected):
-        return measure_latency(network.eval(), injected.eval(), args, kwargs)
+        for module in (network, injected):
+            module.eval()
+        args, kwargs = _real_inputs(planned, network, batch=1)
+        try:
+            with torch.no_grad():
+                network(*args, **kwargs)
+        except Exception:  # its batch is fixed
+            args, kwargs = _real_inputs(planned, network)
+        return measure_latency(network, injected, args, kwargs)
 
 
-def _real_inputs(planned: Plan, network: nn.Module, batch: int) -> Any:
+def _real_inputs(planned: Plan, network: nn.Module, batch: int | None = None) -> Any:
     parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
     assert planned.trace is not None
     return real_inputs(planned.trace.inputs, batch=batch, device=parameter.device, dtype=parameter.dtype)

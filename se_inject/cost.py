@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from se_inject._stand_ins import standing_in
 from se_inject.blocks import build_block
-from se_inject.inputs import real_inputs
+from se_inject.inputs import batch_of, real_inputs
 from se_inject.steps import Step
 from se_inject.tracing import Trace
 
@@ -154,12 +154,20 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def cost_of_model(model: nn.Module, trace: Trace) -> tuple[Cost, tuple[str, ...]]:
     """The cost of a whole network for one example, and the operations nobody counted."""
-    args, kwargs = real_inputs(trace.inputs, batch=1, device=torch.device("meta"), dtype=_dtype(model))
     params = sum(parameter.numel() for parameter in model.parameters())
-    with standing_in(model, trace.how) as place, _Counter() as counter:
-        counter.leave_out(model)
-        model(*place(args), **place(kwargs))
-    return Cost(params, counter.macs, counter.elementwise, counter.bytes), tuple(sorted(counter.unknown))
+    own = batch_of(trace.inputs)
+    for batch in dict.fromkeys((1, own)):
+        args, kwargs = real_inputs(trace.inputs, batch=batch, device=torch.device("meta"), dtype=_dtype(model))
+        try:
+            with standing_in(model, trace.how) as place, _Counter() as counter:
+                counter.leave_out(model)
+                model(*place(args), **place(kwargs))
+            break
+        except Exception:
+            if batch == own:
+                raise
+    counts = (count // (batch or 1) for count in (counter.macs, counter.elementwise, counter.bytes))
+    return Cost(params, *counts), tuple(sorted(counter.unknown))
 
 
 def cost_of_step(step: Step, dtype: torch.dtype = torch.float32) -> CostRow:

@@ -26,6 +26,7 @@ from ._comparison import Check, reason
 from ._files import atomic_all, check_all_writable, no_space
 from ._network import Network, Written, untouched
 from ._onnx import write_onnx
+from ._programs import Program
 from ._reasons import describe
 from ._targets import FORMATS, Conversion, format_of
 from ._torch_files import write_module, write_pt2, write_scripted, write_traced
@@ -186,10 +187,13 @@ def _export_one(network: Network, target: Path, path: Path) -> Exported:
 
 def _roads(network: Network, format: str) -> list[Road]:
     """The ways to try, in order; where the network's own batch is fixed, each once and with a fixed batch."""
+    roads = ROADS[format]
+    if any(isinstance(module, Program) for module in network.model.modules()):  # it has no source to be scripted
+        roads = [road for road in roads if road.write is not write_scripted]
     if network.fixed is None:
-        return ROADS[format]
-    with_fixed_twin = {road.write for road in ROADS[format] if not road.dynamic}
-    roads = [road for road in ROADS[format] if not (road.dynamic and road.write in with_fixed_twin)]
+        return roads
+    with_fixed_twin = {road.write for road in roads if not road.dynamic}
+    roads = [road for road in roads if not (road.dynamic and road.write in with_fixed_twin)]
     return [road._replace(dynamic=False) for road in roads]
 
 

@@ -29,7 +29,7 @@ from se_inject._graphs import is_gating, sources
 from se_inject._staging import staged
 from se_inject._values import Values
 from se_inject._ways import Depths, lineage, shared_lineage
-from se_inject.bodies import original_class
+from se_inject._programs import class_of
 from se_inject.operations import (
     any_prefix,
     child_path,
@@ -182,12 +182,10 @@ class Finder:
 
         Without one it is gated at what it returns.
         """
-        kin: dict[str, set[type]] = {}
+        kin: dict[str, set[Any]] = {}
         for site in self.found.values():
             if site.held_back != NESTED:
-                kind = original_class(
-                    self.trace.model.get_submodule(site.unit if site.unit == site.owner else site.owner)
-                )
+                kind = class_of(self.trace.model.get_submodule(site.unit if site.unit == site.owner else site.owner))
                 for near in (parent(site.unit), parent(parent(site.unit))):
                     kin.setdefault(near, set()).add(kind)
         for owner in graphs:
@@ -195,11 +193,7 @@ class Finder:
             if not owner.path or owner.path in self.around or any_prefix(owner.path, self.units):
                 continue
             result = returned(owner.graph)
-            if (
-                original_class(owner.module) not in kinds
-                or result is None
-                or not any(map(convolutions, lineage(result)))
-            ):
+            if class_of(owner.module) not in kinds or result is None or not any(map(convolutions, lineage(result))):
                 continue
             join, branch = self._given_shortcut(owner) or (None, result)
             value = self.values.unscaled(owner, branch)

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from se_inject._program_layers import FixedBatchNorm
+from se_inject._programs import recorded_inputs
 from se_inject._reasons import describe
 from se_inject.errors import NoSites, OptionError, TraceError, UnsupportedModel
+from se_inject.tables import counted
 from se_inject.tracing import Trace, observe
 
 SIZES = {1: (1024, 16000, 128), 2: (224, 32, 28, 64, 96, 128, 299, 256, 384, 512), 3: (16, 32, 64, 8)}
@@ -26,7 +29,8 @@ def observe_model(model: nn.Module, example_inputs: Any = None, example_kwargs: 
     Args:
         model: any network.
         example_inputs: a tensor, or a tuple of the positional arguments; tensors may be on the meta device. None:
-            the batch size is 2 and the rest is taken from the model's own metadata or its first convolution.
+            the batch size is 2 and the rest is taken from the model's own metadata or its first convolution; a
+            program out of a ``.pt2`` file knows its own.
         example_kwargs: keyword arguments.
 
     Raises:
@@ -35,11 +39,27 @@ def observe_model(model: nn.Module, example_inputs: Any = None, example_kwargs: 
         TraceError: the model's forward fails on the inputs.
     """
     check_supported(model)
+    trace = _observed(model, example_inputs, example_kwargs)
+    fixed = sum(isinstance(module, FixedBatchNorm) for module in model.modules())
+    if fixed:
+        trace.notes.append(
+            f"the file is a program of eval mode: batch normalisation ({counted(fixed, 'module')}) keeps its statistics "
+            "in training, and what only training does is not in it"
+        )
+    return trace
+
+
+def _observed(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any] | None) -> Trace:
     if example_inputs is not None or example_kwargs:
         args = (
             example_inputs if isinstance(example_inputs, tuple) else () if example_inputs is None else (example_inputs,)
         )
         return observe(model, args, example_kwargs)
+    recorded = recorded_inputs(model)
+    if recorded is not None:
+        trace = observe(model, inputs_from(recorded))
+        trace.notes.append(f"input as the program was made for: {describe(trace.inputs)}")
+        return trace
     failures: list[TraceError] = []
     shapes = inferred_shapes(model)
     for shape in shapes:
@@ -97,17 +117,17 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape if len(shape) > 3 else (2, *shape)
 
 
-def real_inputs(inputs: Any, *, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
-    """Inputs with numbers in them, of the given batch size.
+def real_inputs(inputs: Any, *, batch: int | None, device: torch.device, dtype: torch.dtype) -> Any:
+    """Inputs with numbers in them, of the given batch size; None: of their own.
 
     Tensors that have values already keep them unless their size changes.
     """
     generator = torch.Generator().manual_seed(0)
-    first = _batch(inputs)
+    first = batch_of(inputs)
 
     def make(tensor: Tensor) -> Tensor:
         shape = list(tensor.shape)
-        if shape and shape[0] == first:
+        if batch is not None and shape and shape[0] == first:
             shape[0] = batch
         if list(tensor.shape) == shape and tensor.device.type != "meta":
             return tensor.to(device)
@@ -134,7 +154,8 @@ def copied(inputs: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, inputs)
 
 
-def _batch(inputs: Any) -> int | None:
+def batch_of(inputs: Any) -> int | None:
+    """The batch size of inputs: the first dimension of the first tensor of more than one."""
     return next((leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 1), None)
 
 
@@ -194,7 +215,7 @@ _UNSUPPORTED = {
 
 
 def example_of(
-    model: nn.Module, example_inputs: Any = None, example_kwargs: dict[str, Any] | None = None, batch: int = 2
+    model: nn.Module, example_inputs: Any = None, example_kwargs: dict[str, Any] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Real inputs for a model: those given, or random ones of the inferred shape."""
     trace = observe_model(model, example_inputs, example_kwargs)
@@ -202,7 +223,7 @@ def example_of(
     args, kwargs = trace.inputs
     if all(leaf.device.type != "meta" for leaf in _tensors((args, kwargs))):
         return args, kwargs
-    return real_inputs(trace.inputs, batch=batch, device=parameter.device, dtype=parameter.dtype)  # type: ignore[no-any-return]
+    return real_inputs(trace.inputs, batch=None, device=parameter.device, dtype=parameter.dtype)  # type: ignore[no-any-return]
 
 
 def _tensors(inputs: Any) -> list[Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from se_inject._graphs import CONVOLUTIONS
+from se_inject._graphs import CONVOLUTIONS, function_name_of
 from se_inject._tracer import holds_tensor
 from se_inject.tracing import Trace, is_leaf
 
@@ -17,7 +17,7 @@ _FUNCTIONS = {
     ),
     **dict.fromkeys(
         (
-            "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "elu", "elu_", "selu", "selu_",
+            "relu", "relu_", "relu6", "relu6_", "silu_", "mish_", "hardswish_", "hardsigmoid_", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "elu", "elu_", "selu", "selu_",
             "celu", "celu_", "gelu", "silu", "mish", "hardswish", "hardtanh", "hardtanh_", "hardsigmoid", "sigmoid",
             "sigmoid_", "tanh", "tanh_", "softplus", "softsign", "logsigmoid", "threshold", "threshold_", "clamp",
             "clamp_", "clamp_min", "clamp_min_",
@@ -77,8 +77,7 @@ def _operation(trace: Trace, owner: str, node: fx.Node) -> str:
         return "act" if type(module).__module__ == "torch.nn.modules.activation" else "other"
     if node.op not in ("call_function", "call_method"):
         return "other"
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    kind = _FUNCTIONS.get(name, "other")
+    kind = _FUNCTIONS.get(function_name_of(node), "other")
     if kind in ("add", "mul") and sum(is_data(argument) for argument in node.args[:2]) < 1:
         return "other"
     return kind
@@ -168,8 +167,7 @@ def labels(graph: fx.Graph) -> dict[fx.Node, str]:
     result = {}
     for node in graph.nodes:
         if node.op in ("call_module", "call_function", "call_method", "placeholder"):
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
-            name = name.lstrip("*")
+            name = function_name_of(node).lstrip("*")
             seen[name] = seen.get(name, 0) + 1
             result[node] = name if seen[name] == 1 else f"{name}#{seen[name]}"
     return result
@@ -183,7 +181,7 @@ def is_bundle(node: fx.Node) -> bool:
 
 def slices_channels(node: fx.Node) -> bool:
     """Whether a node takes some of the channels of a value."""
-    if getattr(node.target, "__name__", node.target) not in ("getitem", "narrow", "slice"):
+    if function_name_of(node) not in ("getitem", "narrow", "slice"):
         return False
     value = node.meta["val"]
     for source in node.all_input_nodes:
@@ -199,7 +197,7 @@ def slice_origins(node: fx.Node) -> set[fx.Node]:
     """The values that a slice is a part of, also by way of a split."""
     origins = set(node.all_input_nodes)
     for source in node.all_input_nodes:
-        if getattr(source.target, "__name__", source.target) in ("split", "split_with_sizes", "tensor_split", "chunk"):
+        if function_name_of(source) in ("split", "split_with_sizes", "tensor_split", "chunk"):
             origins |= set(source.all_input_nodes)
     return origins
 

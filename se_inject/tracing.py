@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from se_inject._graphs import CONVOLUTIONS, gates_in
+from se_inject._graphs import CONVOLUTIONS, function_name_of, gates_in
 from se_inject._reasons import describe, location, reason_of
 from se_inject._stand_ins import forget_modes, preserved, shapes_only, standing_in, swapped
 from se_inject._tracer import (
@@ -149,15 +149,14 @@ class Observer:
         return None
 
     def count_function(self, node: fx.Node, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = getattr(node.target, "__name__", node.target)
+        name = function_name_of(node)
         before = self.counts()
-        self._count_attention(str(name), value)
+        self._count_attention(name, value)
         if name in CONVOLUTIONS and isinstance(value, Tensor):
             weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
             if isinstance(weight, Tensor):
-                self._count_convolution(
-                    value, weight, transposed="transpose" in str(name), x=args[0] if args else value
-                )
+                transposed = "transpose" in name or (name.endswith("convolution") and bool(args[6]))
+                self._count_convolution(value, weight, transposed=transposed, x=args[0] if args else value)
         node.meta["counts"] = [now - then for now, then in zip(self.counts(), before, strict=True)]
 
     def _count_attention(self, name: str, value: Any) -> None:

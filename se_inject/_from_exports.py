@@ -1,0 +1,201 @@
+"""A program of torch.export → ordinary modules.
+
+``torch.export.unflatten`` puts the operations of the program back into the modules they came from; the graph of each
+becomes the lines of a program (``_programs``), and layers of torch.nn come back as themselves.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram, unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from se_inject._program_layers import are_indices, assembled, filled
+from se_inject._programs import is_name
+from se_inject.bodies import encoded, function_name
+from se_inject.errors import LoadError, SurgeryError
+
+_CHECKS = (
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+)
+"""Operators that look whether inputs are as they were when the program was made."""
+
+
+def network_from_export(program: ExportedProgram) -> nn.Module:
+    """An ordinary network that computes what an exported program does, with the same tensors.
+
+    Args:
+        program: it isn't run.
+
+    Raises:
+        LoadError: it can't be written down as modules; says what is in the way.
+    """
+    return _Network(program).module(unflatten(program), "")
+
+
+class _Network:
+    """One program being translated, children before their parents."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self._done: dict[int, nn.Module] = {}
+
+    def module(self, found: Any, path: str) -> nn.Module:
+        """The module that stands for this one; the same for one that is in several places."""
+        if id(found) not in self._done:
+            module = self._done[id(found)] = self._translated(found, path)
+            module.training = False
+        return self._done[id(found)]
+
+    def _translated(self, found: Any, path: str) -> nn.Module:
+        children = {name: self.module(child, f"{path}.{name}".lstrip(".")) for name, child in found.named_children()}
+        tensors = {
+            name: value
+            for name, value in (*found._parameters.items(), *found._buffers.items(), *vars(found).items())
+            if isinstance(value, Tensor)
+        }
+        if type(found) is nn.Module:  # it holds others, and was never called
+            is_list = children and are_indices(children) and not tensors
+            return nn.ModuleList(children.values()) if is_list else filled(nn.Module(), tensors, children)
+        home, _, name = (found.type_name() or "").rpartition(".")
+        try:
+            forward = _Forward(found.graph, None if path else self.program)
+        except LoadError as error:
+            raise LoadError(
+                f"{f'`{path}`, a {name},' if path else f'the {name}'} in an exported program can't be made a module",
+                seen=error.message,
+                hint="pass the eager module that it was made from",
+            ) from error
+        return assembled(name, home, forward.inputs, forward.lines, tensors, children, forward.example)
+
+
+class _Forward:
+    """A module's graph as the lines of a program.
+
+    Args:
+        graph: of the module.
+        program: if the module is the whole network, whose graph takes the leaves of its inputs.
+
+    Raises:
+        LoadError: it does what a program can't.
+    """
+
+    def __init__(self, graph: fx.Graph, program: ExportedProgram | None) -> None:
+        self.inputs: list[Any] = []
+        self.lines: list[Any] = []
+        self.example: Any = None
+        self._values: dict[fx.Node, Any] = {}
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        if program is None:
+            self.inputs = [[f"input{index}"] for index in range(len(placeholders))]
+            given = [{"node": name} for (name,) in self.inputs]
+        else:
+            given = self._leaves(program)
+            self.example = _example(placeholders, program.call_spec.in_spec)
+        self._values.update(zip(placeholders, given, strict=True))
+        for node in graph.nodes:
+            if node.op != "placeholder":
+                self._write(node, program)
+
+    def _leaves(self, program: ExportedProgram) -> list[Any]:
+        """The inputs of a whole network, and the values of their leaves."""
+        spec = program.call_spec.in_spec
+        if spec is None:
+            raise LoadError("it doesn't say how it is called")
+        args, kwargs = spec.children()
+        names = program.module_call_graph[0].signature
+        names = list(names.forward_arg_names or []) if names is not None else []
+        positional = [names[i] if i < len(names) else f"input{i}" for i in range(args.num_children)]
+        self.inputs = [
+            [name if is_name(name) else f"input{i}"] for i, name in enumerate((*positional, *kwargs.context))
+        ]
+        leaves: list[Any] = []
+        for (name,), part in zip(self.inputs, (*args.children(), *kwargs.children()), strict=True):
+            self._take_apart({"node": name}, part, leaves)
+        return leaves
+
+    def _take_apart(self, value: Any, spec: TreeSpec, leaves: list[Any]) -> None:
+        if spec.is_leaf():
+            leaves.append(value)
+            return
+        keys = spec.context if spec.type in (dict, OrderedDict) else range(spec.num_children)
+        for key, part in zip(keys, spec.children(), strict=True):
+            self._take_apart(self._line("set", "operator:getitem", [value, encoded(key)], {}), part, leaves)
+
+    def _line(self, kind: str, *parts: Any) -> Any:
+        name = f"v{len(self.lines)}"
+        self.lines.append([kind, [name], *parts])
+        return {"node": name}
+
+    def _write(self, node: fx.Node, program: ExportedProgram | None) -> None:
+        name = getattr(node.target, "__name__", "").partition(".")[0]
+        if node.op == "output":
+            result = node.args[0]
+            if program is not None and program.call_spec.out_spec is not None:
+                flat = list(result) if isinstance(result, tuple | list) else [result]
+                result = tree_unflatten(flat, program.call_spec.out_spec)
+            self.lines.append(["return", self._data(result)])
+        elif node.op == "get_attr":
+            self._values[node] = self._line("read", str(node.target))
+        elif node.op == "call_module":
+            args, kwargs = self._arguments(node)
+            self._values[node] = self._line("call", str(node.target), args, kwargs)
+        elif name in _CHECKS:
+            pass
+        elif name in ("sym_size", "sym_stride", "sym_numel"):
+            args, _ = self._arguments(node)
+            self._values[node] = self._line("method", name.removeprefix("sym_"), args, {})
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise LoadError(f"a part of it runs under `{node.target}`")
+        else:
+            try:
+                called = function_name(node.target)
+            except SurgeryError as error:
+                raise LoadError(error.message) from error
+            args, kwargs = self._arguments(node)
+            self._values[node] = self._line("set", called, args, kwargs)
+
+    def _arguments(self, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        return [self._data(value) for value in node.args], {
+            key: self._data(value) for key, value in node.kwargs.items()
+        }
+
+    def _data(self, value: Any) -> Any:
+        """A value as a program has it."""
+        if isinstance(value, fx.Node):
+            return self._values[value]
+        if isinstance(value, list):
+            return [self._data(item) for item in value]
+        if isinstance(value, tuple):
+            return {"tuple": [self._data(item) for item in value]}
+        if isinstance(value, dict):
+            return {"dict": [[encoded(key), self._data(item)] for key, item in value.items()]}
+        try:
+            return encoded(value)
+        except SurgeryError as error:
+            raise LoadError(error.message) from error
+
+
+def _example(placeholders: list[fx.Node], spec: Any) -> Any:
+    """Shapes and dtypes of the inputs, if they are plain tensors; a size that may vary is 2 or more."""
+    args, kwargs = spec.children()
+    values = [node.meta.get("val") for node in placeholders]
+    if (
+        kwargs.num_children
+        or len(values) != args.num_children
+        or not all(isinstance(value, Tensor) for value in values)
+    ):
+        return None
+    return [[list(map(_size, value.shape)), str(value.dtype).removeprefix("torch.")] for value in values]  # type: ignore[union-attr]
+
+
+def _size(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint if size.node.hint is not None else 2)

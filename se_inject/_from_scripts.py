@@ -1,0 +1,556 @@
+"""A TorchScript archive → ordinary modules.
+
+A TorchScript module holds its children, and a graph for each of its methods. The graph becomes the lines of a program
+(``_programs``): a child's forward is called, other methods and functions are written out where they are called, and what
+follows from constants is computed. Layers of torch.nn come back as themselves. So the network has the modules, the names
+and the modes of the one that was scripted, or, if it was traced, of the call that was traced.
+
+torch has a converter of its own (``torch._export.converter``); it gives one flat graph without modules, in eval mode,
+and makes buffers of the parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from se_inject._program_layers import are_indices, assembled, filled
+from se_inject._programs import function_called, is_name
+from se_inject.bodies import encoded, function_name
+from se_inject.errors import LoadError, SurgeryError
+
+_MOST_LINES = 100_000
+_DEEPEST = 50
+_LONGEST_UNROLLED = 1_000
+_MANGLED = re.compile(r"\.___torch_mangle_\d+")
+_FROM_PYTHON = {
+    "aten::__getitem__": "operator:getitem", "aten::add": "operator:add", "aten::sub": "operator:sub",
+    "aten::mul": "operator:mul", "aten::div": "operator:truediv", "aten::true_divide": "operator:truediv",
+    "aten::floordiv": "operator:floordiv", "aten::floor_divide": "operator:floordiv", "aten::mod": "operator:mod",
+    "aten::remainder": "operator:mod", "aten::pow": "operator:pow", "aten::neg": "operator:neg",
+    "aten::eq": "operator:eq", "aten::ne": "operator:ne", "aten::lt": "operator:lt", "aten::le": "operator:le",
+    "aten::gt": "operator:gt", "aten::ge": "operator:ge", "aten::__and__": "operator:and_",
+    "aten::__or__": "operator:or_", "aten::__xor__": "operator:xor", "aten::__not__": "operator:not_",
+    "aten::__is__": "operator:is_", "aten::__isnot__": "operator:is_not", "aten::__contains__": "operator:contains",
+    "aten::len": "python:len", "aten::list": "python:list", "aten::copy": "python:list", "aten::append": "python:append",
+    "aten::extend": "python:extend", "aten::_set_item": "operator:setitem", "prim::max": "python:max", "prim::min": "python:min", "prim::abs": "python:abs", "aten::sum": "python:sum",
+    "aten::floor": "math:floor", "aten::ceil": "math:ceil", "aten::sqrt": "math:sqrt", "aten::log": "math:log",
+    "aten::Int": "python:int", "aten::IntImplicit": "python:int", "aten::Float": "python:float",
+    "aten::FloatImplicit": "python:float", "aten::Bool": "python:bool", "aten::ScalarImplicit": "python:float",
+}  # fmt: skip
+_CASTS = ("aten::Int", "aten::IntImplicit", "aten::Float", "aten::FloatImplicit", "aten::ScalarImplicit")
+_OF_TENSORS = ("size", "dim", "numel", "stride", "is_floating_point")
+_THE_SAME = ("prim::unchecked_cast", "prim::unchecked_unwrap_optional", "aten::_unwrap_optional")
+_ATTRIBUTES = ("dtype", "device", "shape", "layout", "requires_grad", "is_cuda", "ndim")
+_WITHOUT_EFFECT = ("read", "attribute", "let", "method")  # and calls without arguments: traced identities
+_SILENT = ("prim::Print", "aten::warn", "prim::Guard")
+_CHANGING = ("append", "extend", "insert", "pop", "clear", "reverse", "sort", "_set_item", "remove", "Delete")
+_LAYERS: dict[str, tuple[Any, ...]] = {
+    **{f"conv.Conv{transposed}{rank}d": (1, 1, 1) for transposed in ("", "Transpose") for rank in (1, 2, 3)},
+    **{f"batchnorm.BatchNorm{rank}d": (1,) for rank in (1, 2, 3)},
+    **{f"dropout.Dropout{rank}": () for rank in ("", "1d", "2d", "3d")},
+    **{f"pooling.{kind}{rank}d": (1,) for kind in ("MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool") for rank in (1, 2, 3)},
+    **{f"padding.{kind}Pad{rank}d": (0,) for kind in ("Zero", "Reflection", "Replication") for rank in (1, 2, 3)},
+    **{f"activation.{kind}": () for kind in (
+        "ReLU", "ReLU6", "SiLU", "GELU", "Mish", "Hardswish", "Hardsigmoid", "Hardtanh", "LeakyReLU", "ELU", "SELU",
+        "CELU", "PReLU", "Sigmoid", "Tanh", "Softplus", "Softmax",
+    )},
+    "linear.Linear": (1, 1),
+    "linear.Identity": (),
+    "normalization.LayerNorm": (1,),
+    "normalization.GroupNorm": (1, 1),
+    "flatten.Flatten": (),
+    "upsampling.Upsample": (),
+}  # fmt: skip
+"""Layers of torch.nn that are made again from their attributes, with arguments to make one."""
+
+
+class _Constant:
+    """A value that is known without a call."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class _Part:
+    """A module, at a path within the one whose forward is translated."""
+
+    def __init__(self, script: Any, path: str) -> None:
+        self.script = script
+        self.path = path
+
+
+class _Function:
+    """A function of the archive."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def network_from_script(script: torch.jit.ScriptModule, function: Callable[[str], Any]) -> nn.Module:
+    """An ordinary network that computes what a TorchScript module does, with the same tensors.
+
+    Args:
+        script: the module; it isn't run.
+        function: the archive's function of a qualified name.
+
+    Raises:
+        LoadError: it can't be written down as modules; says what is in the way.
+    """
+    return _Network(function).module(script, "")
+
+
+class _Network:
+    """One archive being translated, children before their parents."""
+
+    def __init__(self, function: Callable[[str], Any]) -> None:
+        self.function = function
+        self._tensors: dict[int, Tensor] = {}
+        """By the address of their C++ object: what is shared stays so."""
+        self._originals: list[Tensor] = []
+        """Kept, so that no address is used again."""
+
+    def module(self, script: Any, path: str) -> nn.Module:
+        """The module that stands for this one."""
+        kind = _MANGLED.sub("", script._c._type().qualified_name()).removeprefix("__torch__.")
+        if script._c._get_forward_hooks() or script._c._get_forward_pre_hooks():
+            raise LoadError(f"`{path or kind}` of a TorchScript archive has hooks")
+        tensors = self.tensors(script)
+        module = _layer_again(script, kind, tensors)
+        if module is None:
+            module = self._translated(script, path, kind, tensors)
+        with contextlib.suppress(AttributeError):
+            module.training = script.training
+        return module
+
+    def tensors(self, script: Any) -> dict[str, Tensor]:
+        """A module's own parameters and buffers."""
+        found = {name: self._kept(tensor, nn.Parameter) for name, tensor in script._parameters.items()}
+        return {**found, **{name: self._kept(tensor, None) for name, tensor in script._buffers.items()}}
+
+    def _kept(self, tensor: Tensor, kind: Any) -> Tensor:
+        key = tensor._cdata
+        if key not in self._tensors:
+            self._tensors[key] = tensor if kind is None else kind(tensor.detach(), tensor.requires_grad)
+            self._originals.append(tensor)
+        return self._tensors[key]
+
+    def _translated(self, script: Any, path: str, kind: str, tensors: dict[str, Tensor]) -> nn.Module:
+        home, _, name = kind.rpartition(".")
+        children = {key: self.module(child, f"{path}.{key}".lstrip(".")) for key, child in script._modules.items()}
+        if not script._c._has_method("forward"):
+            return _container(name, tensors, children)
+        try:
+            forward = Forward(self.function, script)
+        except LoadError as error:
+            raise LoadError(
+                f"{f'`{path}`, a {name},' if path else f'the {name}'} in a TorchScript archive can't be made a module",
+                seen=error.message,
+                hint="pass the eager module that it was made from",
+            ) from error
+        return assembled(name, home, forward.inputs, forward.lines, {**tensors, **forward.constants}, children)
+
+
+def _container(name: str, tensors: dict[str, Tensor], children: dict[str, nn.Module]) -> nn.Module:
+    """A module that is never called itself."""
+    if name == "ModuleDict":
+        return nn.ModuleDict(children)
+    if children and are_indices(children):
+        return nn.ModuleList(children.values())
+    return filled(nn.Module(), tensors, children)
+
+
+def _layer_again(script: Any, kind: str, tensors: dict[str, Tensor]) -> nn.Module | None:
+    """The layer of torch.nn that was scripted; None if it is none, or was traced and so has lost its attributes."""
+    short = kind.removeprefix("torch.nn.modules.")
+    if short == kind or short not in _LAYERS or len(script._modules):
+        return None
+    home, name = short.split(".")
+    layer: nn.Module = getattr(getattr(nn.modules, home), name)(*_LAYERS[short])
+    for key, value in vars(layer).items():
+        if key in ("training", "_reversed_padding_repeated_twice") or not key.startswith("_"):
+            if not script._c.hasattr(key) and not hasattr(script, key):
+                return None
+            vars(layer)[key] = getattr(script, key) if hasattr(script, key) else script._c.getattr(key)
+    for key in (*layer._parameters, *layer._buffers):
+        if key not in tensors and getattr(script, key, tensors) is not None:
+            return None
+    if set(tensors) - {*layer._parameters, *layer._buffers}:
+        return None
+    for key in layer._parameters:
+        layer._parameters[key] = tensors.get(key)  # type: ignore[assignment]
+    for key in layer._buffers:
+        layer._buffers[key] = tensors.get(key)
+    return layer
+
+
+class Forward:
+    """The forward of one module as the lines of a program.
+
+    Args:
+        function: the archive's function of a qualified name.
+        script: the module.
+        method: which of its methods.
+        named: whether the inputs have the names that they have there, or all the same.
+
+    Raises:
+        LoadError: it does what a program can't.
+    """
+
+    def __init__(
+        self, function: Callable[[str], Any], script: Any, method: str = "forward", *, named: bool = True
+    ) -> None:
+        self.function = function
+        self.script = script
+        self.constants: dict[str, Tensor] = {}
+        self.inputs: list[Any] = []
+        self._count = self._depth = 0
+        self._numbers: set[str] = set()
+        """Names of numbers that TorchScript has as tensors."""
+        found = script._c._get_method(method)
+        entries: list[Any] = [_Part(script, "")]
+        for argument in found.schema.arguments[1:]:
+            name = argument.name
+            if not named or not is_name(name) or re.fullmatch(r"v\d+", name):
+                name = f"input{len(self.inputs)}"
+            default = [encoded(argument.default_value)] if argument.has_default_value() else []
+            self.inputs.append([name, *default])
+            entries.append({"node": name})
+        lines: list[Any] = []
+        results = self._inlined(found.graph, entries, lines, {})
+        lines.append(["return", _data(results[0])])
+        self.lines = _without_unused(lines)
+
+    # -- blocks --------------------------------------------------------------------------------------------
+
+    def _inlined(self, graph: Any, entries: list[Any], lines: list[Any], reads: dict[str, Any]) -> list[Any]:
+        """Write a graph's lines, and return what it returns."""
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise LoadError("functions that call each other without end")
+        env = dict(zip((value.debugName() for value in graph.inputs()), entries, strict=True))
+        self._block(graph, env, lines, reads)
+        self._depth -= 1
+        return [env[value.debugName()] for value in graph.outputs()]
+
+    def _block(self, block: Any, env: dict[str, Any], lines: list[Any], reads: dict[str, Any]) -> None:
+        nodes = list(block.nodes())
+        for node in nodes:
+            if len(lines) > _MOST_LINES:
+                raise LoadError(f"more than {_MOST_LINES:,} operations in one forward")
+            inputs = [env[value.debugName()] for value in node.inputs()]
+            results = self._node(node, inputs, env, lines, reads)
+            for value, result in zip(node.outputs(), results, strict=True):
+                env[value.debugName()] = result
+
+    def _node(self, node: Any, inputs: list[Any], env: dict[str, Any], lines: list[Any], reads: dict[str, Any]) -> Any:
+        kind = node.kind()
+        special = getattr(self, f"_{kind.replace('::', '_')}", None)
+        if special is not None:
+            return special(node, inputs, env, lines, reads)
+        if kind in _THE_SAME:
+            return inputs
+        if kind in _SILENT:
+            return [None for _ in node.outputs()]
+        namespace, _, name = kind.partition("::")
+        if namespace == "prim" and name in _ATTRIBUTES:
+            return [self._line(lines, "attribute", 1, inputs[0], name)]
+        if kind in _CASTS and self._is_number(inputs[0]):
+            return inputs
+        of_tensors = "Tensor" in node.schema().partition("->")[0]
+        if kind in _FROM_PYTHON and ("__" in name or not of_tensors or all(map(self._is_number, inputs))):
+            return self._python(node, _FROM_PYTHON[kind], inputs, lines)
+        if kind in _FROM_PYTHON and (kind in _CASTS or kind in ("aten::Bool", "aten::len")):
+            return self._python(node, _FROM_PYTHON[kind], inputs, lines)
+        if kind.startswith("aten::") and name in _OF_TENSORS:
+            return [self._line(lines, "method", 1, name, [_data(value) for value in inputs], {})]
+        if namespace == "prim":
+            raise LoadError(f"it uses `{kind}`")
+        return self._operation(node, inputs, lines)
+
+    def _line(self, lines: list[Any], kind: str, count: int, *parts: Any) -> Any:
+        """Write a line that sets so many names; gives the one name as a value, or all."""
+        names = [self._name() for _ in range(count)]
+        lines.append([kind, names, *parts])
+        return {"node": names[0]} if count == 1 else [{"node": name} for name in names]
+
+    def _name(self) -> str:
+        self._count += 1
+        return f"v{self._count}"
+
+    def _is_number(self, value: Any) -> bool:
+        """Whether a value is a number, whatever TorchScript takes it for."""
+        if isinstance(value, _Constant):
+            return isinstance(value.value, int | float)
+        return isinstance(value, dict) and value.get("node") in self._numbers
+
+    def _python(self, node: Any, name: str, inputs: list[Any], lines: list[Any]) -> list[Any]:
+        count = 2 if node.kind() in ("aten::add", "aten::sub") else len(inputs)  # `alpha` is 1 for numbers
+        if node.kind() == "aten::floor_divide" and node.schema().count("rounding_mode"):
+            raise LoadError("a division of sizes with a rounding mode")
+        inputs = inputs[:count]
+        constant = all(isinstance(value, _Constant) for value in inputs)
+        if constant and name.partition(":")[2] not in ("append", "extend", "setitem"):
+            try:
+                return [_Constant(function_called(name)(*(value.value for value in inputs)))]
+            except Exception as error:
+                raise LoadError(f"`{node.kind()}` of constants fails: {error}") from error
+        found = self._line(lines, "set", 1, name, [_data(value) for value in inputs], {})
+        if all(map(self._is_number, inputs)):
+            self._numbers.add(found["node"])
+        return [found for _ in node.outputs()]
+
+    def _operation(self, node: Any, inputs: list[Any], lines: list[Any]) -> Any:
+        """An operator on tensors."""
+        if "Tensor" not in node.schema():
+            raise LoadError(f"it uses `{node.kind()}` on what is no tensor")
+        schema = torch._C.parse_schema(node.schema())
+        packet = torch.ops
+        try:
+            for part in (*schema.name.split("::"), schema.overload_name or "default"):
+                packet = getattr(packet, part)
+            name = function_name(packet)
+            function_called(name)
+        except (AttributeError, LoadError, SurgeryError) as error:
+            raise LoadError(f"it uses the operator `{schema.name}`", seen=str(error)) from error
+        args, kwargs = [], {}
+        for value, argument in zip(inputs, schema.arguments, strict=True):
+            if argument.kwarg_only:
+                kwargs[argument.name] = _data(value)
+            else:
+                args.append(_data(value))
+        count = len(list(node.outputs()))
+        found = self._line(lines, "set", count, name, args, kwargs)
+        return found if count > 1 else [found] * count
+
+    # -- what is no operator -------------------------------------------------------------------------------
+
+    def _prim_Constant(self, node: Any, inputs: Any, env: Any, lines: list[Any], reads: dict[str, Any]) -> list[Any]:
+        output = node.output()
+        if output.type().kind() == "FunctionType":
+            return [_Function(output.type().annotation_str)]
+        value = output.toIValue()
+        if isinstance(value, Tensor):
+            name = f"constant_{len(self.constants)}"
+            self.constants[name] = value
+            return [self._line(lines, "read", 1, name)]
+        return [_Constant(value)]
+
+    def _prim_GetAttr(
+        self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: dict[str, Any]
+    ) -> list[Any]:
+        (part,) = inputs
+        name = node.s("name")
+        if not isinstance(part, _Part):
+            raise LoadError(f"it reads `{name}` of something that is no module")
+        path = f"{part.path}.{name}".lstrip(".")
+        if name in part.script._modules:
+            return [_Part(part.script._modules[name], path)]
+        value = part.script._c.getattr(name)
+        if isinstance(value, Tensor) or name == "training":
+            if path not in reads:
+                reads[path] = self._line(lines, "read", 1, path)
+            return [reads[path]]
+        return [_Constant(value)]
+
+    def _prim_SetAttr(self, node: Any, *_: Any) -> Any:
+        raise LoadError(f"it stores into its `{node.s('name')}`")
+
+    def _prim_CallMethod(
+        self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: dict[str, Any]
+    ) -> list[Any]:
+        part, *args = inputs
+        name = node.s("name")
+        if not isinstance(part, _Part):
+            raise LoadError(f"it calls `{name}` of something that is no module")
+        called = part.script._c._get_method(name)
+        if part.path and self._is_forward(part.script, name):
+            return [self._line(lines, "call", 1, part.path, [_data(value) for value in args], {})]
+        return self._inlined(called.graph, [part, *args], lines, reads)
+
+    def _is_forward(self, script: Any, name: str) -> bool:
+        """Whether a method does what the forward does; tracing makes one for each call."""
+        if name == "forward" or not script._c._has_method("forward"):
+            return name == "forward"
+        one, other = (Forward(self.function, script, method, named=False) for method in ("forward", name))
+        return one.lines == other.lines and one.inputs == other.inputs
+
+    def _prim_CallFunction(
+        self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: dict[str, Any]
+    ) -> list[Any]:
+        called, *args = inputs
+        if not isinstance(called, _Function):
+            raise LoadError("it calls a function that is a value")
+        return self._inlined(self.function(called.name).graph, args, lines, reads)
+
+    def _prim_If(self, node: Any, inputs: list[Any], env: dict[str, Any], lines: list[Any], reads: Any) -> list[Any]:
+        (condition,) = inputs
+        blocks = list(node.blocks())
+        if isinstance(condition, _Constant):
+            taken = blocks[0] if condition.value else blocks[1]
+            self._block(taken, env, lines, reads)
+            return [env[value.debugName()] for value in taken.outputs()]
+        branches: list[list[Any]] = [[], []]
+        ends = []
+        for block, branch in zip(blocks, branches, strict=True):
+            inner = dict(env)
+            self._block(block, inner, branch, dict(reads))
+            ends.append([inner[value.debugName()] for value in block.outputs()])
+        results: list[Any] = []
+        for first, second in zip(*ends, strict=True):
+            if (
+                isinstance(first, _Constant)
+                and isinstance(second, _Constant)
+                and (first.value, second.value) == (True, False)
+            ):
+                results.append(condition)
+                continue
+            name = self._name()
+            branches[0].append(["let", [name], _data(first)])
+            branches[1].append(["let", [name], _data(second)])
+            results.append({"node": name})
+        lines.append(["if", _data(condition), *branches])
+        return results
+
+    def _prim_Loop(self, node: Any, inputs: list[Any], env: dict[str, Any], lines: list[Any], reads: Any) -> list[Any]:
+        count, condition, *carried = inputs
+        (block,) = node.blocks()
+        names = [value.debugName() for value in block.inputs()]
+        outputs = [value.debugName() for value in block.outputs()]
+        last = next(iter(block.outputs())).node()
+        goes_on = last.kind() == "prim::Constant" or outputs[0] in env
+        if (
+            isinstance(count, _Constant)
+            and isinstance(condition, _Constant)
+            and goes_on
+            and count.value <= _LONGEST_UNROLLED
+        ):
+            for index in range(count.value if condition.value else 0):
+                inner = {**env, **dict(zip(names, [_Constant(index), *carried], strict=True))}
+                self._block(block, inner, lines, reads)
+                going, *carried = (inner[name] for name in outputs)
+                if not going.value:
+                    break
+            return carried
+        index, stop, *own = (self._name() for _ in (*names, None))
+        lines.append(["let", [stop], _data(condition)])
+        for name, value in zip(own, carried, strict=True):
+            lines.append(["let", [name], _data(value)])
+        body: list[Any] = []
+        inner = {**env, **dict(zip(names, [{"node": name} for name in (index, *own)], strict=True))}
+        self._block(block, inner, body, dict(reads))
+        after = [_data(inner[name]) for name in outputs]
+        body.append(["let", [stop, *own], {"tuple": after} if own else after[0]])
+        lines.append(["loop", index, _data(count), stop, body])
+        return [{"node": name} for name in own]
+
+    def _prim_ListConstruct(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        if any(use.user.kind().split("::")[1] in _CHANGING for use in node.output().uses()):
+            return [self._line(lines, "let", 1, [_data(value) for value in inputs])]
+        if all(isinstance(value, _Constant) for value in inputs):
+            return [_Constant([value.value for value in inputs])]
+        return [[_data(value) for value in inputs]]
+
+    def _prim_TupleConstruct(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        if all(isinstance(value, _Constant) for value in inputs):
+            return [_Constant(tuple(value.value for value in inputs))]
+        return [{"tuple": [_data(value) for value in inputs]}]
+
+    def _prim_DictConstruct(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        pairs = [[_data(key), _data(value)] for key, value in zip(inputs[::2], inputs[1::2], strict=True)]
+        return [self._line(lines, "let", 1, {"dict": pairs})]
+
+    def _prim_TupleUnpack(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        (whole,) = inputs
+        count = len(list(node.outputs()))
+        if isinstance(whole, _Constant):
+            return [_Constant(value) for value in whole.value]
+        if isinstance(whole, list):
+            return whole
+        if "tuple" in whole:
+            return list(whole["tuple"])
+        if count == 1:
+            return [self._line(lines, "set", 1, "operator:getitem", [whole, 0], {})]
+        return self._line(lines, "let", count, whole)  # type: ignore[no-any-return]
+
+    _prim_ListUnpack = _prim_TupleUnpack
+
+    def _prim_TupleIndex(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        return self._python(node, "operator:getitem", inputs, lines)
+
+    def _prim_NumToTensor(self, node: Any, inputs: list[Any], *_: Any) -> list[Any]:
+        if isinstance(inputs[0], dict) and "node" in inputs[0]:
+            self._numbers.add(inputs[0]["node"])
+        return inputs
+
+    def _prim_RaiseException(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        message = inputs[0].value if isinstance(inputs[0], _Constant) else ""
+        lines.append(["raise", str(message)])
+        return []
+
+    def _prim_Uninitialized(self, *_: Any) -> list[Any]:
+        return [_Constant(None)]
+
+    def _aten_format(self, node: Any, inputs: list[Any], *_: Any) -> list[Any]:
+        return [_Constant(inputs[0].value if isinstance(inputs[0], _Constant) else "")]
+
+    def _aten__get_tracing_state(self, *_: Any) -> list[Any]:
+        return [_Constant(None)]
+
+
+def _data(value: Any) -> Any:
+    """A value as a program has it."""
+    if isinstance(value, _Constant):
+        try:
+            return encoded(value.value)
+        except SurgeryError as error:
+            raise LoadError(error.message) from error
+    if isinstance(value, _Part | _Function) or value is None:
+        raise LoadError("it passes a module or a function on as a value")
+    return value
+
+
+def _without_unused(lines: list[Any]) -> list[Any]:
+    """The same lines without reads, sizes and copies that nobody uses."""
+    while True:
+        used = set(_named(lines))
+        kept = _kept(lines, used)
+        if kept == lines:
+            return kept
+        lines = kept
+
+
+def _kept(lines: list[Any], used: set[str]) -> list[Any]:
+    result = []
+    for kind, *parts in lines:
+        if kind == "if":
+            parts = [parts[0], _kept(parts[1], used), _kept(parts[2], used)]
+            if not parts[1] and not parts[2]:
+                continue
+        elif kind == "loop":
+            parts = [*parts[:3], _kept(parts[3], used)]
+        elif kind in ("raise", "return"):
+            pass
+        elif not used.intersection(parts[0]) and (kind in _WITHOUT_EFFECT or (kind == "call" and not parts[2])):
+            continue
+        result.append([kind, *parts])
+    return result
+
+
+def _named(value: Any) -> Iterator[str]:
+    """Every name that a value or line reads."""
+    if isinstance(value, dict):
+        if "node" in value:
+            yield value["node"]
+        for item in value.values():
+            yield from _named(item)
+    elif isinstance(value, list):
+        if value[:1] == ["loop"]:
+            yield value[3]
+        for item in value:
+            yield from _named(item)

@@ -1,0 +1,294 @@
+"""Modules whose forward is data: what a file brings as a program, as an ordinary network of ours.
+
+A program is JSON text: ``{"class", "home", "inputs", "lines", "example"}``. Each line sets names, with values written as
+in ``bodies.encoded``:
+
+* ``["set", names, function, args, kwargs]``: a tensor operation, or an operator or builtin of Python;
+* ``["method", names, method, args, kwargs]``: of a tensor or list;
+* ``["call", names, path, args, kwargs]``: of a submodule;
+* ``["read", names, path]``: a parameter, a buffer, or the mode;
+* ``["attribute", names, value, name]``: of a tensor;
+* ``["let", names, value]``, ``["raise", text]``, ``["return", value]``;
+* ``["if", condition, lines, lines]``, ``["loop", index, count, condition, lines]``.
+
+From it a class is made with that forward. It is pickled as its text, and read as data: every name in it is looked up
+in the lists of ``bodies``, so that it can't call anything else.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import json
+import keyword
+import linecache
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from se_inject.bodies import (
+    checked_path,
+    decoded,
+    function_named,
+    is_tensor_attribute,
+    method_named,
+    original_class,
+    value_at,
+)
+from se_inject.errors import LoadError
+
+_PYTHON: dict[str, Callable[..., Any]] = {
+    "python:len": len,
+    "python:int": int,
+    "python:float": float,
+    "python:bool": bool,
+    "python:list": list,
+    "python:max": max,
+    "python:min": min,
+    "python:abs": abs,
+    "python:sum": sum,
+    "python:append": list.append,
+    "python:extend": list.extend,
+    "python:contains": operator.contains,
+}
+_KEYS = {"class", "home", "inputs", "lines", "example"}
+
+
+class ProgramKind(type):
+    """The class of all classes of programs; its instances are pickled by their text."""
+
+
+class Program(nn.Module, metaclass=ProgramKind):
+    """A module out of a program. Batch normalisation and dropout in it do what the program says in every mode.
+
+    Attributes:
+        home: the module that its class was in.
+        program: its JSON text.
+    """
+
+    home: str
+    program: str
+
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("Injected")
+
+
+def function_called(name: str) -> Callable[..., Any]:
+    """The function that a line may call by this name.
+
+    Raises:
+        LoadError: there is none.
+    """
+    return _PYTHON[name] if name in _PYTHON else function_named(name)
+
+
+@functools.cache
+def program_class(text: str) -> type:
+    """The class whose forward is this program; one for each text.
+
+    Raises:
+        LoadError: it is no program, or calls what it must not.
+    """
+    try:
+        data = json.loads(text)
+        name, home = data["class"], data["home"]
+        if set(data) != _KEYS or not all(map(str.isidentifier, (name, *home.split(".")))):
+            raise ValueError("other keys, or a class that is no name")
+        writer = _Writer()
+        head = writer.head(data["inputs"])
+        source = f"def forward({head}):\n" + "\n".join(writer.block(data["lines"], "    ")) + "\n"
+        filename = f"<se_inject {name} {abs(hash(text)):x}>"
+        exec(compile(source, filename, "exec"), writer.scope)
+    except LoadError:
+        raise
+    except Exception as error:
+        raise LoadError(
+            "a damaged file: a program of an unknown form", seen=f"{type(error).__name__}: {error}"
+        ) from error
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    forward = writer.scope["forward"]
+    forward.__qualname__ = f"{name}.forward"
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        return new_program, (text,), self.__dict__
+
+    attributes = {
+        "__module__": "se_inject.generated",
+        "__doc__": f"{home}.{name}, out of a program.",
+        "__reduce_ex__": __reduce_ex__,
+        "forward": forward,
+        "home": home,
+        "program": text,
+    }
+    return ProgramKind(name, (Program,), attributes)
+
+
+def program_module(name: str, home: str, inputs: list[Any], lines: list[Any], example: Any = None) -> nn.Module:
+    """A module with this program and nothing in it.
+
+    Args:
+        name: of its class, ``home`` of the module that is in, as far as they are names.
+        inputs: the parameters of its forward, each ``[name]`` or ``[name, default]``.
+        lines: its forward.
+        example: shapes and dtypes of inputs that it takes, as ``inputs.shapes_of`` gives them.
+    """
+    data = {
+        "class": name if name.isidentifier() else "Module",
+        "home": home if all(map(str.isidentifier, home.split("."))) else "unknown",
+        "inputs": inputs,
+        "lines": lines,
+        "example": example,
+    }
+    module = new_program(json.dumps(data))
+    nn.Module.__init__(module)
+    return module
+
+
+def class_of(module: nn.Module) -> Any:
+    """The class that an author wrote; for a program what stands for it, since equal ones may have different programs."""
+    kind = original_class(module)
+    return (kind.home, kind.__name__) if issubclass(kind, Program) else kind
+
+
+def recorded_inputs(module: nn.Module) -> Any:
+    """Shapes and dtypes of inputs that a network takes, if it is a program that knows them."""
+    text = getattr(type(module), "program", None) if isinstance(module, Program) else None
+    return json.loads(text)["example"] if text else None
+
+
+def new_program(text: str) -> nn.Module:
+    """What a pickle calls: an empty module of the class of this program."""
+    kind: Any = program_class(text)
+    return kind.__new__(kind)  # type: ignore[no-any-return]
+
+
+def _reduced(kind: Any) -> Any:
+    text = vars(kind).get("program")
+    return (program_class, (text,)) if text else kind.__qualname__
+
+
+copyreg.pickle(ProgramKind, _reduced)
+
+
+def check_program(module: nn.Module) -> None:
+    """Look whether a program calls submodules, and reads values, and nothing else of the module's.
+
+    Args:
+        module: one of a program's class, with its state.
+
+    Raises:
+        LoadError: it calls or reads something else.
+    """
+    todo = list(json.loads(type(module).program)["lines"])  # type: ignore[attr-defined]
+    while todo:
+        kind, *parts = todo.pop()
+        if kind == "if":
+            todo += parts[1] + parts[2]
+        elif kind == "loop":
+            todo += parts[3]
+        elif kind == "call" and not isinstance(value_at(module, parts[1]), nn.Module):
+            raise LoadError(f"a program in this file calls `{parts[1]}`, which is no submodule")
+        elif kind == "read" and not isinstance(value_at(module, parts[1]), torch.Tensor | bool):
+            raise LoadError(f"a program in this file reads `{parts[1]}`, which is no tensor")
+
+
+# -- source text -------------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Writes lines as Python. What is not plain goes into ``scope``, under names that no line can use."""
+
+    def __init__(self) -> None:
+        self.scope: dict[str, Any] = {"__name__": "se_inject.generated"}
+
+    def head(self, inputs: list[Any]) -> str:
+        """The parameters of the forward, each a name or a name and its default."""
+        parts = ["self"]
+        for name, *default in inputs:
+            parts.append(f"{_name(name)}={self._value(default[0])}" if default else _name(name))
+        return ", ".join(parts)
+
+    def block(self, lines: list[Any], indent: str) -> list[str]:
+        """These lines, indented."""
+        return [indent + text for line in lines for text in self._line(*line)] or [f"{indent}pass"]
+
+    def _line(self, kind: str, *parts: Any) -> list[str]:
+        if kind == "if":
+            condition, then, otherwise = parts
+            found = [f"if {self._value(condition)}:", *self.block(then, "    ")]
+            return [*found, "else:", *self.block(otherwise, "    ")] if otherwise else found
+        if kind == "loop":
+            index, count, condition, body = parts
+            stop = [f"    if not {_name(condition)}:", "        break"]
+            return [f"for {_name(index)} in range({self._value(count)}):", *stop, *self.block(body, "    ")]
+        if kind == "raise":
+            return [f"raise RuntimeError({self._constant(str(parts[0]))})"]
+        if kind == "return":
+            return [f"return {self._value(parts[0])}"]
+        names, *rest = parts
+        target = ", ".join(map(_name, names)) + ("," if len(names) > 1 else "")
+        return [(f"{target} = " if names else "") + self._computed(kind, rest)]
+
+    def _computed(self, kind: str, parts: list[Any]) -> str:
+        if kind == "let":
+            return self._value(parts[0])
+        if kind == "read":
+            return _path(parts[0])
+        if kind == "attribute":
+            value, name = parts
+            if not is_tensor_attribute([name]):
+                raise LoadError(f"a program in this file reads the attribute `{name}`, which tensors don't have")
+            return f"{self._value(value)}.{_name(name)}"
+        name, args, kwargs = parts
+        arguments = [self._value(argument) for argument in args]
+        arguments += [f"{_name(key)}={self._value(value)}" for key, value in kwargs.items()]
+        if kind == "set":
+            return f"{self._constant(function_called(name))}({', '.join(arguments)})"
+        if kind == "method":
+            return f"{arguments[0]}.{method_named(name)}({', '.join(arguments[1:])})"
+        if kind == "call":
+            return f"{_path(name)}({', '.join(arguments)})"
+        raise LoadError(f"a program in this file has a line of kind `{kind}`")
+
+    def _value(self, value: Any) -> str:
+        if isinstance(value, list):
+            return f"[{', '.join(map(self._value, value))}]"
+        if isinstance(value, dict) and "node" in value:
+            return _name(value["node"])
+        if isinstance(value, dict) and "tuple" in value:
+            return f"({''.join(f'{self._value(item)}, ' for item in value['tuple'])})"
+        if isinstance(value, dict) and "dict" in value:
+            items = (f"{self._value(key)}: {self._value(item)}" for key, item in value["dict"])
+            return f"{{{', '.join(items)}}}"
+        if value is None or isinstance(value, bool | int):
+            return repr(value)
+        return self._constant(decoded(value, {}))
+
+    def _constant(self, value: Any) -> str:
+        name = f"_constant_{len(self.scope)}"
+        self.scope[name] = value
+        return name
+
+
+def is_name(name: Any) -> bool:
+    """Whether a program may call a value so."""
+    plain = isinstance(name, str) and name.isascii() and name.isidentifier() and not name.startswith("_")
+    return plain and not keyword.iskeyword(name) and name != "self"
+
+
+def _name(name: Any) -> str:
+    if not is_name(name):
+        raise LoadError("a program in this file uses a name that is none", seen=repr(name)[:80])
+    return str(name)
+
+
+def _path(path: Any) -> str:
+    """A path as an expression."""
+    text = "self"
+    for part in checked_path(path).split("."):
+        plain = part.isidentifier() and not keyword.iskeyword(part)
+        text = f"{text}.{part}" if plain else f"getattr({text}, {part!r})"
+    return text
