@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from se_inject._program_layers import are_indices, assembled, filled
-from se_inject._programs import function_called, is_name
+from se_inject._programs import ATTRIBUTES, function_called, is_name
 from se_inject.bodies import encoded, function_name
 from se_inject.errors import LoadError, SurgeryError
 
-_MOST_LINES = 100_000
+_MOST_STEPS = 1_000_000
 _DEEPEST = 50
+_LARGEST = 2**63
 _LONGEST_UNROLLED = 1_000
 _MANGLED = re.compile(r"\.___torch_mangle_\d+")
 _FROM_PYTHON = {
@@ -46,7 +47,6 @@ _FROM_PYTHON = {
 _CASTS = ("aten::Int", "aten::IntImplicit", "aten::Float", "aten::FloatImplicit", "aten::ScalarImplicit")
 _OF_TENSORS = ("size", "dim", "numel", "stride", "is_floating_point")
 _THE_SAME = ("prim::unchecked_cast", "prim::unchecked_unwrap_optional", "aten::_unwrap_optional")
-_ATTRIBUTES = ("dtype", "device", "shape", "layout", "requires_grad", "is_cuda", "ndim")
 _WITHOUT_EFFECT = ("read", "attribute", "let", "method")  # and calls without arguments: traced identities
 _SILENT = ("prim::Print", "aten::warn", "prim::Guard")
 _CHANGING = ("append", "extend", "insert", "pop", "clear", "reverse", "sort", "_set_item", "remove", "Delete")
@@ -102,14 +102,38 @@ def network_from_script(script: torch.jit.ScriptModule, function: Callable[[str]
     Raises:
         LoadError: it can't be written down as modules; says what is in the way.
     """
-    return _Network(function).module(script, "")
+    return _Network(Archive(function)).module(script, "")
+
+
+class Archive:
+    """What the forwards of one archive share.
+
+    Attributes:
+        function: the archive's function of a qualified name.
+        same: whether a method of a class does what its forward does.
+    """
+
+    def __init__(self, function: Callable[[str], Any]) -> None:
+        self.function = function
+        self.same: dict[tuple[str, str], bool] = {}
+        self._steps = 0
+
+    def step(self) -> None:
+        """Count one operation that is translated.
+
+        Raises:
+            LoadError: that are more than any network has: functions that call each other many times over.
+        """
+        self._steps += 1
+        if self._steps > _MOST_STEPS:
+            raise LoadError(f"a TorchScript archive with more than {_MOST_STEPS:,} operations, written out")
 
 
 class _Network:
     """One archive being translated, children before their parents."""
 
-    def __init__(self, function: Callable[[str], Any]) -> None:
-        self.function = function
+    def __init__(self, archive: Archive) -> None:
+        self.archive = archive
         self._tensors: dict[int, Tensor] = {}
         """By the address of their C++ object: what is shared stays so."""
         self._originals: list[Tensor] = []
@@ -146,7 +170,7 @@ class _Network:
         if not script._c._has_method("forward"):
             return _container(name, tensors, children)
         try:
-            forward = Forward(self.function, script)
+            forward = Forward(self.archive, script)
         except LoadError as error:
             raise LoadError(
                 f"{f'`{path}`, a {name},' if path else f'the {name}'} in a TorchScript archive can't be made a module",
@@ -172,7 +196,7 @@ def _layer_again(script: Any, kind: str, tensors: dict[str, Tensor]) -> nn.Modul
         return None
     home, name = short.split(".")
     layer: nn.Module = getattr(getattr(nn.modules, home), name)(*_LAYERS[short])
-    for key, value in vars(layer).items():
+    for key in list(vars(layer)):
         if key in ("training", "_reversed_padding_repeated_twice") or not key.startswith("_"):
             if not script._c.hasattr(key) and not hasattr(script, key):
                 return None
@@ -193,7 +217,7 @@ class Forward:
     """The forward of one module as the lines of a program.
 
     Args:
-        function: the archive's function of a qualified name.
+        archive: that the module is in.
         script: the module.
         method: which of its methods.
         named: whether the inputs have the names that they have there, or all the same.
@@ -202,10 +226,8 @@ class Forward:
         LoadError: it does what a program can't.
     """
 
-    def __init__(
-        self, function: Callable[[str], Any], script: Any, method: str = "forward", *, named: bool = True
-    ) -> None:
-        self.function = function
+    def __init__(self, archive: Archive, script: Any, method: str = "forward", *, named: bool = True) -> None:
+        self.archive = archive
         self.script = script
         self.constants: dict[str, Tensor] = {}
         self.inputs: list[Any] = []
@@ -239,10 +261,8 @@ class Forward:
         return [env[value.debugName()] for value in graph.outputs()]
 
     def _block(self, block: Any, env: dict[str, Any], lines: list[Any], reads: dict[str, Any]) -> None:
-        nodes = list(block.nodes())
-        for node in nodes:
-            if len(lines) > _MOST_LINES:
-                raise LoadError(f"more than {_MOST_LINES:,} operations in one forward")
+        for node in block.nodes():
+            self.archive.step()
             inputs = [env[value.debugName()] for value in node.inputs()]
             results = self._node(node, inputs, env, lines, reads)
             for value, result in zip(node.outputs(), results, strict=True):
@@ -250,15 +270,15 @@ class Forward:
 
     def _node(self, node: Any, inputs: list[Any], env: dict[str, Any], lines: list[Any], reads: dict[str, Any]) -> Any:
         kind = node.kind()
-        special = getattr(self, f"_{kind.replace('::', '_')}", None)
+        namespace, _, name = kind.partition("::")
+        special = getattr(self, f"_{namespace}_{name}", None) if namespace in ("prim", "aten") else None
         if special is not None:
             return special(node, inputs, env, lines, reads)
         if kind in _THE_SAME:
             return inputs
         if kind in _SILENT:
             return [None for _ in node.outputs()]
-        namespace, _, name = kind.partition("::")
-        if namespace == "prim" and name in _ATTRIBUTES:
+        if namespace == "prim" and name in ATTRIBUTES:
             return [self._line(lines, "attribute", 1, inputs[0], name)]
         if kind in _CASTS and self._is_number(inputs[0]):
             return inputs
@@ -296,10 +316,7 @@ class Forward:
         inputs = inputs[:count]
         constant = all(isinstance(value, _Constant) for value in inputs)
         if constant and name.partition(":")[2] not in ("append", "extend", "setitem"):
-            try:
-                return [_Constant(function_called(name)(*(value.value for value in inputs)))]
-            except Exception as error:
-                raise LoadError(f"`{node.kind()}` of constants fails: {error}") from error
+            return [_Constant(_computed(name, [value.value for value in inputs]))]
         found = self._line(lines, "set", 1, name, [_data(value) for value in inputs], {})
         if all(map(self._is_number, inputs)):
             self._numbers.add(found["node"])
@@ -377,8 +394,11 @@ class Forward:
         """Whether a method does what the forward does; tracing makes one for each call."""
         if name == "forward" or not script._c._has_method("forward"):
             return name == "forward"
-        one, other = (Forward(self.function, script, method, named=False) for method in ("forward", name))
-        return one.lines == other.lines and one.inputs == other.inputs
+        key = (script._c._type().qualified_name(), name)
+        if key not in self.archive.same:
+            one, other = (Forward(self.archive, script, method, named=False) for method in ("forward", name))
+            self.archive.same[key] = one.lines == other.lines and one.inputs == other.inputs
+        return self.archive.same[key]
 
     def _prim_CallFunction(
         self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: dict[str, Any]
@@ -386,7 +406,7 @@ class Forward:
         called, *args = inputs
         if not isinstance(called, _Function):
             raise LoadError("it calls a function that is a value")
-        return self._inlined(self.function(called.name).graph, args, lines, reads)
+        return self._inlined(self.archive.function(called.name).graph, args, lines, reads)
 
     def _prim_If(self, node: Any, inputs: list[Any], env: dict[str, Any], lines: list[Any], reads: Any) -> list[Any]:
         (condition,) = inputs
@@ -430,23 +450,23 @@ class Forward:
             and goes_on
             and count.value <= _LONGEST_UNROLLED
         ):
-            for index in range(count.value if condition.value else 0):
-                inner = {**env, **dict(zip(names, [_Constant(index), *carried], strict=True))}
+            for number in range(count.value if condition.value else 0):
+                inner = {**env, **dict(zip(names, [_Constant(number), *carried], strict=True))}
                 self._block(block, inner, lines, reads)
                 going, *carried = (inner[name] for name in outputs)
                 if not going.value:
                     break
             return carried
-        index, stop, *own = (self._name() for _ in (*names, None))
+        turn, stop, *own = (self._name() for _ in (*names, None))
         lines.append(["let", [stop], _data(condition)])
         for name, value in zip(own, carried, strict=True):
             lines.append(["let", [name], _data(value)])
         body: list[Any] = []
-        inner = {**env, **dict(zip(names, [{"node": name} for name in (index, *own)], strict=True))}
+        inner = {**env, **dict(zip(names, [{"node": name} for name in (turn, *own)], strict=True))}
         self._block(block, inner, body, dict(reads))
         after = [_data(inner[name]) for name in outputs]
         body.append(["let", [stop, *own], {"tuple": after} if own else after[0]])
-        lines.append(["loop", index, _data(count), stop, body])
+        lines.append(["loop", turn, _data(count), stop, body])
         return [{"node": name} for name in own]
 
     def _prim_ListConstruct(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
@@ -496,11 +516,32 @@ class Forward:
     def _prim_Uninitialized(self, *_: Any) -> list[Any]:
         return [_Constant(None)]
 
+    def _aten_slice(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        if "Tensor" in node.schema():
+            return self._operation(node, inputs, lines)  # type: ignore[no-any-return]
+        whole, *parts = inputs
+        if all(isinstance(value, _Constant) for value in inputs):
+            return [_Constant(whole.value[slice(*(part.value for part in parts))])]
+        window = {"slice": [_data(part) for part in parts]}
+        return [self._line(lines, "set", 1, "operator:getitem", [_data(whole), window], {})]
+
     def _aten_format(self, node: Any, inputs: list[Any], *_: Any) -> list[Any]:
         return [_Constant(inputs[0].value if isinstance(inputs[0], _Constant) else "")]
 
     def _aten__get_tracing_state(self, *_: Any) -> list[Any]:
         return [_Constant(None)]
+
+
+def _computed(name: str, values: list[Any]) -> Any:
+    """What a function makes of constants. TorchScript's numbers have 64 bits; Python's would grow and grow."""
+    largest = max((abs(value) for value in values if isinstance(value, int)), default=0)
+    grows = name == "operator:pow" or (name == "operator:mul" and any(isinstance(v, list | str) for v in values))
+    if largest >= _LARGEST or (grows and largest > 64):
+        raise LoadError("it computes with absurd numbers")
+    try:
+        return function_called(name)(*values)
+    except Exception as error:
+        raise LoadError(f"`{name.partition(':')[2]}` of constants fails: {error}") from error
 
 
 def _data(value: Any) -> Any:

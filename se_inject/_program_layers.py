@@ -102,10 +102,12 @@ def layer_of(inputs: list[Any], lines: list[Any], tensors: Mapping[str, Tensor])
     if layer is None or any(path not in layer._parameters and path not in layer._buffers for path in used):
         return None
     for path, tensor in tensors.items():
-        table = layer._parameters if path in layer._parameters else layer._buffers
-        if path not in table:
+        if path in layer._parameters and isinstance(tensor, nn.Parameter):
+            layer._parameters[path] = tensor
+        elif path in layer._buffers:
+            layer._buffers[path] = tensor
+        else:
             return None
-        table[path] = tensor
     if layer._buffers.get("num_batches_tracked") is not None and "num_batches_tracked" not in tensors:
         layer._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.long)
     whole = all(
@@ -209,18 +211,17 @@ def _dropout(given: dict[str, Any]) -> nn.Module | None:
     return None if given["train"] else nn.Identity()
 
 
+_WINDOW = ("kernel_size", "stride", "padding")
+
+
 def _pool(kind: type[nn.Module], *keys: str) -> Callable[[dict[str, Any]], nn.Module]:
     """A pooling layer from these arguments; an empty stride means the kernel's."""
 
     def make(given: dict[str, Any]) -> nn.Module:
-        values = [given[key] for key in keys]
-        return kind(*(None if value in ([], ()) else _plain(value) for value in values))
+        values = {key: tuple(given[key]) if isinstance(given[key], list) else given[key] for key in keys}
+        return kind(**{key: value for key, value in values.items() if value != ()})
 
     return make
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _simple(kind: Callable[..., nn.Module], *keys: str) -> Callable[[dict[str, Any]], nn.Module]:
@@ -245,26 +246,15 @@ def _in_place(kind: Callable[..., nn.Module], keys: tuple[str, ...]) -> Callable
 
 
 _LAYERS: dict[str, Callable[[dict[str, Any]], nn.Module | None]] = {
-    **{name: _convolution for name in ("conv1d", "conv2d", "conv3d", "convolution", "_convolution")},
-    **{name: _transposed for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")},
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), _convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed),
     **{name: _simple(kind, *keys) for name, (kind, keys) in _IN_PLACE.items()},
     **{f"{name}_": _in_place(kind, keys) for name, (kind, keys) in _IN_PLACE.items()},
     **{f"adaptive_avg_pool{rank}d": _pool(getattr(nn, f"AdaptiveAvgPool{rank}d"), "output_size") for rank in (1, 2, 3)},
+    **{f"max_pool{rank}d": _pool(getattr(nn, f"MaxPool{rank}d"), *_WINDOW, "dilation", "ceil_mode") for rank in (1, 2, 3)},
     **{
-        f"max_pool{rank}d": _pool(
-            lambda kernel, stride, padding, dilation, ceil, kind=getattr(nn, f"MaxPool{rank}d"): kind(
-                kernel, stride, padding, dilation, ceil_mode=ceil
-            ),
-            "kernel_size", "stride", "padding", "dilation", "ceil_mode",
-        )
-        for rank in (1, 2, 3)
-    },
-    **{
-        f"avg_pool{rank}d": _pool(
-            getattr(nn, f"AvgPool{rank}d"), "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad",
-            *(["divisor_override"] if rank > 1 else []),
-        )
-        for rank in (1, 2, 3)
+        f"avg_pool{rank}d": _pool(getattr(nn, f"AvgPool{rank}d"), *_WINDOW, "ceil_mode", "count_include_pad", *more)
+        for rank, more in ((1, ()), (2, ("divisor_override",)), (3, ("divisor_override",)))
     },
     "batch_norm": _batch_norm,
     "layer_norm": _layer_norm,

@@ -33,7 +33,6 @@ from se_inject.bodies import (
     checked_path,
     decoded,
     function_named,
-    is_tensor_attribute,
     method_named,
     original_class,
     value_at,
@@ -54,6 +53,10 @@ _PYTHON: dict[str, Callable[..., Any]] = {
     "python:extend": list.extend,
     "python:contains": operator.contains,
 }
+ATTRIBUTES = ("dtype", "device", "shape", "layout", "requires_grad", "is_cuda", "ndim")
+"""The attributes of tensors that a program may read."""
+
+_TAKEN = ("self", "range", "slice", "getattr", "RuntimeError")  # names that the written forward uses itself
 _KEYS = {"class", "home", "inputs", "lines", "example"}
 
 
@@ -239,7 +242,7 @@ class _Writer:
             return _path(parts[0])
         if kind == "attribute":
             value, name = parts
-            if not is_tensor_attribute([name]):
+            if name not in ATTRIBUTES:
                 raise LoadError(f"a program in this file reads the attribute `{name}`, which tensors don't have")
             return f"{self._value(value)}.{_name(name)}"
         name, args, kwargs = parts
@@ -263,6 +266,8 @@ class _Writer:
         if isinstance(value, dict) and "dict" in value:
             items = (f"{self._value(key)}: {self._value(item)}" for key, item in value["dict"])
             return f"{{{', '.join(items)}}}"
+        if isinstance(value, dict) and "slice" in value:
+            return f"slice({', '.join(map(self._value, value['slice']))})"
         if value is None or isinstance(value, bool | int):
             return repr(value)
         return self._constant(decoded(value, {}))
@@ -276,7 +281,7 @@ class _Writer:
 def is_name(name: Any) -> bool:
     """Whether a program may call a value so."""
     plain = isinstance(name, str) and name.isascii() and name.isidentifier() and not name.startswith("_")
-    return plain and not keyword.iskeyword(name) and name != "self"
+    return plain and not keyword.iskeyword(name) and name not in _TAKEN
 
 
 def _name(name: Any) -> str:

@@ -195,7 +195,7 @@ def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
         if form == "safetensors":
             raise _only_weights(path, form, _read(path, lambda: _state_dict(file, form)))
         if form in PROGRAMS:
-            return _read(path, lambda: _network(file, form))
+            return _network(path, file, form)
         if form not in PICKLES:
             raise unreadable(path, form)
         try:
@@ -215,17 +215,26 @@ def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
     return found
 
 
-def _network(file: IO[bytes], form: str) -> nn.Module:
+def _network(path: Path, file: IO[bytes], form: str) -> nn.Module:
     """The program in an archive, as an ordinary network."""
-    if form == "pt2":
-        from se_inject._exported import exported_program
-        from se_inject._from_exports import network_from_export
-
-        return network_from_export(exported_program(file))
+    from se_inject._exported import exported_program
+    from se_inject._from_exports import network_from_export
     from se_inject._from_scripts import network_from_script
     from se_inject._scripted import script_module
 
-    return network_from_script(*script_module(file))
+    program: tuple[Any, ...] = _read(path, lambda: (exported_program(file),) if form == "pt2" else script_module(file))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return network_from_export(*program) if form == "pt2" else network_from_script(*program)
+    except LoadError:
+        raise
+    except Exception as error:
+        raise LoadError(
+            f"`{path}` can't be made a network of modules",
+            seen=fact(error),
+            hint="pass the eager module that it was made from",
+        ) from error
 
 
 def _only_weights(path: Path, form: str, state: Mapping[str, Any]) -> LoadError:
