@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, unflatten
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from se_inject._program_layers import are_indices, assembled, filled
+from se_inject._program_layers import assembled, container
 from se_inject._programs import is_name
 from se_inject.bodies import encoded, function_name
 from se_inject.errors import LoadError, SurgeryError
@@ -55,17 +55,18 @@ class _Network:
             module.training = False
         return self._done[id(found)]
 
+    def _children(self, found: Any) -> list[tuple[str, nn.Module]]:
+        """The modules in a module, without those that are parts of a graph."""
+        return [(name, child) for name, child in found.named_children() if not isinstance(child, fx.GraphModule)]
+
     def _translated(self, found: Any, path: str) -> nn.Module:
-        children = {name: self.module(child, f"{path}.{name}".lstrip(".")) for name, child in found.named_children()}
-        tensors = {
-            name: value
-            for name, value in (*found._parameters.items(), *found._buffers.items(), *vars(found).items())
-            if isinstance(value, Tensor)
-        }
-        if type(found) is nn.Module:  # it holds others, and was never called
-            is_list = children and are_indices(children) and not tensors
-            return nn.ModuleList(children.values()) if is_list else filled(nn.Module(), tensors, children)
-        home, _, name = (found.type_name() or "").rpartition(".")
+        children = {name: self.module(child, f"{path}.{name}".lstrip(".")) for name, child in self._children(found)}
+        plain = {name: value for name, value in vars(found).items() if isinstance(value, Tensor)}
+        tensors = {**found._parameters, **found._buffers, **plain}
+        graph = getattr(found, "graph", None)
+        if graph is None or all(node.op != "output" for node in graph.nodes):
+            return container("", tensors, children)
+        home, _, name = (getattr(found, "type_name", str)() or "").rpartition(".")
         try:
             forward = _Forward(found.graph, None if path else self.program)
         except LoadError as error:
@@ -74,7 +75,11 @@ class _Network:
                 seen=error.message,
                 hint="pass the eager module that it was made from",
             ) from error
-        return assembled(name, home, forward.inputs, forward.lines, tensors, children, forward.example)
+        module = assembled(name, home, forward.inputs, forward.lines, tensors, children, forward.example)
+        module._non_persistent_buffers_set |= module._buffers.keys() & (
+            found._non_persistent_buffers_set | plain.keys()
+        )
+        return module
 
 
 class _Forward:

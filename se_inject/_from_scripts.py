@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject._program_layers import are_indices, assembled, filled
+from se_inject._program_layers import assembled, container
 from se_inject._programs import ATTRIBUTES, function_called, is_name
 from se_inject.bodies import encoded, function_name
 from se_inject.errors import LoadError, SurgeryError
@@ -28,6 +28,7 @@ _MOST_STEPS = 1_000_000
 _DEEPEST = 50
 _LARGEST = 2**63
 _LONGEST_UNROLLED = 1_000
+_EAGER = "pass the eager module that it was made from"
 _MANGLED = re.compile(r"\.___torch_mangle_\d+")
 _FROM_PYTHON = {
     "aten::__getitem__": "operator:getitem", "aten::add": "operator:add", "aten::sub": "operator:sub",
@@ -39,7 +40,7 @@ _FROM_PYTHON = {
     "aten::__or__": "operator:or_", "aten::__xor__": "operator:xor", "aten::__not__": "operator:not_",
     "aten::__is__": "operator:is_", "aten::__isnot__": "operator:is_not", "aten::__contains__": "operator:contains",
     "aten::len": "python:len", "aten::list": "python:list", "aten::copy": "python:list", "aten::append": "python:append",
-    "aten::extend": "python:extend", "aten::_set_item": "operator:setitem", "prim::max": "python:max", "prim::min": "python:min", "prim::abs": "python:abs", "aten::sum": "python:sum",
+    "aten::extend": "python:extend", "aten::_set_item": "operator:setitem", "prim::max": "python:max", "prim::min": "python:min", "prim::abs": "python:abs", "aten::sum": "python:sum", "aten::str": "python:str",
     "aten::floor": "math:floor", "aten::ceil": "math:ceil", "aten::sqrt": "math:sqrt", "aten::log": "math:log",
     "aten::Int": "python:int", "aten::IntImplicit": "python:int", "aten::Float": "python:float",
     "aten::FloatImplicit": "python:float", "aten::Bool": "python:bool", "aten::ScalarImplicit": "python:float",
@@ -70,11 +71,26 @@ _LAYERS: dict[str, tuple[Any, ...]] = {
 """Layers of torch.nn that are made again from their attributes, with arguments to make one."""
 
 
+_DTYPES = (
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64,
+    torch.complex32, torch.complex64, torch.complex128, torch.bool, torch.qint8, torch.quint8, torch.qint32, torch.bfloat16,
+)  # fmt: skip
+"""By TorchScript's numbers."""
+
+
 class _Constant:
     """A value that is known without a call."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+class _Scalar(_Constant):
+    """A tensor of one number without dimensions, which tracing makes of the numbers in a forward."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor.item())
+        self.tensor = tensor
 
 
 class _Part:
@@ -102,7 +118,7 @@ def network_from_script(script: torch.jit.ScriptModule, function: Callable[[str]
     Raises:
         LoadError: it can't be written down as modules; says what is in the way.
     """
-    return _Network(Archive(function)).module(script, "")
+    return _Network(Archive(script, function)).module(script, "")
 
 
 class Archive:
@@ -111,12 +127,41 @@ class Archive:
     Attributes:
         function: the archive's function of a qualified name.
         same: whether a method of a class does what its forward does.
+        outlets: what the forward of a class returns besides its own values: for each part of the tuple the number of the
+            input that it hands back, or None. Tracing has it so where a value went through an identity.
     """
 
-    def __init__(self, function: Callable[[str], Any]) -> None:
+    def __init__(self, script: Any, function: Callable[[str], Any]) -> None:
         self.function = function
         self.same: dict[tuple[str, str], bool] = {}
+        self.outlets: dict[str, list[int | None]] = {}
         self._steps = 0
+        self._whole: set[str] = set()
+        """Classes whose tuples are used as tuples somewhere."""
+        for each in {module._c._type().qualified_name(): module for module in script.modules()}.values():
+            if each._c._has_method("forward"):
+                self._look_at(each.graph)
+
+    def _look_at(self, block: Any) -> None:
+        for node in block.nodes():
+            self.step()
+            if node.kind() == "prim::CallMethod":
+                uses = [use.user for output in node.outputs() for use in output.uses()]
+                if node.s("name") != "forward" or any(user.kind() != "prim::TupleUnpack" for user in uses):
+                    self._whole.add(node.inputsAt(0).type().annotation_str)
+            for inner in node.blocks():
+                self._look_at(inner)
+
+    def hands_back(self, kind: str, inputs: list[Any], result: Any) -> Any:
+        """What a class's forward returns, without the inputs that its callers have already."""
+        parts = result.get("tuple") if isinstance(result, dict) else None
+        names = [{"node": name} for name, *_ in inputs]
+        if not parts or kind in self._whole or all(part in names for part in parts):
+            return result
+        if any(part in names for part in parts):
+            self.outlets[kind] = [names.index(part) if part in names else None for part in parts]
+            parts = [part for part in parts if part not in names]
+        return parts[0] if len(parts) == 1 and kind in self.outlets else {"tuple": parts}
 
     def step(self) -> None:
         """Count one operation that is translated.
@@ -143,7 +188,7 @@ class _Network:
         """The module that stands for this one."""
         kind = _MANGLED.sub("", script._c._type().qualified_name()).removeprefix("__torch__.")
         if script._c._get_forward_hooks() or script._c._get_forward_pre_hooks():
-            raise LoadError(f"`{path or kind}` of a TorchScript archive has hooks")
+            raise LoadError(f"`{path or kind}` of a TorchScript archive has hooks", hint=_EAGER)
         tensors = self.tensors(script)
         module = _layer_again(script, kind, tensors)
         if module is None:
@@ -167,26 +212,24 @@ class _Network:
     def _translated(self, script: Any, path: str, kind: str, tensors: dict[str, Tensor]) -> nn.Module:
         home, _, name = kind.rpartition(".")
         children = {key: self.module(child, f"{path}.{key}".lstrip(".")) for key, child in script._modules.items()}
-        if not script._c._has_method("forward"):
-            return _container(name, tensors, children)
+        if not script._c._has_method("forward") or _takes_modules(script):
+            return container(name, tensors, children)
         try:
-            forward = Forward(self.archive, script)
+            identities = frozenset(key for key, child in children.items() if type(child) is nn.Identity)
+            forward = Forward(self.archive, script, identities=identities)
         except LoadError as error:
             raise LoadError(
                 f"{f'`{path}`, a {name},' if path else f'the {name}'} in a TorchScript archive can't be made a module",
                 seen=error.message,
-                hint="pass the eager module that it was made from",
+                hint=_EAGER,
             ) from error
         return assembled(name, home, forward.inputs, forward.lines, {**tensors, **forward.constants}, children)
 
 
-def _container(name: str, tensors: dict[str, Tensor], children: dict[str, nn.Module]) -> nn.Module:
-    """A module that is never called itself."""
-    if name == "ModuleDict":
-        return nn.ModuleDict(children)
-    if children and are_indices(children):
-        return nn.ModuleList(children.values())
-    return filled(nn.Module(), tensors, children)
+def _takes_modules(script: Any) -> bool:
+    """Whether a forward gets modules as arguments, as tracing has it for what is shared: its callers have it written out."""
+    arguments = script._c._get_method("forward").schema.arguments[1:]
+    return any(argument.type.kind() == "ClassType" for argument in arguments)
 
 
 def _layer_again(script: Any, kind: str, tensors: dict[str, Tensor]) -> nn.Module | None:
@@ -221,19 +264,29 @@ class Forward:
         script: the module.
         method: which of its methods.
         named: whether the inputs have the names that they have there, or all the same.
+        identities: the names of the children that hand on what they get.
 
     Raises:
         LoadError: it does what a program can't.
     """
 
-    def __init__(self, archive: Archive, script: Any, method: str = "forward", *, named: bool = True) -> None:
+    def __init__(
+        self,
+        archive: Archive,
+        script: Any,
+        method: str = "forward",
+        *,
+        named: bool = True,
+        identities: frozenset[str] = frozenset(),
+    ) -> None:
         self.archive = archive
-        self.script = script
+        self._identities = identities
+        self._same_as: dict[str, Any] = {}
         self.constants: dict[str, Tensor] = {}
         self.inputs: list[Any] = []
         self._count = self._depth = 0
-        self._numbers: set[str] = set()
-        """Names of numbers that TorchScript has as tensors."""
+        self._numbers: dict[str, str] = {}
+        """Names of numbers that TorchScript has as tensors, with the dtype of these."""
         found = script._c._get_method(method)
         entries: list[Any] = [_Part(script, "")]
         for argument in found.schema.arguments[1:]:
@@ -244,8 +297,11 @@ class Forward:
             self.inputs.append([name, *default])
             entries.append({"node": name})
         lines: list[Any] = []
-        results = self._inlined(found.graph, entries, lines, {})
-        lines.append(["return", _data(results[0])])
+        result = _data(self._inlined(found.graph, entries, lines, {})[0])
+        if method == "forward" and isinstance(result, dict) and "tuple" in result:
+            result = {"tuple": [self._origin(part) for part in result["tuple"]]}
+            result = archive.hands_back(script._c._type().qualified_name(), self.inputs, result)
+        lines.append(["return", result])
         self.lines = _without_unused(lines)
 
     # -- blocks --------------------------------------------------------------------------------------------
@@ -316,10 +372,14 @@ class Forward:
         inputs = inputs[:count]
         constant = all(isinstance(value, _Constant) for value in inputs)
         if constant and name.partition(":")[2] not in ("append", "extend", "setitem"):
-            return [_Constant(_computed(name, [value.value for value in inputs]))]
+            with contextlib.suppress(
+                TypeError, ValueError, LookupError, ArithmeticError
+            ):  # where it never comes to that
+                return [_Constant(_computed(name, [value.value for value in inputs]))]
         found = self._line(lines, "set", 1, name, [_data(value) for value in inputs], {})
         if all(map(self._is_number, inputs)):
-            self._numbers.add(found["node"])
+            dtypes = [self._numbers.get(value["node"], "int64") for value in inputs if isinstance(value, dict)]
+            self._numbers[found["node"]] = "float32" if name == "operator:truediv" or "float32" in dtypes else "int64"
         return [found for _ in node.outputs()]
 
     def _operation(self, node: Any, inputs: list[Any], lines: list[Any]) -> Any:
@@ -337,6 +397,14 @@ class Forward:
             raise LoadError(f"it uses the operator `{schema.name}`", seen=str(error)) from error
         args, kwargs = [], {}
         for value, argument in zip(inputs, schema.arguments, strict=True):
+            if isinstance(value, dict) and value.get("node") in self._numbers and "Tensor" in str(argument.type):
+                if node.kind() not in _FROM_PYTHON:
+                    kwargs_of_it = {"dtype": {"dtype": self._numbers[value["node"]]}}
+                    value = self._line(lines, "set", 1, "ops:aten.scalar_tensor.default", [value], kwargs_of_it)
+            elif isinstance(value, _Scalar):
+                value = (
+                    self._constant(value.tensor, lines) if "Tensor" in str(argument.type) else _Constant(value.value)
+                )
             if argument.kwarg_only:
                 kwargs[argument.name] = _data(value)
             else:
@@ -353,10 +421,14 @@ class Forward:
             return [_Function(output.type().annotation_str)]
         value = output.toIValue()
         if isinstance(value, Tensor):
-            name = f"constant_{len(self.constants)}"
-            self.constants[name] = value
-            return [self._line(lines, "read", 1, name)]
+            return [_Scalar(value) if value.dim() == 0 else self._constant(value, lines)]
         return [_Constant(value)]
+
+    def _constant(self, value: Tensor, lines: list[Any]) -> Any:
+        """A tensor of the program's own, which becomes a buffer."""
+        name = f"constant_{len(self.constants)}"
+        self.constants[name] = value
+        return self._line(lines, "read", 1, name)
 
     def _prim_GetAttr(
         self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: dict[str, Any]
@@ -386,9 +458,25 @@ class Forward:
         if not isinstance(part, _Part):
             raise LoadError(f"it calls `{name}` of something that is no module")
         called = part.script._c._get_method(name)
-        if part.path and self._is_forward(part.script, name):
-            return [self._line(lines, "call", 1, part.path, [_data(value) for value in args], {})]
+        takes_modules = any(isinstance(value, _Part) for value in args)
+        if part.path and not takes_modules and self._is_forward(part.script, name):
+            given = [self._constant(v.tensor, lines) if isinstance(v, _Scalar) else _data(v) for v in args]
+            result = self._line(lines, "call", 1, part.path, given, {})
+            if part.path in self._identities and len(given) == 1:
+                self._same_as[result["node"]] = given[0]
+            outlets = self.archive.outlets.get(part.script._c._type().qualified_name())
+            if outlets is None:
+                return [result]
+            count = outlets.count(None)
+            own = iter(self._line(lines, "let", count, result) if count > 1 else [result])
+            return [{"tuple": [next(own) if outlet is None else given[outlet] for outlet in outlets]}]
         return self._inlined(called.graph, [part, *args], lines, reads)
+
+    def _origin(self, value: Any) -> Any:
+        """A value before it went through identities."""
+        while isinstance(value, dict) and value.get("node") in self._same_as:
+            value = self._same_as[value["node"]]
+        return value
 
     def _is_forward(self, script: Any, name: str) -> bool:
         """Whether a method does what the forward does; tracing makes one for each call."""
@@ -505,8 +593,34 @@ class Forward:
 
     def _prim_NumToTensor(self, node: Any, inputs: list[Any], *_: Any) -> list[Any]:
         if isinstance(inputs[0], dict) and "node" in inputs[0]:
-            self._numbers.add(inputs[0]["node"])
+            self._numbers[inputs[0]["node"]] = "int64" if node.input().type().kind() == "IntType" else "float32"
         return inputs
+
+    def _aten_rsub(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        if all(map(self._is_number, inputs[:2])):
+            return self._python(node, "operator:sub", inputs[1::-1], lines)
+        return self._operation(node, inputs, lines)  # type: ignore[no-any-return]
+
+    def _aten_tensor(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        data, dtype, device, _ = inputs
+        kwargs = {}
+        if not isinstance(dtype, _Constant) or not isinstance(device, _Constant):
+            raise LoadError("it makes a tensor of a dtype or on a device that only the call tells")
+        if dtype.value is not None:
+            kwargs["dtype"] = encoded(_DTYPES[dtype.value])
+        if device.value is not None:
+            kwargs["device"] = encoded(device.value)
+        return [self._line(lines, "set", 1, "torch:tensor", [_data(data)], kwargs)]
+
+    def _prim_isinstance(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        known = node.input().type()
+        asked = node.tys("types")
+        if known.kind() not in ("UnionType", "OptionalType", "AnyType"):
+            return [_Constant(any(known.isSubtypeOf(kind) for kind in asked))]
+        tests = {"TensorType": "python:is_tensor", "ListType": "python:is_list"}
+        if len(asked) != 1 or asked[0].kind() not in tests:
+            raise LoadError("it asks for the type of a value that may be of several")
+        return [self._line(lines, "set", 1, tests[asked[0].kind()], [_data(inputs[0])], {})]
 
     def _prim_RaiseException(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
         message = inputs[0].value if isinstance(inputs[0], _Constant) else ""
@@ -538,10 +652,7 @@ def _computed(name: str, values: list[Any]) -> Any:
     grows = name == "operator:pow" or (name == "operator:mul" and any(isinstance(v, list | str) for v in values))
     if largest >= _LARGEST or (grows and largest > 64):
         raise LoadError("it computes with absurd numbers")
-    try:
-        return function_called(name)(*values)
-    except Exception as error:
-        raise LoadError(f"`{name.partition(':')[2]}` of constants fails: {error}") from error
+    return function_called(name)(*values)
 
 
 def _data(value: Any) -> Any:

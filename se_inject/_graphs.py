@@ -10,17 +10,25 @@ from torch import Tensor, fx
 CONVOLUTIONS = frozenset(f"conv{transpose}{rank}d" for transpose in ("", "_transpose") for rank in (1, 2, 3)) | {
     "convolution",
     "_convolution",
+    "_convolution_mode",
     "deform_conv2d",
 }
 
 
+_IN_PLACE = {"add_": "iadd", "sub_": "isub", "mul_": "imul", "div_": "itruediv"}
 _SIZES = (int, float, str, torch.Size, torch.dtype, torch.device)
 
 
 def function_name_of(node: fx.Node) -> str:
-    """What the function or method of a node is called, an operator of torch without its overload: ``add``, ``conv2d``."""
+    """What the function or method of a node is called.
+
+    An operator of torch has no overload here, and is called as Python's operator in place is: ``add``, ``iadd``.
+    """
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return name.partition(".")[0] if isinstance(node.target, torch._ops.OpOverload) else name
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return name
+    name = name.partition(".")[0]
+    return _IN_PLACE.get(name, name)
 
 
 def gates_in(graph: fx.Graph) -> int:

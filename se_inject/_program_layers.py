@@ -38,12 +38,21 @@ def assembled(
     module = None
     if not children:
         module = layer_of(inputs, lines, tensors)
-    elif not tensors and (name == "Sequential" or are_indices(children)):
+    elif not tensors and (name == "Sequential" or _are_indices(children)):
         module = sequential_of(inputs, lines, children)
-    return module or filled(program_module(name, home, inputs, lines, example), tensors, children)
+    return module or _filled(program_module(name, home, inputs, lines, example), tensors, children)
 
 
-def filled(module: nn.Module, tensors: Mapping[str, Tensor], children: Mapping[str, nn.Module]) -> nn.Module:
+def container(name: str, tensors: Mapping[str, Tensor], children: Mapping[str, nn.Module]) -> nn.Module:
+    """A module that is never called itself."""
+    if name == "ModuleDict":
+        return nn.ModuleDict(children)
+    if children and _are_indices(children) and not tensors:
+        return nn.ModuleList(children.values())
+    return _filled(nn.Module(), tensors, children)
+
+
+def _filled(module: nn.Module, tensors: Mapping[str, Tensor], children: Mapping[str, nn.Module]) -> nn.Module:
     """An empty module with these parameters, buffers and children."""
     for key, child in children.items():
         module.register_module(key, child)
@@ -55,7 +64,7 @@ def filled(module: nn.Module, tensors: Mapping[str, Tensor], children: Mapping[s
     return module
 
 
-def are_indices(names: Iterable[str]) -> bool:
+def _are_indices(names: Iterable[str]) -> bool:
     """Whether these are the names of the modules in a list."""
     return all(name == str(index) for index, name in enumerate(names))
 
@@ -246,7 +255,7 @@ def _in_place(kind: Callable[..., nn.Module], keys: tuple[str, ...]) -> Callable
 
 
 _LAYERS: dict[str, Callable[[dict[str, Any]], nn.Module | None]] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), _convolution),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution", "_convolution_mode"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed),
     **{name: _simple(kind, *keys) for name, (kind, keys) in _IN_PLACE.items()},
     **{f"{name}_": _in_place(kind, keys) for name, (kind, keys) in _IN_PLACE.items()},

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -96,8 +96,15 @@ class Finder:
             if not any_prefix(owner.path, self.units):
                 for value, activated in chains.ends(owner, self.inside.get(owner.path, set())):
                     held = OUTSIDE if units else None if activated else HEAD
-                    self._add(owner, value, "conv", value.users, held)
+                    self._add(owner, value, "conv", self._readers(owner, value), held)
         return self._named(sorted(self.found.values(), key=lambda site: site.order))
+
+    def _readers(self, owner: OwnerGraph, value: fx.Node) -> Iterator[fx.Node]:
+        """Who reads a value, also past what only hands it on."""
+        for user in value.users:
+            yield user
+            if self.values.kind(owner, user) == "pass":
+                yield from self._readers(owner, user)
 
     def _residuals(self, owner: OwnerGraph) -> None:
         """The branches of the additions in one graph; an addition around other units is held back."""

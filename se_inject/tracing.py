@@ -155,7 +155,7 @@ class Observer:
         if name in CONVOLUTIONS and isinstance(value, Tensor):
             weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
             if isinstance(weight, Tensor):
-                transposed = "transpose" in name or (name.endswith("convolution") and bool(args[6]))
+                transposed = "transpose" in name or (name in ("convolution", "_convolution") and bool(args[6]))
                 self._count_convolution(value, weight, transposed=transposed, x=args[0] if args else value)
         node.meta["counts"] = [now - then for now, then in zip(self.counts(), before, strict=True)]
 

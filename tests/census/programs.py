@@ -16,9 +16,8 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from run import HERE, build, example_of, in_process, randomise, read_results, representatives
-
 import torch
+from run import HERE, build, example_of, in_process, randomise, read_results, representatives
 from torch.utils._pytree import tree_leaves
 
 import se_inject as si
@@ -78,13 +77,15 @@ def one_way(way, network, args, outputs, expected):
     pairs = list(zip(theirs, ours, strict=True))
     same = all(torch.equal(a, b) or bool(a.isnan().any()) for a, b in pairs if isinstance(a, torch.Tensor))
     eager = len(outputs) == len(ours) and all(
-        torch.equal(a, b) or bool(a.isnan().any()) for a, b in zip(outputs, ours, strict=True) if isinstance(a, torch.Tensor)
+        torch.equal(a, b) or bool(a.isnan().any())
+        for a, b in zip(outputs, ours, strict=True)
+        if isinstance(a, torch.Tensor)
     )
     state, before = loaded.state_dict(), network.state_dict()
     row = {
-        "result": "same" if same else "differs",
-        "as eager": eager,
-        "keys": {key: 0 for key in before}.keys() == {key: 0 for key in state}.keys(),
+        "result": "same" if eager else "differs",
+        "as the file": same,
+        "keys": dict.fromkeys(before, 0).keys() == dict.fromkeys(state, 0).keys(),
         "values": all(torch.equal(before[key], state[key]) for key in before.keys() & state.keys()),
     }
     try:
@@ -127,7 +128,14 @@ def summary(rows):
             ]
         )
     headers = ("", "networks", "torch can't write", "refused", "other output", "bit-equal", "of them all sites equal")
-    parts = [__doc__.splitlines()[0], "", "Made by `python tests/census/programs.py`.", "", table(headers, lines, "markdown"), ""]
+    parts = [
+        __doc__.splitlines()[0],
+        "",
+        "Made by `python tests/census/programs.py`.",
+        "",
+        table(headers, lines, "markdown"),
+        "",
+    ]
     parts += ["## Not as the eager network", ""]
     for name, row in rows.items():
         if "crash" in row or "error" in row:
@@ -137,7 +145,9 @@ def summary(rows):
             if result.get("result") in ("refused", "differs"):
                 parts.append(f"* {name}, {way}: {result['result']}: {result.get('why', '')}")
             elif "other" in result:
-                parts.append(f"* {name}, {way}: {result['sites']} of {result['of']} sites equal, e.g. {result['other'][0]}")
+                parts.append(
+                    f"* {name}, {way}: {result['sites']} of {result['of']} sites equal, e.g. {result['other'][0]}"
+                )
     return "\n".join([*parts, ""])
 
 

@@ -1,0 +1,498 @@
+"""Networks out of TorchScript archives and exported programs: the network that was written, to the bit, and injected."""
+
+import collections
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import se_inject as si
+from se_inject._program_layers import FixedBatchNorm
+from se_inject._programs import Program, new_program, program_class, program_module
+from se_inject.cli import cli
+from se_inject.errors import LoadError
+from tests.common import build, randomise
+
+IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def write(network, path, how, args=(IMAGES,), **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if how == "scripted":
+            torch.jit.save(torch.jit.script(network), path)
+        elif how == "traced":
+            torch.jit.save(torch.jit.trace(network, args, check_trace=False, strict=False), path)
+        else:
+            torch.export.save(torch.export.export(network, args, strict=False, **options), path)
+    return path
+
+
+@pytest.fixture(params=["scripted", "traced", "exported"])
+def how(request):
+    return request.param
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "network.pt2"
+
+
+def same(one, other):
+    leaves, others = tree_leaves(one), tree_leaves(other)
+    return len(leaves) == len(others) and all(map(torch.equal, leaves, others))
+
+
+def same_state(one, other):
+    states = one.state_dict(), other.state_dict()
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][key], states[1][key]) for key in states[0]
+    )
+
+
+class Own(nn.Module):
+    """Residual units with functions in place of modules, layer scale, a loop over a list, and a second output."""
+
+    class Unit(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+            self.norm = nn.BatchNorm2d(channels)
+            self.pointwise = nn.Conv2d(channels, channels, 1)
+            self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
+
+        def forward(self, x):
+            y = F.silu(self.norm(self.depthwise(x)))
+            return x + self.gamma * F.dropout(self.pointwise(y), 0.1, self.training)
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+        self.stages = nn.ModuleList([nn.Sequential(self.Unit(16), self.Unit(16)), nn.Sequential(self.Unit(16))])
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.hardswish(self.stem(x - self.mean))
+        for stage in self.stages:
+            x = F.max_pool2d(stage(x), 2)
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)), x.mean(1)
+
+
+def own():
+    return Own()
+
+
+def vgg16():
+    network = torchvision.models.vgg16(num_classes=10)
+    network.classifier = nn.Sequential(nn.Linear(512 * 49, 32), nn.ReLU(True), nn.Dropout(), nn.Linear(32, 10))
+    return network
+
+
+NETWORKS = {
+    "own": own,
+    "resnet50": lambda: build("torchvision:resnet50"),
+    "mobilenet_v2": lambda: build("torchvision:mobilenet_v2"),
+    "vgg16": vgg16,
+    "convnext": lambda: build("torchvision:convnext_tiny"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_network_that_was_written(name, how, path):
+    network = randomise(NETWORKS[name]()).eval()
+    write(network, path, how, dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    loaded = si.load(path)
+    assert same_state(loaded, network)
+    assert {key: p.requires_grad for key, p in loaded.named_parameters()} == {
+        key: p.requires_grad for key, p in network.named_parameters()
+    }
+    others = torch.rand(3, 3, 64, 64)
+    with torch.no_grad():
+        assert same(loaded(IMAGES), network(IMAGES))
+        assert same(loaded(others), network(others))
+    plans = [si.plan(each, IMAGES, stages="all") for each in (network, loaded)]
+    assert plans[0].steps == plans[1].steps
+    wanted, got = (si.find_sites(each, IMAGES).all_sites for each in (network, loaded))
+    assert [(s.address, s.kind, s.channels, s.size, s.stage, s.held_back) for s in wanted if s.stage] == [
+        (s.address, s.kind, s.channels, s.size, s.stage, s.held_back) for s in got if s.stage
+    ]
+    costs = [each.cost() for each in plans]
+    assert costs[0].rows == costs[1].rows
+    assert (costs[0].before.params, costs[0].before.macs) == (costs[1].before.params, costs[1].before.macs)
+    injected = plans[1].apply(loaded)
+    si.verify(loaded, injected, IMAGES, fresh=True).expect_passed()
+    with torch.no_grad():
+        assert same(injected(IMAGES), network(IMAGES))
+
+
+def test_a_scripted_network_trains_as_the_eager_one(path):
+    network = randomise(Own()).eval()
+    loaded = si.load(write(network, path, "scripted"))
+    assert not any(module.training for module in loaded.modules())
+    results = []
+    for each in (network, loaded):
+        torch.manual_seed(1)
+        each.train()
+        results.append(each(IMAGES))
+        sum(leaf.sum() for leaf in results[-1]).backward()
+    assert same(*results)
+    assert same_state(network, loaded)
+    gradients = [{key: p.grad for key, p in each.named_parameters()} for each in (network, loaded)]
+    assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
+    assert type(loaded.stages[0][0].norm) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("how", ["traced", "exported"])
+def test_a_program_of_eval_mode_keeps_its_statistics_in_training(how, path):
+    network = randomise(Own()).eval()
+    loaded = si.load(write(network, path, how))
+    before = copy.deepcopy(loaded.state_dict())
+    wanted = network(IMAGES)
+    for _ in range(2):
+        assert same(loaded.train()(IMAGES), wanted)
+    assert all(torch.equal(before[key], value) for key, value in loaded.state_dict().items())
+    plan = si.plan(loaded, IMAGES)
+    assert "a program of eval mode: batch normalisation (3 modules) keeps its statistics" in " ".join(plan.notes)
+    injected = plan.apply(loaded).train()
+    sum(leaf.sum() for leaf in injected(IMAGES)).backward()
+    assert all(p.grad is not None for p in si.injected_parameters(injected))
+    assert isinstance(injected.stages[0][0].norm, FixedBatchNorm)
+    assert not injected.stages[0][0].norm.training
+
+
+def test_layers_are_those_of_torch(how, path):
+    network = randomise(build("torchvision:mobilenet_v2")).eval()
+    loaded = si.load(write(network, path, how))
+    counts = [collections.Counter(type(m) for m in each.modules()) for each in (network, loaded)]
+    assert counts[0][nn.Conv2d] == counts[1][nn.Conv2d] == 52
+    assert type(loaded.features[1].conv[0]) is nn.Sequential
+    first, other = network.features[1].conv[0][0], loaded.features[1].conv[0][0]
+    assert repr(first) == repr(other)
+    assert repr(loaded).startswith("MobileNetV2(")
+
+
+class Everything(nn.Module):
+    """What TorchScript knows: branches on shapes and attributes, loops, lists, dicts, optionals, early returns."""
+
+    def __init__(self, twice: bool = True):
+        super().__init__()
+        self.twice = twice
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.items = nn.ModuleDict({"a": nn.Conv2d(4, 4, 1), "b": nn.Conv2d(4, 4, 1)})
+        self.scale = 0.5
+
+    def shrink(self, x, times: int):
+        turn = 0
+        while turn < times and x.shape[-1] > 4:
+            x = F.avg_pool2d(x, 2)
+            turn += 1
+        return x
+
+    def forward(self, x, bias: torch.Tensor | None = None, times: int = 2) -> dict[str, torch.Tensor]:
+        x = self.conv(x)
+        if bias is not None:
+            x = x + bias
+        if self.twice:
+            x = x * 2
+        found = []
+        for item in self.items.values():
+            found.append(item(x))
+        y = torch.cat(found, 1)
+        if y.shape[0] > 2:
+            return {"many": y.mean((2, 3))}
+        parts = torch.chunk(self.shrink(y, times), 2, dim=1)
+        total = parts[0] * self.scale + parts[1]
+        for i in range(total.dim() - 2):
+            total = total + i
+        return {"few": total, "sizes": torch.full((len(parts),), float(y.size(1) // 3))}
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_a_script_with_everything(twice, path):
+    network = Everything(twice).eval()
+    loaded = si.load(write(network, path, "scripted"))
+    again = copy.deepcopy(loaded)
+    assert type(again) is type(loaded)
+    bias = torch.rand(4, 1, 1)
+    for images, *more in ((IMAGES,), (IMAGES, bias), (IMAGES, bias, 5), (IMAGES, None, 0), (torch.rand(3, 3, 8, 8),)):
+        wanted = network(images, *more)
+        for each in (loaded, again):
+            got = each(images, *more)
+            assert list(got) == list(wanted)
+            assert same(got, wanted)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        if x.shape[0] > 2:
+            raise ValueError("too many")
+        return self.conv(x)
+
+
+def test_a_script_raises_what_it_raised(path):
+    loaded = si.load(write(Branches(), path, "scripted"))
+    assert loaded(IMAGES).shape == IMAGES.shape
+    with pytest.raises(RuntimeError, match="too many"):
+        loaded(torch.rand(3, 3, 4, 4))
+
+
+class Structures(nn.Module):
+    """Inputs in a dict and by keyword, outputs in a dict of a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.register_buffer("table", torch.rand(3, 1, 1))
+        self.constant = torch.rand(1)
+
+    def forward(self, x, more, *, mask=None, factor=3):
+        y = F.relu(self.conv(x["image"]) + more[1] + self.table + self.constant)
+        if mask is not None:
+            y = y * mask
+        return {"map": y, "list": [y.reshape(y.shape[0], -1), factor]}
+
+
+def test_an_exported_program_with_structures(path):
+    network, bias, mask = Structures().eval(), torch.rand(1), torch.rand(1, 1, 64, 64)
+    args = ({"image": IMAGES}, [torch.rand(1), bias])
+    shapes = {"x": {"image": {0: torch.export.Dim.AUTO}}, "more": [None, None], "mask": None, "factor": None}
+    write(network, path, "exported", args, kwargs={"mask": mask, "factor": 5}, dynamic_shapes=shapes)
+    loaded = si.load(path)
+    others = ({"image": torch.rand(3, 3, 64, 64)}, args[1])
+    for given in (args, others):
+        wanted, got = network(*given, mask=mask, factor=5), loaded(*given, mask=mask, factor=5)
+        assert list(wanted) == list(got)
+        assert got["list"][1] == 5
+        assert same([wanted["map"], wanted["list"][0]], [got["map"], got["list"][0]])
+
+
+def test_an_exported_program_knows_its_inputs_and_may_have_a_fixed_batch(tmp_path, path):
+    class Fixed(Own):
+        def forward(self, x):
+            return super().forward(x)[0].view(2, 5)
+
+    network = randomise(Fixed()).eval()
+    loaded = si.load(write(network, path, "exported"))
+    plan = si.plan(loaded)
+    assert "input as the program was made for: 1 input of 2×3×64×64" in plan.notes
+    assert plan.cost().before.macs == si.plan(Own(), IMAGES).cost().before.macs
+    injected = plan.apply(loaded)
+    si.verify(loaded, injected, fresh=True).expect_passed()
+    exported = si.export(injected, tmp_path / "out.onnx")
+    assert "batch fixed at 2" in exported.how
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ts", ".onnx", ".pt2"])
+def test_written_again_in_every_format(how, suffix, path, tmp_path):
+    network = randomise(Own()).eval()
+    loaded = si.load(write(network, path, how, dynamic_shapes=({0: torch.export.Dim.AUTO},)))
+    injected = si.inject(loaded, IMAGES, stages="2")
+    with torch.no_grad():
+        for parameter in si.injected_parameters(injected):
+            parameter.normal_(0, 0.2)
+    written = si.export(injected, tmp_path / f"out{suffix}", IMAGES)
+    assert [check.batch for check in written.checks] == [1, 2, 5]
+    if suffix == ".onnx":
+        return
+    again = si.load(tmp_path / f"out{suffix}").eval()
+    with torch.no_grad():
+        assert same(again(IMAGES), injected.eval()(IMAGES))
+    if suffix == ".pt":
+        assert si.plan_of(again).steps == si.plan_of(injected).steps
+        assert same(si.eject_(again)(IMAGES), network(IMAGES))
+        assert same_state(again, network)
+
+
+def test_blocks_in_our_own_exports_are_seen_as_attention(how, path):
+    network = si.inject(randomise(build("torchvision:resnet18")).eval(), IMAGES, stages="3,4")
+    loaded = si.load(write(network, path, how))
+    states = {site.stage: site.held_back for site in si.find_sites(loaded, IMAGES).all_sites if site.stage}
+    assert [bool(states[stage]) for stage in (1, 2, 3, 4)] == [False, False, True, True]
+
+
+def test_shared_weights_and_modules_stay_shared(how, path):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Conv2d(3, 3, 3, padding=1)
+            self.other = nn.Conv2d(3, 3, 3, padding=1)
+            self.other.weight = self.one.weight
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.act(self.other(self.act(self.one(x)))) + x
+
+    network = Shared().eval()
+    loaded = si.load(write(network, path, how))
+    assert loaded.one.weight is loaded.other.weight
+    assert len(list(loaded.parameters())) == 3
+    assert same(loaded(IMAGES), network(IMAGES))
+    assert isinstance(loaded.act, nn.ReLU)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.conv(x)
+
+
+class Graded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.conv(x)
+        return y + x
+
+
+class Hooked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+        def hook(self, inputs: tuple[torch.Tensor], output: torch.Tensor):
+            return output + 1
+
+        self.conv.register_forward_hook(hook)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(
+    ("network", "how", "seen"),
+    [
+        (Counting, "scripted", "it stores into its `calls`"),
+        (Graded, "exported", "wrap_with_set_grad_enabled"),
+        (Hooked, "scripted", "has hooks"),
+    ],
+)
+def test_what_can_not_be_modules(network, how, seen, path):
+    write(network(), path, how)
+    with pytest.raises(LoadError) as caught:
+        si.load(path)
+    assert seen in f"{caught.value.message} {caught.value.seen}"
+    assert caught.value.hint is None or "eager module" in caught.value.hint
+
+
+def test_on_the_command_line(how, path, tmp_path, capsys):
+    write(randomise(build("torchvision:resnet18")).eval(), path, how)
+    assert cli.main(["sites", str(path), "--input", "3x64x64"], standalone_mode=False) in (0, None)
+    told = capsys.readouterr()
+    kinds = {"exported": f"an exported program (torch.export.save, torch {torch.__version__})"}
+    kind = kinds.get(how, "a TorchScript archive (torch.jit.save)")
+    assert f"{path}: {kind}, ResNet, 11,689,512 parameters" in told.err
+    assert ("keeps its statistics" in told.err) == (how != "scripted")
+    cli.main(
+        [str(path), "--stages", "3,4", "--r", "16", "--input", "3x64x64", "-o", str(tmp_path / "out.pt")],
+        standalone_mode=False,
+    )
+    told = capsys.readouterr()
+    assert "ok   same output as before           bit-equal in eval and in train" in told.out
+    assert "a pickle: loading it needs `se_inject`" in told.out
+
+
+# -- programs as data --------------------------------------------------------------------------------------
+
+
+def program(*lines, inputs=(["x"],)):
+    return json.dumps(
+        {
+            "class": "Net",
+            "home": "nets",
+            "inputs": [*inputs],
+            "lines": [*lines, ["return", {"node": "x"}]],
+            "example": None,
+        }
+    )
+
+
+X = {"node": "x"}
+HARMFUL = {
+    "a function": ["set", ["y"], "os:system", ["touch hit"], {}],
+    "a builtin": ["set", ["y"], "python:eval", ["1"], {}],
+    "a hidden function": ["set", ["y"], "torch:_C", [], {}],
+    "a file": ["set", ["y"], "ops:aten.from_file.default", ["hit"], {}],
+    "torch.save": ["set", ["y"], "torch:save", [X, "hit"], {}],
+    "a method": ["method", ["y"], "__class__", [X], {}],
+    "a method that calls": ["method", ["y"], "apply_", [X, X], {}],
+    "an attribute": ["attribute", ["y"], X, "__class__"],
+    "a method as attribute": ["attribute", ["y"], X, "numpy"],
+    "code as a name": ["let", ["y = open('hit', 'w')\n    z"], 1],
+    "a name of ours": ["let", ["_constant_1"], X],
+    "a function's name": ["let", ["getattr"], X],
+    "self": ["let", ["self"], X],
+    "code as a value": ["let", ["y"], {"node": "open('hit', 'w')"}],
+    "code as a keyword": ["set", ["y"], "torch:relu", [X], {"a=open('hit', 'w'), b": 1}],
+    "code as a path": ["read", ["y"], "a') or open('hit"],
+    "a path to a class": ["read", ["y"], "__class__"],
+    "code as an index": ["loop", "i in [open('hit', 'w')]: pass #", 1, "x", []],
+    "another line": ["exec", ["y"], "open('hit', 'w')"],
+    "code as a condition": ["if", {"node": "open('hit', 'w')"}, [], []],
+    "deep": ["let", ["y"], [[[[X]]]] if False else __import__("functools").reduce(lambda v, _: [v], range(500), X)],
+}
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_harmful_programs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoadError):
+        program_class(program(HARMFUL[name]))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"class": "A"}', program(inputs=(["x", 1, 2], 3)), program(["let"])])
+def test_no_programs(text):
+    with pytest.raises(LoadError):
+        new_program(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["call", ["y"], "conv.forward", [X], {}], "calls `conv.forward`"),
+        (["call", ["y"], "weight", [X], {}], "calls `weight`"),
+        (["read", ["y"], "conv"], "reads `conv`"),
+        (["read", ["y"], "conv.forward"], "reads `conv.forward`"),
+        (["if", X, [["read", ["y"], "load_state_dict"]], []], "reads `load_state_dict`"),
+    ],
+)
+def test_a_program_reads_and_calls_what_it_has(line, message, tmp_path):
+    module = program_module("Net", "nets", [["x"]], [line, ["return", X]])
+    module.conv = nn.Conv2d(3, 3, 1)
+    module.weight = nn.Parameter(torch.ones(1))
+    torch.save(module, tmp_path / "net.pt")
+    with pytest.raises(LoadError, match=message):
+        si.load(tmp_path / "net.pt")
+
+
+def test_a_program_is_pickled_as_data(tmp_path):
+    module = program_module(
+        "Net", "nets", [["x"], ["y", None]], [["set", ["z"], "torch:relu", [X], {}], ["return", {"node": "z"}]]
+    )
+    torch.save(module, tmp_path / "net.pt")
+    loaded = si.load(tmp_path / "net.pt")
+    assert isinstance(loaded, Program)
+    assert type(loaded) is type(module)
+    assert torch.equal(loaded(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 2.0]))
