@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from se_inject._programs import function_called, program_module
-from se_inject.bodies import decoded
+from se_inject._vocabulary import decoded
 
 
 class FixedBatchNorm(_BatchNorm):

@@ -1,7 +1,7 @@
 """Modules whose forward is data: what a file brings as a program, as an ordinary network of ours.
 
 A program is JSON text: ``{"class", "home", "inputs", "lines", "example"}``. Each line sets names, with values written as
-in ``bodies.encoded``:
+in ``_vocabulary.encoded``:
 
 * ``["set", names, function, args, kwargs]``: a tensor operation, or an operator or builtin of Python;
 * ``["method", names, method, args, kwargs]``: of a tensor or list;
@@ -12,7 +12,7 @@ in ``bodies.encoded``:
 * ``["if", condition, lines, lines]``, ``["loop", index, count, condition, lines]``.
 
 From it a class is made with that forward. It is pickled as its text, and read as data: every name in it is looked up
-in the lists of ``bodies``, so that it can't call anything else.
+in ``_vocabulary``, so that it can't call anything else.
 """
 
 from __future__ import annotations
@@ -23,20 +23,14 @@ import json
 import keyword
 import linecache
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from se_inject.bodies import (
-    checked_path,
-    decoded,
-    function_named,
-    method_named,
-    original_class,
-    value_at,
-)
+from se_inject._vocabulary import checked_path, decoded, function_named, method_named, value_at
+from se_inject.bodies import original_class
 from se_inject.errors import LoadError
 
 _PYTHON: dict[str, Callable[..., Any]] = {
@@ -60,6 +54,7 @@ ATTRIBUTES = ("dtype", "device", "shape", "layout", "requires_grad", "is_cuda", 
 """The attributes of tensors that a program may read."""
 
 _TAKEN = ("self", "range", "slice", "getattr", "RuntimeError")  # names that the written forward uses itself
+_WITHOUT_EFFECT = ("read", "attribute", "let", "method")  # and calls without arguments: traced identities
 _KEYS = {"class", "home", "inputs", "lines", "example"}
 
 
@@ -199,6 +194,47 @@ def check_program(module: nn.Module) -> None:
             raise LoadError(f"a program in this file calls `{parts[1]}`, which is no submodule")
         elif kind == "read" and not isinstance(value_at(module, parts[1]), torch.Tensor | bool):
             raise LoadError(f"a program in this file reads `{parts[1]}`, which is no tensor")
+
+
+def without_unused(lines: list[Any]) -> list[Any]:
+    """A program's lines without reads, sizes and copies that nobody uses."""
+    while True:
+        used = set(_named(lines))
+        kept = _kept(lines, used)
+        if kept == lines:
+            return kept
+        lines = kept
+
+
+def _kept(lines: list[Any], used: set[str]) -> list[Any]:
+    result = []
+    for kind, *parts in lines:
+        if kind == "if":
+            parts = [parts[0], _kept(parts[1], used), _kept(parts[2], used)]
+            if not parts[1] and not parts[2]:
+                continue
+        elif kind == "loop":
+            parts = [*parts[:3], _kept(parts[3], used)]
+        elif kind in ("raise", "return"):
+            pass
+        elif not used.intersection(parts[0]) and (kind in _WITHOUT_EFFECT or (kind == "call" and not parts[2])):
+            continue
+        result.append([kind, *parts])
+    return result
+
+
+def _named(value: Any) -> Iterator[str]:
+    """Every name that a value or line reads."""
+    if isinstance(value, dict):
+        if "node" in value:
+            yield value["node"]
+        for item in value.values():
+            yield from _named(item)
+    elif isinstance(value, list):
+        if value[:1] == ["loop"]:
+            yield value[3]
+        for item in value:
+            yield from _named(item)
 
 
 # -- source text -------------------------------------------------------------------------------------------

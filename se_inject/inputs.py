@@ -188,6 +188,8 @@ def check_supported(model: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         hint = "pass the network that these weights belong to" if isinstance(model, Mapping) else None
+        if isinstance(model, torch.export.ExportedProgram):
+            hint = "save it with torch.export.save: `se_inject.load` makes modules of the file"
         raise UnsupportedModel(f"no torch.nn.Module, but {type(model).__name__}", hint=hint)
     for path, module in model.named_modules():
         homes = [f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__]
@@ -208,7 +210,10 @@ _UNSUPPORTED = {
     "torch.nn.parallel.distributed.": ("wrapped in DistributedDataParallel", "pass `model.module`"),
     "torch.distributed.fsdp.fully_sharded_data_parallel.": ("wrapped in FSDP", "inject first, then wrap"),
     "torch._dynamo.eval_frame.OptimizedModule": ("compiled", "pass `model._orig_mod`, compile what you get"),
-    "torch.jit._script.ScriptModule": ("TorchScript", "pass the eager module that was scripted or traced"),
+    "torch.jit._script.ScriptModule": (
+        "TorchScript",
+        "save it with torch.jit.save: `se_inject.load` makes modules of the file",
+    ),
     "torch.ao.nn.quantized.": _QUANTISED,
     "torch.ao.nn.intrinsic.quantized.": _QUANTISED,
 }

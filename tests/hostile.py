@@ -625,6 +625,37 @@ SCRIPTED = {
 }
 
 
+def _written(*sources):
+    def write(path):
+        class Defined(torch.jit.ScriptModule):
+            def __init__(self):
+                super().__init__()
+                for source in sources:
+                    self.define(source)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.save(Defined(), path)
+
+    return write
+
+
+UNFOLDING = {
+    "functions that call functions": _written(
+        "def f0(self, x: Tensor) -> Tensor:\n    return x + 1\n",
+        *(f"def f{n}(self, x: Tensor) -> Tensor:\n    return self.f{n - 1}(self.f{n - 1}(x))\n" for n in range(1, 31)),
+        "def forward(self, x: Tensor) -> Tensor:\n    return self.f30(x)\n",
+    ),
+    "loops in loops": _written(
+        "def forward(self, x: Tensor) -> Tensor:\n    for a in range(1000):\n        for b in range(1000):\n"
+        "            for c in range(1000):\n                x = x + 1\n    return x\n"
+    ),
+    "a list without end": _written(
+        "def forward(self, x: Tensor) -> Tensor:\n    n = 1000000000000 * 1000\n    return x.view([1] * n)\n"
+    ),
+}
+
+
 # -- polyglots ---------------------------------------------------------------------------------------------
 
 

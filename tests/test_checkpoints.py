@@ -9,7 +9,6 @@ import functools
 import gzip
 import importlib
 import inspect
-import io
 import lzma
 import os
 import pickle
@@ -373,19 +372,6 @@ def write_tar(path):
         archive.add(path.with_name("inside"))
 
 
-def write_exported(path):
-    with open(path, "wb") as file:
-        torch.export.save(torch.export.export(small().eval(), (torch.rand(2, 3, 8, 8),)), file)
-
-
-def write_scripted(path):
-    stream = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.trace(small().eval(), torch.rand(1, 3, 8, 8)), stream)
-    path.write_bytes(stream.getvalue())
-
-
 ONNX = b"\x08\x0a\x12\x07pytorch\x1a\x052.14.0" + bytes(20)
 COMPRESSED = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
 NO_MODELS = {
@@ -413,8 +399,6 @@ NO_MODELS = {
     "truncated": (write_truncated, "truncated, damaged", None),
     "cut pickle": (lambda path: path.write_bytes(pickle.dumps(small())[:200]), "is damaged", None),
     "onnx": (lambda path: path.write_bytes(ONNX), "an ONNX file", "eager module"),
-    "exported": (write_exported, "an exported program", "eager module"),
-    "scripted": (write_scripted, "a TorchScript archive", "eager module"),
     "safetensors": (lambda path: save_file(small().state_dict(), path), "weights", "--arch"),
     "state dict": (lambda path: torch.save(small().state_dict(), path), "weights", "--arch"),
     "old state dict": (lambda path: WRITERS["legacy"](small().state_dict(), path), "weights", "--arch"),
@@ -664,7 +648,7 @@ def test_weights_that_do_not_fit_change_nothing(change, message, tmp_path):
     assert_same(model, before)
 
 
-@pytest.mark.parametrize("what", ["onnx", "scripted", "text", "empty", "truncated", "a list"])
+@pytest.mark.parametrize("what", ["onnx", "text", "empty", "truncated", "a list"])
 def test_no_weights(what, tmp_path):
     NO_MODELS[what][0](tmp_path / "weights.pt")
     with pytest.raises(LoadError):
@@ -680,6 +664,10 @@ def scripted():
         return torch.jit.script(small().eval())
 
 
+def exported():
+    return torch.export.export(small().eval(), (torch.rand(2, 3, 8, 8),))
+
+
 def inside(module):
     model = nn.Module()
     model.backbone = module
@@ -689,10 +677,11 @@ def inside(module):
 UNSUPPORTED = {
     "DataParallel": (lambda: nn.DataParallel(small()), "wrapped in DataParallel", "`model.module`"),
     "compiled": (lambda: torch.compile(small()), "compiled", "`model._orig_mod`"),
-    "scripted": (scripted, "TorchScript", "eager module"),
+    "scripted": (scripted, "TorchScript", "torch.jit.save"),
     "quantised": (lambda: torch.ao.nn.quantized.ReLU6(), "quantised", "inject first"),
     "inside": (lambda: inside(torch.compile(small())), "its `backbone` is compiled", "`model._orig_mod`"),
     "a dict": (lambda: small().state_dict(), "no torch.nn.Module, but OrderedDict", "network"),
+    "a program": (exported, "no torch.nn.Module, but ExportedProgram", "torch.export.save"),
     "a class": (lambda: nn.Linear, "no torch.nn.Module, but type", None),
     "None": (lambda: None, "no torch.nn.Module, but NoneType", None),
 }

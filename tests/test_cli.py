@@ -729,12 +729,6 @@ def other_weights(network):
     torch.save(nn.Linear(2, 2).state_dict(), "bad.pt")
 
 
-def scripted(network):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.script(network).save("bad.pt")
-
-
 def wrapped(network):
     torch.save(nn.DataParallel(network), "bad.pt")
 
@@ -770,7 +764,6 @@ BAD = {
     "a state dict": (state_dict, ("bad.pt",), 1, "se-inject bad.pt --arch"),
     "a checkpoint": (checkpoint, ("bad.pt",), 1, "se-inject bad.pt --arch"),
     "a safetensors file": (safetensors, ("bad.pt",), 1, "se-inject bad.pt --arch"),
-    "TorchScript": (scripted, ("bad.pt",), 1, "pass the eager module"),
     "DataParallel": (wrapped, ("bad.pt", *SMALL), 1, "pass `model.module`"),
     "quantised": (quantised, ("bad.pt",), 1, "inject first, then quantise"),
     "no convolution": (nothing, ("nets.py:mlp",), 1, "no convolution"),

@@ -60,11 +60,27 @@ def test_a_name_has_no_line():
     assert describe("torchvision:resnet18", small()) is None
 
 
-def test_the_version_of_torch_that_a_file_records(tmp_path):
-    (tmp_path / "model.pt").write_bytes(original("pt2"))
-    with pytest.raises(LoadError, match="an exported program") as caught:
-        load(tmp_path / "model.pt")
-    assert caught.value.seen == f"written by torch {torch.__version__}"
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        ("pt2", f"an exported program (torch.export.save, torch {torch.__version__})"),
+        ("torchscript", "a TorchScript archive (torch.jit.save)"),
+    ],
+)
+def test_a_program_in_one_line(form, kind, tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(original(form))
+    network = load(path)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert describe(path, network) == f"{path}: {kind}, {type(network).__name__}, {count:,} parameters"
+
+
+@pytest.mark.parametrize("form", ["pt2", "torchscript"])
+def test_a_program_is_no_file_of_weights(form, tmp_path):
+    (tmp_path / "model.pt").write_bytes(original(form))
+    with pytest.raises(LoadError, match="and no file of weights") as caught:
+        load_weights_(small(), tmp_path / "model.pt")
+    assert caught.value.hint == "pass it as MODEL"
 
 
 def test_an_onnx_file(tmp_path):

@@ -346,7 +346,7 @@ def quantised():
     [
         (lambda: nn.DataParallel(plain()), "wrapped in DataParallel", "`model.module`"),
         (lambda: torch.compile(plain()), "compiled", "`model._orig_mod`"),
-        (scripted, "TorchScript", "eager module"),
+        (scripted, "TorchScript", "torch.jit.save"),
         (quantised, "quantised", "inject first"),
         (lambda: plain().state_dict(), "OrderedDict", "network"),
         (lambda: nn.Sequential(nn.LazyConv2d(3, 3)), "no shape yet", "call the network once"),

@@ -1,0 +1,483 @@
+"""A forward of a TorchScript archive → the lines of a program.
+
+The graph of a method is written out line by line (``_programs``): a child's forward is called, other methods and
+functions are written out where they are called, and what follows from constants is computed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from se_inject._programs import ATTRIBUTES, function_called, is_name, without_unused
+from se_inject._script_values import DTYPES, Constant, Function, Part, Scalar, computed, data
+from se_inject._vocabulary import encoded, function_name
+from se_inject.errors import LoadError, SurgeryError
+
+_MOST_STEPS = 60_000
+_DEEPEST = 50
+_LONGEST_UNROLLED = 1_000
+_FROM_PYTHON = {
+    "aten::__getitem__": "operator:getitem", "aten::add": "operator:add", "aten::sub": "operator:sub",
+    "aten::mul": "operator:mul", "aten::div": "operator:truediv", "aten::true_divide": "operator:truediv",
+    "aten::floordiv": "operator:floordiv", "aten::floor_divide": "operator:floordiv", "aten::mod": "operator:mod",
+    "aten::remainder": "operator:mod", "aten::pow": "operator:pow", "aten::neg": "operator:neg",
+    "aten::eq": "operator:eq", "aten::ne": "operator:ne", "aten::lt": "operator:lt", "aten::le": "operator:le",
+    "aten::gt": "operator:gt", "aten::ge": "operator:ge", "aten::__and__": "operator:and_",
+    "aten::__or__": "operator:or_", "aten::__xor__": "operator:xor", "aten::__not__": "operator:not_",
+    "aten::__is__": "operator:is_", "aten::__isnot__": "operator:is_not", "aten::__contains__": "operator:contains",
+    "aten::len": "python:len", "aten::list": "python:list", "aten::copy": "python:list", "aten::append": "python:append",
+    "aten::extend": "python:extend", "aten::_set_item": "operator:setitem", "prim::max": "python:max", "prim::min": "python:min", "prim::abs": "python:abs", "aten::sum": "python:sum", "aten::str": "python:str",
+    "aten::floor": "math:floor", "aten::ceil": "math:ceil", "aten::sqrt": "math:sqrt", "aten::log": "math:log",
+    "aten::Int": "python:int", "aten::IntImplicit": "python:int", "aten::Float": "python:float",
+    "aten::FloatImplicit": "python:float", "aten::Bool": "python:bool", "aten::ScalarImplicit": "python:float",
+}  # fmt: skip
+_CASTS = ("aten::Int", "aten::IntImplicit", "aten::Float", "aten::FloatImplicit", "aten::ScalarImplicit")
+_OF_TENSORS = ("size", "dim", "numel", "stride", "is_floating_point")
+_THE_SAME = ("prim::unchecked_cast", "prim::unchecked_unwrap_optional", "aten::_unwrap_optional")
+_SILENT = ("prim::Print", "aten::warn", "prim::Guard")
+_CHANGING = ("append", "extend", "insert", "pop", "clear", "reverse", "sort", "_set_item", "remove", "Delete")
+
+
+class Archive:
+    """What the forwards of one archive share.
+
+    Attributes:
+        function: the archive's function of a qualified name.
+        same: whether a method of a class does what its forward does.
+        outlets: what the forward of a class returns besides its own values: for each part of the tuple the number of the
+            input that it hands back, or None. Tracing has it so where a value went through an identity.
+    """
+
+    def __init__(self, script: Any, function: Callable[[str], Any]) -> None:
+        self.function = function
+        self.same: dict[tuple[str, str], bool] = {}
+        self.outlets: dict[str, list[int | None]] = {}
+        self._steps = 0
+        self._whole: set[str] = set()
+        """Classes whose tuples are used as tuples somewhere."""
+        for each in {module._c._type().qualified_name(): module for module in script.modules()}.values():
+            if each._c._has_method("forward"):
+                self._look_at(each.graph)
+
+    def _look_at(self, block: Any) -> None:
+        for node in block.nodes():
+            self.step()
+            if node.kind() == "prim::CallMethod":
+                uses = [use.user for output in node.outputs() for use in output.uses()]
+                if node.s("name") != "forward" or any(user.kind() != "prim::TupleUnpack" for user in uses):
+                    self._whole.add(node.inputsAt(0).type().annotation_str)
+            for inner in node.blocks():
+                self._look_at(inner)
+
+    def hands_back(self, kind: str, inputs: list[Any], result: Any) -> Any:
+        """What a class's forward returns, without the inputs that its callers have already."""
+        parts = result.get("tuple") if isinstance(result, dict) else None
+        names = [{"node": name} for name, *_ in inputs]
+        if not parts or kind in self._whole or all(part in names for part in parts):
+            return result
+        if any(part in names for part in parts):
+            self.outlets[kind] = [names.index(part) if part in names else None for part in parts]
+            parts = [part for part in parts if part not in names]
+        return parts[0] if len(parts) == 1 and kind in self.outlets else {"tuple": parts}
+
+    def step(self) -> None:
+        """Count one operation that is translated.
+
+        Raises:
+            LoadError: that are more than any network has: functions that call each other many times over.
+        """
+        self._steps += 1
+        if self._steps > _MOST_STEPS:
+            raise LoadError(f"a TorchScript archive with more than {_MOST_STEPS:,} operations, written out")
+
+
+class Forward:
+    """The forward of one module as the lines of a program.
+
+    Args:
+        archive: that the module is in.
+        script: the module.
+        method: which of its methods.
+        named: whether the inputs have the names that they have there, or all the same.
+        identities: the names of the children that hand on what they get.
+
+    Raises:
+        LoadError: it does what a program can't.
+    """
+
+    def __init__(
+        self,
+        archive: Archive,
+        script: Any,
+        method: str = "forward",
+        *,
+        named: bool = True,
+        identities: frozenset[str] = frozenset(),
+    ) -> None:
+        self.archive = archive
+        self._identities = identities
+        self._same_as: dict[str, Any] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.inputs: list[Any] = []
+        self._count = self._depth = 0
+        self._numbers: dict[str, str] = {}
+        """Names of numbers that TorchScript has as tensors, with the dtype of these."""
+        found = script._c._get_method(method)
+        entries: list[Any] = [Part(script, "")]
+        for argument in found.schema.arguments[1:]:
+            name = argument.name
+            if not named or not is_name(name) or re.fullmatch(r"v\d+", name):
+                name = f"input{len(self.inputs)}"
+            default = [encoded(argument.default_value)] if argument.has_default_value() else []
+            self.inputs.append([name, *default])
+            entries.append({"node": name})
+        lines: list[Any] = []
+        result = data(self._inlined(found.graph, entries, lines, {})[0])
+        if method == "forward" and isinstance(result, dict) and "tuple" in result:
+            result = {"tuple": [self._origin(part) for part in result["tuple"]]}
+            result = archive.hands_back(script._c._type().qualified_name(), self.inputs, result)
+        lines.append(["return", result])
+        self.lines = without_unused(lines)
+
+    # -- blocks --------------------------------------------------------------------------------------------
+
+    def _inlined(self, graph: Any, entries: list[Any], lines: list[Any], reads: dict[str, Any]) -> list[Any]:
+        """Write a graph's lines, and return what it returns."""
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise LoadError("functions that call each other without end")
+        env = dict(zip((value.debugName() for value in graph.inputs()), entries, strict=True))
+        self._block(graph, env, lines, reads)
+        self._depth -= 1
+        return [env[value.debugName()] for value in graph.outputs()]
+
+    def _block(self, block: Any, env: dict[str, Any], lines: list[Any], reads: dict[str, Any]) -> None:
+        for node in block.nodes():
+            self.archive.step()
+            inputs = [env[value.debugName()] for value in node.inputs()]
+            results = self._node(node, inputs, env, lines, reads)
+            for value, result in zip(node.outputs(), results, strict=True):
+                env[value.debugName()] = result
+
+    def _node(self, node: Any, inputs: list[Any], env: dict[str, Any], lines: list[Any], reads: dict[str, Any]) -> Any:
+        kind = node.kind()
+        namespace, _, name = kind.partition("::")
+        special = getattr(self, f"_{namespace}_{name}", None) if namespace in ("prim", "aten") else None
+        if special is not None:
+            return special(node, inputs, env, lines, reads)
+        if kind in _THE_SAME:
+            return inputs
+        if kind in _SILENT:
+            return [None for _ in node.outputs()]
+        if namespace == "prim" and name in ATTRIBUTES:
+            return [self._line(lines, "attribute", 1, inputs[0], name)]
+        if kind in _CASTS and self._is_number(inputs[0]):
+            return inputs
+        of_tensors = "Tensor" in node.schema().partition("->")[0]
+        if kind in _FROM_PYTHON and ("__" in name or not of_tensors or all(map(self._is_number, inputs))):
+            return self._python(node, _FROM_PYTHON[kind], inputs, lines)
+        if kind in _FROM_PYTHON and (kind in _CASTS or kind in ("aten::Bool", "aten::len")):
+            return self._python(node, _FROM_PYTHON[kind], inputs, lines)
+        if kind.startswith("aten::") and name in _OF_TENSORS:
+            return [self._line(lines, "method", 1, name, [data(value) for value in inputs], {})]
+        if namespace == "prim":
+            raise LoadError(f"it uses `{kind}`")
+        return self._operation(node, inputs, lines)
+
+    def _line(self, lines: list[Any], kind: str, count: int, *parts: Any) -> Any:
+        """Write a line that sets so many names; gives the one name as a value, or all."""
+        names = [self._name() for _ in range(count)]
+        lines.append([kind, names, *parts])
+        return {"node": names[0]} if count == 1 else [{"node": name} for name in names]
+
+    def _name(self) -> str:
+        self._count += 1
+        return f"v{self._count}"
+
+    def _is_number(self, value: Any) -> bool:
+        """Whether a value is a number, whatever TorchScript takes it for."""
+        if isinstance(value, Constant):
+            return isinstance(value.value, int | float)
+        return isinstance(value, dict) and value.get("node") in self._numbers
+
+    def _python(self, node: Any, name: str, inputs: list[Any], lines: list[Any]) -> list[Any]:
+        count = 2 if node.kind() in ("aten::add", "aten::sub") else len(inputs)  # `alpha` is 1 for numbers
+        if node.kind() == "aten::floor_divide" and node.schema().count("rounding_mode"):
+            raise LoadError("a division of sizes with a rounding mode")
+        inputs = inputs[:count]
+        constant = all(isinstance(value, Constant) for value in inputs)
+        if constant and name.partition(":")[2] not in ("append", "extend", "setitem"):
+            known = computed(name, [value.value for value in inputs])
+            if known is not None:
+                return [known]
+        found = self._line(lines, "set", 1, name, [data(value) for value in inputs], {})
+        if all(map(self._is_number, inputs)):
+            dtypes = [self._numbers.get(value["node"], "int64") for value in inputs if isinstance(value, dict)]
+            self._numbers[found["node"]] = "float32" if name == "operator:truediv" or "float32" in dtypes else "int64"
+        return [found for _ in node.outputs()]
+
+    def _operation(self, node: Any, inputs: list[Any], lines: list[Any]) -> Any:
+        """An operator on tensors."""
+        if "Tensor" not in node.schema():
+            raise LoadError(f"it uses `{node.kind()}` on what is no tensor")
+        schema = torch._C.parse_schema(node.schema())
+        packet = torch.ops
+        try:
+            for part in (*schema.name.split("::"), schema.overload_name or "default"):
+                packet = getattr(packet, part)
+            name = function_name(packet)
+            function_called(name)
+        except (AttributeError, LoadError, SurgeryError) as error:
+            raise LoadError(f"it uses the operator `{schema.name}`", seen=str(error)) from error
+        args, kwargs = [], {}
+        for value, argument in zip(inputs, schema.arguments, strict=True):
+            if isinstance(value, dict) and value.get("node") in self._numbers and "Tensor" in str(argument.type):
+                if node.kind() not in _FROM_PYTHON:
+                    kwargs_of_it = {"dtype": {"dtype": self._numbers[value["node"]]}}
+                    value = self._line(lines, "set", 1, "ops:aten.scalar_tensor.default", [value], kwargs_of_it)
+            elif isinstance(value, Scalar):
+                value = self._constant(value.tensor, lines) if "Tensor" in str(argument.type) else Constant(value.value)
+            if argument.kwarg_only:
+                kwargs[argument.name] = data(value)
+            else:
+                args.append(data(value))
+        count = len(list(node.outputs()))
+        found = self._line(lines, "set", count, name, args, kwargs)
+        return found if count > 1 else [found] * count
+
+    # -- what is no operator -------------------------------------------------------------------------------
+
+    def _prim_Constant(self, node: Any, inputs: Any, env: Any, lines: list[Any], reads: dict[str, Any]) -> list[Any]:
+        output = node.output()
+        if output.type().kind() == "FunctionType":
+            return [Function(output.type().annotation_str)]
+        value = output.toIValue()
+        if isinstance(value, Tensor):
+            return [Scalar(value) if value.dim() == 0 else self._constant(value, lines)]
+        return [Constant(value)]
+
+    def _constant(self, value: Tensor, lines: list[Any]) -> Any:
+        """A tensor of the program's own, which becomes a buffer."""
+        name = f"constant_{len(self.constants)}"
+        self.constants[name] = value
+        return self._line(lines, "read", 1, name)
+
+    def _prim_GetAttr(
+        self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: dict[str, Any]
+    ) -> list[Any]:
+        (part,) = inputs
+        name = node.s("name")
+        if not isinstance(part, Part):
+            raise LoadError(f"it reads `{name}` of something that is no module")
+        path = f"{part.path}.{name}".lstrip(".")
+        if name in part.script._modules:
+            return [Part(part.script._modules[name], path)]
+        value = part.script._c.getattr(name)
+        if isinstance(value, Tensor) or name == "training":
+            if path not in reads:
+                reads[path] = self._line(lines, "read", 1, path)
+            return [reads[path]]
+        return [Constant(value)]
+
+    def _prim_SetAttr(self, node: Any, *_: Any) -> Any:
+        raise LoadError(f"it stores into its `{node.s('name')}`")
+
+    def _prim_CallMethod(
+        self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: dict[str, Any]
+    ) -> list[Any]:
+        part, *args = inputs
+        name = node.s("name")
+        if not isinstance(part, Part):
+            raise LoadError(f"it calls `{name}` of something that is no module")
+        called = part.script._c._get_method(name)
+        takes_modules = any(isinstance(value, Part) for value in args)
+        if part.path and not takes_modules and self._is_forward(part.script, name):
+            given = [self._constant(v.tensor, lines) if isinstance(v, Scalar) else data(v) for v in args]
+            result = self._line(lines, "call", 1, part.path, given, {})
+            if part.path in self._identities and len(given) == 1:
+                self._same_as[result["node"]] = given[0]
+            outlets = self.archive.outlets.get(part.script._c._type().qualified_name())
+            if outlets is None:
+                return [result]
+            count = outlets.count(None)
+            own = iter(self._line(lines, "let", count, result) if count > 1 else [result])
+            return [{"tuple": [next(own) if outlet is None else given[outlet] for outlet in outlets]}]
+        return self._inlined(called.graph, [part, *args], lines, reads)
+
+    def _origin(self, value: Any) -> Any:
+        """A value before it went through identities."""
+        while isinstance(value, dict) and value.get("node") in self._same_as:
+            value = self._same_as[value["node"]]
+        return value
+
+    def _is_forward(self, script: Any, name: str) -> bool:
+        """Whether a method does what the forward does; tracing makes one for each call."""
+        if name == "forward" or not script._c._has_method("forward"):
+            return name == "forward"
+        key = (script._c._type().qualified_name(), name)
+        if key not in self.archive.same:
+            one, other = (Forward(self.archive, script, method, named=False) for method in ("forward", name))
+            self.archive.same[key] = one.lines == other.lines and one.inputs == other.inputs
+        return self.archive.same[key]
+
+    def _prim_CallFunction(
+        self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: dict[str, Any]
+    ) -> list[Any]:
+        called, *args = inputs
+        if not isinstance(called, Function):
+            raise LoadError("it calls a function that is a value")
+        return self._inlined(self.archive.function(called.name).graph, args, lines, reads)
+
+    def _prim_If(self, node: Any, inputs: list[Any], env: dict[str, Any], lines: list[Any], reads: Any) -> list[Any]:
+        (condition,) = inputs
+        blocks = list(node.blocks())
+        if isinstance(condition, Constant):
+            taken = blocks[0] if condition.value else blocks[1]
+            self._block(taken, env, lines, reads)
+            return [env[value.debugName()] for value in taken.outputs()]
+        branches: list[list[Any]] = [[], []]
+        ends = []
+        for block, branch in zip(blocks, branches, strict=True):
+            inner = dict(env)
+            self._block(block, inner, branch, dict(reads))
+            ends.append([inner[value.debugName()] for value in block.outputs()])
+        results: list[Any] = []
+        for first, second in zip(*ends, strict=True):
+            if (
+                isinstance(first, Constant)
+                and isinstance(second, Constant)
+                and (first.value, second.value) == (True, False)
+            ):
+                results.append(condition)
+                continue
+            name = self._name()
+            branches[0].append(["let", [name], data(first)])
+            branches[1].append(["let", [name], data(second)])
+            results.append({"node": name})
+        lines.append(["if", data(condition), *branches])
+        return results
+
+    def _prim_Loop(self, node: Any, inputs: list[Any], env: dict[str, Any], lines: list[Any], reads: Any) -> list[Any]:
+        count, condition, *carried = inputs
+        (block,) = node.blocks()
+        names = [value.debugName() for value in block.inputs()]
+        outputs = [value.debugName() for value in block.outputs()]
+        last = next(iter(block.outputs())).node()
+        goes_on = last.kind() == "prim::Constant" or outputs[0] in env
+        if (
+            isinstance(count, Constant)
+            and isinstance(condition, Constant)
+            and goes_on
+            and count.value <= _LONGEST_UNROLLED
+        ):
+            for number in range(count.value if condition.value else 0):
+                inner = {**env, **dict(zip(names, [Constant(number), *carried], strict=True))}
+                self._block(block, inner, lines, reads)
+                going, *carried = (inner[name] for name in outputs)
+                if not going.value:
+                    break
+            return carried
+        turn, stop, *own = (self._name() for _ in (*names, None))
+        lines.append(["let", [stop], data(condition)])
+        for name, value in zip(own, carried, strict=True):
+            lines.append(["let", [name], data(value)])
+        body: list[Any] = []
+        inner = {**env, **dict(zip(names, [{"node": name} for name in (turn, *own)], strict=True))}
+        self._block(block, inner, body, dict(reads))
+        after = [data(inner[name]) for name in outputs]
+        body.append(["let", [stop, *own], {"tuple": after} if own else after[0]])
+        lines.append(["loop", turn, data(count), stop, body])
+        return [{"node": name} for name in own]
+
+    def _prim_ListConstruct(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        if any(use.user.kind().split("::")[1] in _CHANGING for use in node.output().uses()):
+            return [self._line(lines, "let", 1, [data(value) for value in inputs])]
+        if all(isinstance(value, Constant) for value in inputs):
+            return [Constant([value.value for value in inputs])]
+        return [[data(value) for value in inputs]]
+
+    def _prim_TupleConstruct(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        if all(isinstance(value, Constant) for value in inputs):
+            return [Constant(tuple(value.value for value in inputs))]
+        return [{"tuple": [data(value) for value in inputs]}]
+
+    def _prim_DictConstruct(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        pairs = [[data(key), data(value)] for key, value in zip(inputs[::2], inputs[1::2], strict=True)]
+        return [self._line(lines, "let", 1, {"dict": pairs})]
+
+    def _prim_TupleUnpack(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        (whole,) = inputs
+        count = len(list(node.outputs()))
+        if isinstance(whole, Constant):
+            return [Constant(value) for value in whole.value]
+        if isinstance(whole, list):
+            return whole
+        if "tuple" in whole:
+            return list(whole["tuple"])
+        if count == 1:
+            return [self._line(lines, "set", 1, "operator:getitem", [whole, 0], {})]
+        return self._line(lines, "let", count, whole)  # type: ignore[no-any-return]
+
+    _prim_ListUnpack = _prim_TupleUnpack
+
+    def _prim_TupleIndex(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        return self._python(node, "operator:getitem", inputs, lines)
+
+    def _prim_NumToTensor(self, node: Any, inputs: list[Any], *_: Any) -> list[Any]:
+        if isinstance(inputs[0], dict) and "node" in inputs[0]:
+            self._numbers[inputs[0]["node"]] = "int64" if node.input().type().kind() == "IntType" else "float32"
+        return inputs
+
+    def _aten_rsub(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        if all(map(self._is_number, inputs[:2])):
+            return self._python(node, "operator:sub", inputs[1::-1], lines)
+        return self._operation(node, inputs, lines)  # type: ignore[no-any-return]
+
+    def _aten_tensor(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        content, dtype, device, _ = inputs
+        kwargs = {}
+        if not isinstance(dtype, Constant) or not isinstance(device, Constant):
+            raise LoadError("it makes a tensor of a dtype or on a device that only the call tells")
+        if dtype.value is not None:
+            kwargs["dtype"] = encoded(DTYPES[dtype.value])
+        if device.value is not None:
+            kwargs["device"] = encoded(device.value)
+        return [self._line(lines, "set", 1, "torch:tensor", [data(content)], kwargs)]
+
+    def _prim_isinstance(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        known = node.input().type()
+        asked = node.tys("types")
+        if known.kind() not in ("UnionType", "OptionalType", "AnyType"):
+            return [Constant(any(known.isSubtypeOf(kind) for kind in asked))]
+        tests = {"TensorType": "python:is_tensor", "ListType": "python:is_list"}
+        if len(asked) != 1 or asked[0].kind() not in tests:
+            raise LoadError("it asks for the type of a value that may be of several")
+        return [self._line(lines, "set", 1, tests[asked[0].kind()], [data(inputs[0])], {})]
+
+    def _prim_RaiseException(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        message = inputs[0].value if isinstance(inputs[0], Constant) else ""
+        lines.append(["raise", str(message)])
+        return []
+
+    def _prim_Uninitialized(self, *_: Any) -> list[Any]:
+        return [Constant(None)]
+
+    def _aten_slice(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        if "Tensor" in node.schema():
+            return self._operation(node, inputs, lines)  # type: ignore[no-any-return]
+        whole, *parts = inputs
+        if all(isinstance(value, Constant) for value in inputs):
+            return [Constant(whole.value[slice(*(part.value for part in parts))])]
+        window = {"slice": [data(part) for part in parts]}
+        return [self._line(lines, "set", 1, "operator:getitem", [data(whole), window], {})]
+
+    def _aten_format(self, node: Any, inputs: list[Any], *_: Any) -> list[Any]:
+        return [Constant(inputs[0].value if isinstance(inputs[0], Constant) else "")]
+
+    def _aten__get_tracing_state(self, *_: Any) -> list[Any]:
+        return [Constant(None)]

@@ -1,0 +1,73 @@
+"""What the values of a TorchScript graph are while it is written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from se_inject._programs import function_called
+from se_inject._vocabulary import encoded
+from se_inject.errors import LoadError, SurgeryError
+
+_LARGEST = 2**63
+DTYPES = (
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64,
+    torch.complex32, torch.complex64, torch.complex128, torch.bool, torch.qint8, torch.quint8, torch.qint32, torch.bfloat16,
+)  # fmt: skip
+"""By TorchScript's numbers."""
+
+
+class Constant:
+    """A value that is known without a call."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Scalar(Constant):
+    """A tensor of one number without dimensions, which tracing makes of the numbers in a forward."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor.item())
+        self.tensor = tensor
+
+
+class Part:
+    """A module, at a path within the one whose forward is translated."""
+
+    def __init__(self, script: Any, path: str) -> None:
+        self.script = script
+        self.path = path
+
+
+class Function:
+    """A function of the archive."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def computed(name: str, values: list[Any]) -> Constant | None:
+    """What a function makes of constants; None if it fails, which a branch that is never taken may. TorchScript's numbers have 64 bits; Python's would grow and grow."""
+    largest = max((abs(value) for value in values if isinstance(value, int)), default=0)
+    grows = name == "operator:pow" or (name == "operator:mul" and any(isinstance(v, list | str) for v in values))
+    if largest >= _LARGEST or (grows and largest > 64):
+        raise LoadError("it computes with absurd numbers")
+    try:
+        return Constant(function_called(name)(*values))
+    except (TypeError, ValueError, LookupError, ArithmeticError):
+        return None
+
+
+def data(value: Any) -> Any:
+    """A value as a program has it."""
+    if isinstance(value, Constant):
+        try:
+            return encoded(value.value)
+        except SurgeryError as error:
+            raise LoadError(error.message) from error
+    if isinstance(value, Part | Function) or value is None:
+        raise LoadError("it passes a module or a function on as a value")
+    return value

@@ -1,0 +1,229 @@
+"""What a forward that is written as data may say: functions, methods, paths, names and constants.
+
+Functions are tensor operations of torch, and operators of Python; methods are those of tensors without an underscore in
+front. Constants are JSON, with a word for what JSON hasn't.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from se_inject._tracer import Form
+from se_inject.errors import LoadError, SurgeryError
+
+_NAMESPACES: dict[str, Any] = {
+    "torch": torch._C._VariableFunctions,
+    "torch.nn.functional": F,
+    "torch._C._nn": torch._C._nn,
+    "torch.functional": torch.functional,
+    "torch.linalg": torch.linalg,
+    "torch.special": torch.special,
+    "torch.fft": torch.fft,
+    "operator": operator,
+    "math": math,
+}
+_OWN_MODULES = {
+    "torch.nn.functional": ("torch.nn.functional",),
+    "torch.functional": ("torch.functional",),
+}
+_BUILTINS: dict[str, Callable[..., Any]] = {"getattr": getattr, "round": round, "assert": torch._assert}
+_FORBIDDEN = frozenset(
+    {"from_file", "save", "load", "call", "attrgetter", "itemgetter", "methodcaller", "handle_torch_function"}
+)
+_OPERATOR_NAMESPACES = frozenset({"aten", "prims", "torchvision"})
+_FORBIDDEN_METHODS = frozenset(
+    {
+        "numpy", "storage", "untyped_storage", "typed_storage", "apply_", "map_", "map2_", "register_hook", "backward",
+        "register_post_accumulate_grad_hook", "share_memory_", "module_load", "set_", "record_stream", "tolist",
+        "data_ptr",
+    }
+)  # fmt: skip
+_CONSTANTS = {
+    "dtype": torch.dtype,
+    "memory_format": torch.memory_format,
+    "layout": torch.layout,
+}
+
+
+def function_name(function: Any) -> str:
+    """The name under which ``function_named`` finds a function.
+
+    Raises:
+        SurgeryError: it isn't one an edited forward may call.
+    """
+    for name, builtin in _BUILTINS.items():
+        if builtin is function:
+            return name
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return f"ops:{function._qualified_op_name.replace('::', '.')}"
+    if isinstance(function, torch._ops.OpOverload):
+        return f"ops:{function._schema.name.replace('::', '.')}.{function._overloadname}"
+    short = getattr(function, "__name__", "")
+    for space in _NAMESPACES:
+        if _function_in(space, short) is function:
+            return f"{space}:{short}"
+    raise SurgeryError(f"its forward calls `{short or function}`, which is no tensor operation of torch")
+
+
+def function_named(name: str) -> Callable[..., Any]:
+    """The function with a name that ``function_name`` gave.
+
+    Raises:
+        LoadError: no function that an edited forward may call has it.
+    """
+    if name in _BUILTINS:
+        return _BUILTINS[name]
+    space, _, short = name.partition(":")
+    found: Any = None
+    parts = short.split(".")
+    if space == "ops" and parts[0] in _OPERATOR_NAMESPACES and "__" not in short and not _FORBIDDEN & set(parts):
+        found = torch.ops
+        for part in parts:
+            found = getattr(found, part, None)
+        if not isinstance(found, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            found = None
+    elif space in _NAMESPACES:
+        found = _function_in(space, short)
+    if found is None:
+        raise LoadError(f"a forward in this file calls `{name}`, which is no tensor operation of torch")
+    return found  # type: ignore[no-any-return]
+
+
+def _function_in(space: str, short: str) -> Any:
+    if short in _FORBIDDEN or (short.startswith("_") and space != "torch.nn.functional"):
+        return None
+    found = getattr(_NAMESPACES[space], short, None)
+    own = _OWN_MODULES.get(space)
+    if inspect.isfunction(found):
+        return found if own is None or found.__module__ in own else None
+    return found if inspect.isbuiltin(found) and not short.startswith("_") else None
+
+
+def method_named(name: Any) -> str:
+    """The name of a method, if a forward may call it.
+
+    Raises:
+        LoadError: it may not, or there is none.
+    """
+    if not isinstance(name, str) or name.startswith("_") or name in _FORBIDDEN_METHODS:
+        raise LoadError(f"a forward in this file calls the method `{name}`, which it must not")
+    if not any(hasattr(kind, name) for kind in (torch._C.TensorBase, torch.Size, dict, list)):
+        raise LoadError(f"a forward in this file calls the method `{name}`, which tensors don't have")
+    return name
+
+
+def checked_path(name: Any) -> str:
+    """A dotted path: what fx writes into source text must not be able to end the text it stands in.
+
+    Raises:
+        LoadError: it is none.
+    """
+    parts = name.split(".") if isinstance(name, str) else [""]
+    if any(not part.isprintable() or not part or part.startswith("__") or set(part) & set("\"'\\") for part in parts):
+        raise LoadError(f"a forward in this file refers to `{name}`, which is no submodule")
+    return name  # type: ignore[no-any-return]
+
+
+def parameter_named(name: Any) -> str:
+    """The name of a parameter of a forward, with its stars.
+
+    Raises:
+        LoadError: it is none.
+    """
+    if not isinstance(name, str) or not name.lstrip("*").isidentifier():
+        raise LoadError(f"a forward in this file has a parameter `{name}`, which is no name")
+    return name
+
+
+def is_tensor_attribute(names: Any) -> bool:
+    """One name, as text: a node's value would only be known when the forward runs."""
+    if len(names) != 1 or type(names[0]) is not str:
+        return False
+    return not names[0].startswith("_") and hasattr(torch.Tensor, names[0])
+
+
+def encoded(value: Any) -> Any:
+    """A graph's argument as plain data; nodes by name.
+
+    Raises:
+        SurgeryError: it can't be written down.
+    """
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, Form):
+        return {"form": encoded(value.form)}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if value is ...:
+        return {"ellipsis": True}
+    if isinstance(value, slice):
+        return {"slice": [encoded(part) for part in (value.start, value.stop, value.step)]}
+    if isinstance(value, dict):
+        return {"dict": [[encoded(key), encoded(item)] for key, item in value.items()]}
+    if type(value) is tuple or isinstance(value, torch.Size):
+        return {"tuple": [encoded(item) for item in value]}
+    if isinstance(value, list):
+        return [encoded(item) for item in value]
+    for name, kind in _CONSTANTS.items():
+        if isinstance(value, kind):
+            return {name: str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    raise SurgeryError(f"its forward holds a {type(value).__name__} as a constant, which can't be written down")
+
+
+def decoded(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    """A graph's argument out of plain data.
+
+    Args:
+        value: what ``encoded`` gave.
+        nodes: the graph's nodes by name.
+
+    Raises:
+        LoadError: it is no constant that a forward may hold.
+    """
+    if isinstance(value, list):
+        return [decoded(item, nodes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return nodes[content]
+    if kind == "tuple":
+        return tuple(decoded(item, nodes) for item in content)
+    if kind == "dict":
+        return {decoded(key, nodes): decoded(item, nodes) for key, item in content}
+    if kind == "slice":
+        return slice(*(decoded(item, nodes) for item in content))
+    if kind == "ellipsis":
+        return ...
+    if kind == "float":
+        return float(content)
+    if kind == "device":
+        return torch.device(content)
+    constant = getattr(torch, content)
+    if not isinstance(constant, _CONSTANTS[kind]):
+        raise LoadError(f"a forward in this file holds `{content}` as a {kind}")
+    return constant
+
+
+def value_at(module: Any, path: str) -> Any:
+    """What a path leads to through submodules; a function, which nobody may read, if it leads elsewhere."""
+    *through, last = path.split(".")
+    for part in through:
+        module = vars(module)["_modules"].get(part)
+        if not isinstance(module, nn.Module):
+            return value_at
+    state = vars(module)
+    tables = (state["_modules"], state["_parameters"], state["_buffers"], state)
+    return next((table[last] for table in tables if last in table), value_at)
