@@ -4,10 +4,13 @@ import functools
 import io
 import pickle
 import random
+import tempfile
 import warnings
+from pathlib import Path
 
 import onnx
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save
 from torch import nn
 
@@ -30,6 +33,33 @@ def _onnx():
     return stream.getvalue()
 
 
+class Branching(nn.Module):
+    """A forward that TorchScript keeps as a program: branches, a loop, a list, functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)])
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x, times: int = 2, bias: torch.Tensor | None = None):
+        found = []
+        for layer in self.layers:
+            found.append(F.relu(layer(x)))
+        if bias is not None and x.shape[0] > 1:
+            x = x + bias
+        for turn in range(times):
+            x = F.dropout(self.norm(x) * (turn + 0.5), 0.1, self.training)
+        return torch.cat([x] + found, 1).reshape(x.size(0), -1)  # noqa: RUF005 - TorchScript has no stars
+
+
+def _program():
+    """A network out of a TorchScript archive, pickled again."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        path.write_bytes(original("torchscript"))
+        return saved(si.load(path))
+
+
 MAKERS = {
     "zip": lambda: saved(small()),
     "legacy": lambda: saved(small(), _use_new_zipfile_serialization=False),
@@ -40,7 +70,8 @@ MAKERS = {
         {"epoch": 3, "model": small(), "ema": None, "optimizer": torch.optim.Adam(TARGET.parameters()).state_dict()}
     ),
     "safetensors": lambda: save(small().state_dict()),
-    "torchscript": lambda: scripted(small().eval()),
+    "torchscript": lambda: scripted(Branching().eval()),
+    "program": _program,
     "pt2": lambda: zipped(exported()),
     "onnx": _onnx,
 }
