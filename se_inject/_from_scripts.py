@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject._program_layers import assembled, container
-from se_inject._script_lines import Archive, Forward
+from se_inject._script_lines import Archive, Forward, class_of
 from se_inject.errors import LoadError
 
 _EAGER = "pass the eager module that it was made from"
@@ -69,7 +69,7 @@ class _Network:
 
     def module(self, script: Any, path: str) -> nn.Module:
         """The module that stands for this one."""
-        kind = _MANGLED.sub("", script._c._type().qualified_name()).removeprefix("__torch__.")
+        kind = _MANGLED.sub("", class_of(script)).removeprefix("__torch__.")
         if script._c._get_forward_hooks() or script._c._get_forward_pre_hooks():
             raise LoadError(f"`{path or kind}` of a TorchScript archive has hooks", hint=_EAGER)
         tensors = self.tensors(script)
@@ -95,7 +95,8 @@ class _Network:
     def _translated(self, script: Any, path: str, kind: str, tensors: dict[str, Tensor]) -> nn.Module:
         home, _, name = kind.rpartition(".")
         children = {key: self.module(child, f"{path}.{key}".lstrip(".")) for key, child in script._modules.items()}
-        if not script._c._has_method("forward") or _takes_modules(script):
+        own = self.archive.forward_of(script)
+        if own is None or _takes_modules(script._c._get_method(own)):
             return container(name, tensors, children)
         try:
             identities = frozenset(key for key, child in children.items() if type(child) is nn.Identity)
@@ -109,10 +110,9 @@ class _Network:
         return assembled(name, home, forward.inputs, forward.lines, {**tensors, **forward.constants}, children)
 
 
-def _takes_modules(script: Any) -> bool:
+def _takes_modules(method: Any) -> bool:
     """Whether a forward gets modules as arguments, as tracing has it for what is shared: its callers have it written out."""
-    arguments = script._c._get_method("forward").schema.arguments[1:]
-    return any(argument.type.kind() == "ClassType" for argument in arguments)
+    return any(argument.type.kind() == "ClassType" for argument in method.schema.arguments[1:])
 
 
 def _layer_again(script: Any, kind: str, tensors: dict[str, Tensor]) -> nn.Module | None:

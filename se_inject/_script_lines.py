@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from se_inject._programs import ATTRIBUTES, function_called, is_name, without_unused
 from se_inject._script_values import DTYPES, Constant, Function, Part, Scalar, computed, data
@@ -36,11 +37,17 @@ _FROM_PYTHON = {
     "aten::Int": "python:int", "aten::IntImplicit": "python:int", "aten::Float": "python:float",
     "aten::FloatImplicit": "python:float", "aten::Bool": "python:bool", "aten::ScalarImplicit": "python:float",
 }  # fmt: skip
+_POLYMORPHIC = ("aten::remainder", "aten::floor_divide")  # Python's operator does the same for tensors and for numbers
 _CASTS = ("aten::Int", "aten::IntImplicit", "aten::Float", "aten::FloatImplicit", "aten::ScalarImplicit")
 _OF_TENSORS = ("size", "dim", "numel", "stride", "is_floating_point")
 _THE_SAME = ("prim::unchecked_cast", "prim::unchecked_unwrap_optional", "aten::_unwrap_optional")
 _SILENT = ("prim::Print", "aten::warn", "prim::Guard")
 _CHANGING = ("append", "extend", "insert", "pop", "clear", "reverse", "sort", "_set_item", "remove", "Delete")
+
+
+def class_of(script: Any) -> str:
+    """The qualified name of a module's class in its archive."""
+    return str(script._c._type().qualified_name())
 
 
 class Archive:
@@ -60,19 +67,33 @@ class Archive:
         self._steps = 0
         self._whole: set[str] = set()
         """Classes whose tuples are used as tuples somewhere."""
-        for each in {module._c._type().qualified_name(): module for module in script.modules()}.values():
-            if each._c._has_method("forward"):
-                self._look_at(each.graph)
+        self._called: dict[str, set[str]] = {}
+        """The methods of each class that are called."""
+        for each in {class_of(module): module for module in script.modules()}.values():
+            for name in each._c._method_names():
+                self._look_at(each._c._get_method(name).graph)
 
     def _look_at(self, block: Any) -> None:
         for node in block.nodes():
             self.step()
             if node.kind() == "prim::CallMethod":
+                kind = node.inputsAt(0).type().annotation_str
+                self._called.setdefault(kind, set()).add(node.s("name"))
                 uses = [use.user for output in node.outputs() for use in output.uses()]
-                if node.s("name") != "forward" or any(user.kind() != "prim::TupleUnpack" for user in uses):
-                    self._whole.add(node.inputsAt(0).type().annotation_str)
+                if not node.s("name").startswith("forward") or any(user.kind() != "prim::TupleUnpack" for user in uses):
+                    self._whole.add(kind)
             for inner in node.blocks():
                 self._look_at(inner)
+
+    def forward_of(self, script: Any) -> str | None:
+        """The name of a module's forward, another one if it was overloaded; None if it has none, or several."""
+        names = script._c._method_names()
+        if "forward" in names:
+            return "forward"
+        overloads = [name for name in names if name.startswith("forward__")]
+        if len(overloads) > 1:
+            overloads = [name for name in overloads if name in self._called.get(class_of(script), ())]
+        return overloads[0] if len(overloads) == 1 else None
 
     def hands_back(self, kind: str, inputs: list[Any], result: Any) -> Any:
         """What a class's forward returns, without the inputs that its callers have already."""
@@ -102,7 +123,7 @@ class Forward:
     Args:
         archive: that the module is in.
         script: the module.
-        method: which of its methods.
+        method: which of its methods; None: its forward.
         named: whether the inputs have the names that they have there, or all the same.
         identities: the names of the children that hand on what they get.
 
@@ -114,7 +135,7 @@ class Forward:
         self,
         archive: Archive,
         script: Any,
-        method: str = "forward",
+        method: str | None = None,
         *,
         named: bool = True,
         identities: frozenset[str] = frozenset(),
@@ -127,7 +148,8 @@ class Forward:
         self._count = self._depth = 0
         self._numbers: dict[str, str] = {}
         """Names of numbers that TorchScript has as tensors, with the dtype of these."""
-        found = script._c._get_method(method)
+        own = archive.forward_of(script)
+        found = script._c._get_method(method or own)
         entries: list[Any] = [Part(script, "")]
         for argument in found.schema.arguments[1:]:
             name = argument.name
@@ -138,9 +160,9 @@ class Forward:
             entries.append({"node": name})
         lines: list[Any] = []
         result = data(self._inlined(found.graph, entries, lines, {})[0])
-        if method == "forward" and isinstance(result, dict) and "tuple" in result:
+        if method in (None, own) and isinstance(result, dict) and "tuple" in result:
             result = {"tuple": [self._origin(part) for part in result["tuple"]]}
-            result = archive.hands_back(script._c._type().qualified_name(), self.inputs, result)
+            result = archive.hands_back(class_of(script), self.inputs, result)
         lines.append(["return", result])
         self.lines = without_unused(lines)
 
@@ -183,6 +205,8 @@ class Forward:
             return self._python(node, _FROM_PYTHON[kind], inputs, lines)
         if kind in _FROM_PYTHON and (kind in _CASTS or kind in ("aten::Bool", "aten::len")):
             return self._python(node, _FROM_PYTHON[kind], inputs, lines)
+        if kind in _POLYMORPHIC and (len(inputs) == 2 or self._is_plain(inputs[2:])):
+            return self._python(node, _FROM_PYTHON[kind], inputs[:2], lines)
         if kind.startswith("aten::") and name in _OF_TENSORS:
             return [self._line(lines, "method", 1, name, [data(value) for value in inputs], {})]
         if namespace == "prim":
@@ -282,6 +306,8 @@ class Forward:
             if path not in reads:
                 reads[path] = self._line(lines, "read", 1, path)
             return [reads[path]]
+        if any(isinstance(leaf, Tensor | torch.ScriptObject) for leaf in tree_leaves(value)):
+            raise LoadError(f"its `{name}` holds tensors or an object of C++")
         return [Constant(value)]
 
     def _prim_SetAttr(self, node: Any, *_: Any) -> Any:
@@ -301,7 +327,7 @@ class Forward:
             result = self._line(lines, "call", 1, part.path, given, {})
             if part.path in self._identities and len(given) == 1:
                 self._same_as[result["node"]] = given[0]
-            outlets = self.archive.outlets.get(part.script._c._type().qualified_name())
+            outlets = self.archive.outlets.get(class_of(part.script))
             if outlets is None:
                 return [result]
             count = outlets.count(None)
@@ -317,11 +343,12 @@ class Forward:
 
     def _is_forward(self, script: Any, name: str) -> bool:
         """Whether a method does what the forward does; tracing makes one for each call."""
-        if name == "forward" or not script._c._has_method("forward"):
-            return name == "forward"
-        key = (script._c._type().qualified_name(), name)
+        own = self.archive.forward_of(script)
+        if name == own or own is None:
+            return name == own
+        key = (class_of(script), name)
         if key not in self.archive.same:
-            one, other = (Forward(self.archive, script, method, named=False) for method in ("forward", name))
+            one, other = (Forward(self.archive, script, method, named=False) for method in (own, name))
             self.archive.same[key] = one.lines == other.lines and one.inputs == other.inputs
         return self.archive.same[key]
 
@@ -433,8 +460,12 @@ class Forward:
             self._numbers[inputs[0]["node"]] = "int64" if node.input().type().kind() == "IntType" else "float32"
         return inputs
 
+    def _is_plain(self, rest: list[Any]) -> bool:
+        """Whether the arguments behind the operands say nothing: `alpha` is 1, there is no rounding mode."""
+        return all(isinstance(value, Constant) and value.value in (None, 1) for value in rest)
+
     def _aten_rsub(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
-        if all(map(self._is_number, inputs[:2])):
+        if self._is_plain(inputs[2:]):
             return self._python(node, "operator:sub", inputs[1::-1], lines)
         return self._operation(node, inputs, lines)  # type: ignore[no-any-return]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from se_inject._graphs import CONVOLUTIONS, function_name_of
@@ -168,6 +169,8 @@ def labels(graph: fx.Graph) -> dict[fx.Node, str]:
     for node in graph.nodes:
         if node.op in ("call_module", "call_function", "call_method", "placeholder"):
             name = function_name_of(node).lstrip("*")
+            if isinstance(node.target, torch._ops.OpOverload):  # F.relu(x, inplace=True) is `relu` as well
+                name = name.removesuffix("_")
             seen[name] = seen.get(name, 0) + 1
             result[node] = name if seen[name] == 1 else f"{name}#{seen[name]}"
     return result

@@ -299,10 +299,10 @@ def test_torchscript(name, path):
 def test_a_script_that_unfolds(name, path):
     """Little source text that is much when it is written out, or a number that grows without end."""
     hostile.UNFOLDING[name](path)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(LoadError):
         load(path)
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 def test_paths_in_an_archive_are_only_names(path, tmp_path):
