@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -23,6 +25,8 @@ FILLED_IN = ("rank", "size")
 """Parameters of a block that it gets from its site: number of spatial dimensions, and the spatial size."""
 Factory = Callable[..., nn.Module]
 _registered: dict[str, Factory] = {"se": SqueezeExcitation}
+_imported: dict[tuple[str, str], Factory] = {}
+"""Blocks in somebody's code, by the place and the name there."""
 
 
 def register_block(name: str) -> Callable[[Factory], Factory]:
@@ -57,7 +61,6 @@ def block_names() -> dict[str, str]:
     return names
 
 
-@functools.cache
 def find_block(name: str) -> Factory:
     """The block with this name: registered, announced by a package, or ``package.module:Class``, ``file.py:Class``.
 
@@ -66,6 +69,27 @@ def find_block(name: str) -> Factory:
         PluginError: there is one, and it can't be imported.
         LoadError: no such module, file or class.
     """
+    if ":" not in name:
+        return _announced(name)
+    key = _place(name)
+    if key not in _imported:
+        _imported[key] = named(*key)
+    return _imported[key]
+
+
+def is_at_hand(name: str) -> bool:
+    """Whether a block can be had without importing code of somebody's for it."""
+    return ":" not in name or _place(name) in _imported or _place(name)[0] in sys.modules
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Where a block in somebody's code is: its module or file, and the name there."""
+    place, _, attribute = name.rpartition(":")
+    return os.path.abspath(place) if place.endswith(".py") else place, attribute
+
+
+@functools.cache
+def _announced(name: str) -> Factory:
     if name in _registered:
         return _registered[name]
     for point in importlib.metadata.entry_points(group=GROUP, name=name):
@@ -78,9 +102,6 @@ def find_block(name: str) -> Factory:
                 hint="the fault is that package's; the other blocks are not affected",
             ) from error
         return factory
-    if ":" in name:
-        place, _, attribute = name.rpartition(":")
-        return named(place, attribute)  # type: ignore[no-any-return]
     known = block_names()
     raise OptionError(f"no block is called `{name}`", seen=", ".join(sorted(known)), hint=did_you_mean(name, known))
 

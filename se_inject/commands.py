@@ -25,12 +25,12 @@ from se_inject.finding import find_sites
 from se_inject.grid import EACH, block_costs, cost_grid
 from se_inject.inputs import example_of, observe_model, parse_shape, real_inputs
 from se_inject.outputs import check_outputs, write_all
-from se_inject.planning import plan, plan_of
+from se_inject.planning import plan
 from se_inject.plans import Plan
 from se_inject.plotting import check_plot, plot_grid
 from se_inject.sites import ATTENDED
 from se_inject.starts import start_factors
-from se_inject.surgery import eject_
+from se_inject.surgery import eject_, own_steps
 from se_inject.tables import as_json, counted, table
 
 
@@ -228,7 +228,7 @@ def eject(
     """Take the blocks out of a network, and write what is left."""
     exporting.check_targets(outputs, force=force, **_conversion(options))
     network = load(model, weights=weights, trust=_packages(trust))
-    taken, entries = len(plan_of(network)), len(network.state_dict())
+    taken, entries = len(own_steps(network)), len(network.state_dict())
     eject_(network)
     click.echo(
         f"{counted(taken, 'block')} taken out of {type(network).__name__} from {model}: {len(network.state_dict())} of "

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from se_inject._programs import Program
+
 
 @functools.cache
 def _frozen_class(original: Any) -> Any:
@@ -33,7 +35,7 @@ def _frozen_class(original: Any) -> Any:
 
 def rebuild_frozen(original: Any) -> nn.Module:
     """What a pickle calls: an empty module of the frozen class."""
-    if not (isinstance(original, type) and issubclass(original, _BatchNorm)):
+    if not (isinstance(original, type) and issubclass(original, (_BatchNorm, Program))):
         raise TypeError("only a batch normalisation can be frozen")
     kind: Any = original  # mypy has narrowed it to something without a hash
     frozen = _frozen_class(kind)
@@ -42,7 +44,8 @@ def rebuild_frozen(original: Any) -> nn.Module:
 
 def freeze_statistics_(module: nn.Module) -> None:
     """Put a batch normalisation into eval mode for good; other modules, and frozen ones, are left as they are."""
-    if isinstance(module, _BatchNorm) and not is_frozen(module):
+    of_program = isinstance(module, Program) and module._buffers.get("running_mean") is not None
+    if (isinstance(module, _BatchNorm) or of_program) and not is_frozen(module):
         original: Any = type(module)
         module.__class__ = _frozen_class(original)
         module.train(False)

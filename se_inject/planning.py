@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject.blocks import build_block, check_block, check_options, has_identity_start
+from se_inject.blocks import build_block, check_block, check_options, has_identity_start, is_at_hand
 from se_inject.bodies import original_class
 from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError
 from se_inject.finding import find_sites
 from se_inject.inputs import observe_model, shapes_of
-from se_inject.plans import Plan, already
+from se_inject.plans import Plan, already, check_trust
 from se_inject.positions import POSITIONS, Place, place_of
 from se_inject.sites import ATTENDED, NECK, Site, Sites
 from se_inject.steps import Step
-from se_inject.surgery import steps_of
+from se_inject.surgery import own_steps
 from se_inject.tables import counted
 from se_inject.tracing import Trace
 
@@ -108,19 +108,22 @@ def inject(model: nn.Module, example_inputs: Any = None, **options: Any) -> nn.M
     return plan(model, example_inputs, **options).apply(model)
 
 
-def plan_of(model: nn.Module, example_inputs: Any = None) -> Plan:
+def plan_of(model: nn.Module, example_inputs: Any = None, *, trust: Sequence[str] = ()) -> Plan:
     """What was injected into this model, read from the model itself, in data-flow order if a call can be observed.
 
     Args:
         model: the injected network.
         example_inputs: as for ``plan``, for the order alone.
+        trust: packages, modules and ``.py`` files from which the plan may take blocks, if that code is not imported yet.
 
     Raises:
         SurgeryError: it holds no block of ours.
+        UntrustedGlobals: it names a block in somebody's code, and nothing has imported that.
     """
-    steps = steps_of(model)
-    if not steps:
-        raise SurgeryError("this model holds no block of se-inject's", seen=f"a {type(model).__name__}")
+    steps = own_steps(model)
+    for step in steps:
+        if not is_at_hand(step.block):
+            check_trust(step.block, trust)
     try:
         called = list(observe_model(model, example_inputs).calls)
     except InjectError:

@@ -242,7 +242,7 @@ class Plan:
         for number, item in enumerate(data["steps"], 1):
             try:
                 steps.append(Step.from_data(item))
-                _check_trust(steps[-1].block, trust)
+                check_trust(steps[-1].block, trust)
                 check_options(steps[-1].block, steps[-1].options)
             except InjectError as error:
                 raise type(error)(
@@ -336,7 +336,7 @@ def _told(place: Sequence[str | int], wrong: str) -> str:
     return f"`{'.'.join(map(str, place))}` {wrong}" if place else f"it {wrong}"
 
 
-def _check_trust(block: str, trust: Sequence[str]) -> None:
+def check_trust(block: str, trust: Sequence[str]) -> None:
     """Whether a stored plan may use this block: one with a colon in its name is code to be imported."""
     place = block.rpartition(":")[0]
     inside = place.split(".") if not place.endswith(".py") else [place]

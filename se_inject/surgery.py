@@ -108,6 +108,18 @@ def steps_of(model: nn.Module) -> tuple[Step, ...]:
     return tuple(found)
 
 
+def own_steps(model: nn.Module) -> tuple[Step, ...]:
+    """The steps that were applied to this model, at least one.
+
+    Raises:
+        SurgeryError: it holds no block of ours.
+    """
+    steps = steps_of(model)
+    if not steps:
+        raise SurgeryError("this model holds no block of se-inject's", seen=f"a {type(model).__name__}")
+    return steps
+
+
 def injected_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of every block of ours in a model."""
     for step in steps_of(model):

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 import se_inject as si
 from se_inject import _schema
-from se_inject.blocks import find_block
 from tests.test_cli import SITES, SMALL, document, files, same, se_inject, tiny  # noqa: F401
 
 GATES = '''
@@ -109,7 +108,6 @@ def gates(tmp_path):
     """A file with faulty blocks beside the networks."""
     path = tmp_path / "gates.py"
     path.write_text(GATES)
-    find_block.cache_clear()  # it knows the file of the same name in another test's directory
     yield "gates.py"
     path.unlink()
 

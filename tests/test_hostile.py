@@ -13,7 +13,8 @@ import torch
 import torchvision
 from torch import nn
 
-from se_inject import _vocabulary
+import se_inject as si
+from se_inject import _vocabulary, bodies
 from se_inject.checkpoints import load, load_program, load_weights_
 from se_inject.errors import LoadError, UntrustedGlobals
 from tests import hostile
@@ -303,6 +304,25 @@ def test_a_script_that_unfolds(name, path):
     with pytest.raises(LoadError):
         load(path)
     assert time.process_time() - start < SECONDS
+
+
+def test_a_plan_read_from_a_model_imports_nobody(path, tmp_path):
+    """The name of a block in an injected network is a text of the file's choosing."""
+    (tmp_path / "gates.py").write_text(f"open({HIT!r}, 'w').close()\n\n\ndef Gate(channels): ...\n")
+    torch.save(si.inject(small(), torch.rand(2, 3, 8, 8), at="*"), path)
+    model = load(path)
+    owner = next(module for module in model.modules() if hasattr(type(module), "_se_inject_body"))
+    plain = type(owner)._se_inject_body
+    for block in ("gates.py:Gate", "gates:Gate"):
+        body = plain.replace('"block": "se"', f'"block": "{block}"')
+        owner.__class__ = bodies.generated_class(bodies.original_class(owner), body)
+        with pytest.raises(UntrustedGlobals, match="is code that a file may not name"):
+            si.plan_of(model)
+        assert len(si.eject_(copy.deepcopy(model)).state_dict()) < len(model.state_dict())
+    assert not os.path.exists(HIT)
+    with pytest.raises(si.InjectError):
+        si.plan_of(model, trust=["gates"]).apply(small())
+    assert os.path.exists(HIT)
 
 
 def test_paths_in_an_archive_are_only_names(path, tmp_path):

@@ -149,6 +149,22 @@ def test_a_scripted_network_trains_as_the_eager_one(path):
     assert type(loaded.stages[0][0].norm) is nn.BatchNorm2d
 
 
+def test_statistics_in_programs_are_frozen_like_others(path, tmp_path):
+    network = randomise(build("timm:test_byobnet")).eval()  # its normalisation and activation are one module
+    loaded = si.inject(si.load(write(network, path, "scripted")), IMAGES, stages="all", attended=True)
+    si.freeze_backbone_(loaded, batch_norm=True)
+    norms = sum(hasattr(module, "running_mean") for module in loaded.modules())
+    assert str(si.trainable(loaded)).endswith(f"statistics of {norms} batch normalisations frozen")
+    torch.save(loaded, tmp_path / "frozen.pt")
+    for each in (loaded, si.load(tmp_path / "frozen.pt")):
+        before = copy.deepcopy(each.state_dict())
+        assert same(each.train()(IMAGES), network(IMAGES))
+        assert all(torch.equal(before[key], value) for key, value in each.state_dict().items())
+    si.eject_(loaded).train()(IMAGES)
+    network.train()(IMAGES)
+    assert same_state(loaded, network)
+
+
 @pytest.mark.parametrize("how", ["traced", "exported"])
 def test_a_program_of_eval_mode_keeps_its_statistics_in_training(how, path):
     network = randomise(Own()).eval()
