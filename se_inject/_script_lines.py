@@ -69,9 +69,11 @@ class Archive:
         """Classes whose tuples are used as tuples somewhere."""
         self._called: dict[str, set[str]] = {}
         """The methods of each class that are called."""
-        for each in {class_of(module): module for module in script.modules()}.values():
+        self._graphs: dict[tuple[str, str], Any] = {}
+        for kind, each in {class_of(module): module for module in script.modules()}.items():
             for name in each._c._method_names():
-                self._look_at(each._c._get_method(name).graph)
+                self._graphs[kind, name] = each._c._get_method(name).graph
+                self._look_at(self._graphs[kind, name])
 
     def _look_at(self, block: Any) -> None:
         for node in block.nodes():
@@ -84,6 +86,12 @@ class Archive:
                     self._whole.add(kind)
             for inner in node.blocks():
                 self._look_at(inner)
+
+    def graph_called(self, node: Any) -> Any:
+        """The graph of what a node calls."""
+        if node.kind() == "prim::CallFunction":
+            return self.function(node.inputsAt(0).type().annotation_str).graph
+        return self._graphs[node.inputsAt(0).type().annotation_str, node.s("name")]
 
     def forward_of(self, script: Any) -> str | None:
         """The name of a module's forward, another one if it was overloaded; None if it has none, or several."""
@@ -148,6 +156,8 @@ class Forward:
         self._count = self._depth = 0
         self._numbers: dict[str, str] = {}
         """Names of numbers that TorchScript has as tensors, with the dtype of these."""
+        self._dtypes: set[str] = set()
+        """Names of dtypes."""
         own = archive.forward_of(script)
         found = script._c._get_method(method or own)
         entries: list[Any] = [Part(script, "")]
@@ -184,7 +194,29 @@ class Forward:
             inputs = [env[value.debugName()] for value in node.inputs()]
             results = self._node(node, inputs, env, lines, reads)
             for value, result in zip(node.outputs(), results, strict=True):
+                content = result.value if isinstance(result, Constant) else result
+                if isinstance(content, list) and self._is_changed(value):
+                    result = self._line(lines, "let", 1, data(result))
                 env[value.debugName()] = result
+
+    def _is_changed(self, value: Any, depth: int = 0) -> bool:
+        """Whether a list is written to somewhere, as far as it can be followed."""
+        self.archive.step()
+        for use in value.uses():
+            kind = use.user.kind()
+            if kind in ("prim::CallFunction", "prim::CallMethod"):
+                graph = self.archive.graph_called(use.user)
+                offset = use.offset - (kind == "prim::CallFunction")
+                if depth > _DEEPEST or self._is_changed(list(graph.inputs())[offset], depth + 1):
+                    return True
+            elif kind.rpartition("::")[2] in _CHANGING or kind in (
+                "prim::Return",
+                "prim::return",
+                "prim::Loop",
+                "prim::If",
+            ):
+                return True
+        return False
 
     def _node(self, node: Any, inputs: list[Any], env: dict[str, Any], lines: list[Any], reads: dict[str, Any]) -> Any:
         kind = node.kind()
@@ -197,9 +229,13 @@ class Forward:
         if kind in _SILENT:
             return [None for _ in node.outputs()]
         if namespace == "prim" and name in ATTRIBUTES:
-            return [self._line(lines, "attribute", 1, inputs[0], name)]
+            found = self._line(lines, "attribute", 1, inputs[0], name)
+            self._dtypes |= {found["node"]} if name == "dtype" else set()
+            return [found]
         if kind in _CASTS and self._is_number(inputs[0]):
-            return inputs
+            is_whole = self._is_whole(inputs[0])
+            if kind == "aten::ScalarImplicit" or is_whole == ("Int" in kind):
+                return inputs
         of_tensors = "Tensor" in node.schema().partition("->")[0]
         if kind in _FROM_PYTHON and ("__" in name or not of_tensors or all(map(self._is_number, inputs))):
             return self._python(node, _FROM_PYTHON[kind], inputs, lines)
@@ -229,21 +265,45 @@ class Forward:
             return isinstance(value.value, int | float)
         return isinstance(value, dict) and value.get("node") in self._numbers
 
+    def _is_whole(self, value: Any) -> bool:
+        """Whether a number is an integer."""
+        if isinstance(value, Constant):
+            return isinstance(value.value, int)
+        return self._numbers[value["node"]] == "int64"
+
     def _python(self, node: Any, name: str, inputs: list[Any], lines: list[Any]) -> list[Any]:
-        count = 2 if node.kind() in ("aten::add", "aten::sub") else len(inputs)  # `alpha` is 1 for numbers
-        if node.kind() == "aten::floor_divide" and node.schema().count("rounding_mode"):
-            raise LoadError("a division of sizes with a rounding mode")
-        inputs = inputs[:count]
-        constant = all(isinstance(value, Constant) for value in inputs)
-        if constant and name.partition(":")[2] not in ("append", "extend", "setitem"):
+        if node.kind() in ("aten::add", "aten::sub"):
+            if not self._is_plain(inputs[2:]):
+                raise LoadError("it computes with sizes in a way that only tensors know")
+            inputs = inputs[:2]
+        if node.kind() in ("aten::eq", "aten::ne", "aten::__contains__"):
+            inputs = self._with_dtypes(inputs)
+        if name.partition(":")[2] in ("append", "extend", "setitem"):
+            self._line(lines, "set", 1, name, [data(value) for value in inputs], {})
+            return [inputs[0] for _ in node.outputs()]
+        is_power = name == "operator:pow" and node.output().type().kind() == "FloatType"
+        if all(isinstance(value, Constant) for value in inputs):
             known = computed(name, [value.value for value in inputs])
             if known is not None:
-                return [known]
+                return [Constant(float(known.value)) if is_power else known]
         found = self._line(lines, "set", 1, name, [data(value) for value in inputs], {})
+        if is_power:
+            found = self._line(lines, "set", 1, "python:float", [found], {})
         if all(map(self._is_number, inputs)):
-            dtypes = [self._numbers.get(value["node"], "int64") for value in inputs if isinstance(value, dict)]
-            self._numbers[found["node"]] = "float32" if name == "operator:truediv" or "float32" in dtypes else "int64"
+            is_whole = name not in ("operator:truediv", "python:float") and not is_power
+            is_whole = is_whole and all(map(self._is_whole, inputs))
+            self._numbers[found["node"]] = "int64" if is_whole or name == "python:int" else "float32"
         return [found for _ in node.outputs()]
+
+    def _with_dtypes(self, inputs: list[Any]) -> list[Any]:
+        """Operands of a comparison: TorchScript has dtypes as numbers, and reads them from tensors as such."""
+        if not any(isinstance(value, dict) and value.get("node") in self._dtypes for value in inputs):
+            return inputs
+
+        def dtype(value: Any) -> Any:
+            return [dtype(item) for item in value] if isinstance(value, list) else DTYPES[value]
+
+        return [Constant(dtype(value.value)) if isinstance(value, Constant) else value for value in inputs]
 
     def _operation(self, node: Any, inputs: list[Any], lines: list[Any]) -> Any:
         """An operator on tensors."""
@@ -375,11 +435,8 @@ class Forward:
             ends.append([inner[value.debugName()] for value in block.outputs()])
         results: list[Any] = []
         for first, second in zip(*ends, strict=True):
-            if (
-                isinstance(first, Constant)
-                and isinstance(second, Constant)
-                and (first.value, second.value) == (True, False)
-            ):
+            values = [end.value if isinstance(end, Constant) else None for end in (first, second)]
+            if values[0] is True and values[1] is False:
                 results.append(condition)
                 continue
             name = self._name()
@@ -395,7 +452,7 @@ class Forward:
         names = [value.debugName() for value in block.inputs()]
         outputs = [value.debugName() for value in block.outputs()]
         last = next(iter(block.outputs())).node()
-        goes_on = last.kind() == "prim::Constant" or outputs[0] in env
+        goes_on = last.kind() == "prim::Constant" or isinstance(env.get(outputs[0]), Constant)
         if (
             isinstance(count, Constant)
             and isinstance(condition, Constant)
@@ -422,8 +479,6 @@ class Forward:
         return [{"node": name} for name in own]
 
     def _prim_ListConstruct(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
-        if any(use.user.kind().split("::")[1] in _CHANGING for use in node.output().uses()):
-            return [self._line(lines, "let", 1, [data(value) for value in inputs])]
         if all(isinstance(value, Constant) for value in inputs):
             return [Constant([value.value for value in inputs])]
         return [[data(value) for value in inputs]]
@@ -469,6 +524,16 @@ class Forward:
             return self._python(node, "operator:sub", inputs[1::-1], lines)
         return self._operation(node, inputs, lines)  # type: ignore[no-any-return]
 
+    def _aten_div(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        numbers, rounding = inputs[:2], inputs[2:]
+        if "Tensor" in node.schema() and not all(map(self._is_number, numbers)):
+            return self._operation(node, inputs, lines)  # type: ignore[no-any-return]
+        if self._is_plain(rounding):
+            return self._python(node, "operator:truediv", numbers, lines)
+        if isinstance(rounding[0], Constant) and rounding[0].value == "floor":
+            return self._python(node, "operator:floordiv", numbers, lines)
+        raise LoadError("it rounds a quotient of sizes towards zero")
+
     def _aten_tensor(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
         content, dtype, device, _ = inputs
         kwargs = {}
@@ -508,6 +573,9 @@ class Forward:
         return [self._line(lines, "set", 1, "operator:getitem", [data(whole), window], {})]
 
     def _aten_format(self, node: Any, inputs: list[Any], *_: Any) -> list[Any]:
+        told = ("prim::RaiseException", "prim::Print", "aten::warn", "aten::format", "aten::add")
+        if any(use.user.kind() not in told for use in node.output().uses()):
+            raise LoadError("it makes text that is used as a value")
         return [Constant(inputs[0].value if isinstance(inputs[0], Constant) else "")]
 
     def _aten__get_tracing_state(self, *_: Any) -> list[Any]:

@@ -50,7 +50,11 @@ class Function:
 
 
 def computed(name: str, values: list[Any]) -> Constant | None:
-    """What a function makes of constants; None if it fails, which a branch that is never taken may. TorchScript's numbers have 64 bits; Python's would grow and grow."""
+    """What a function makes of constants; None if it fails, which a branch that is never taken may.
+
+    Raises:
+        LoadError: TorchScript's numbers have 64 bits; Python's would grow and grow.
+    """
     largest = max((abs(value) for value in values if isinstance(value, int)), default=0)
     grows = name == "operator:pow" or (name == "operator:mul" and any(isinstance(v, list | str) for v in values))
     if largest >= _LARGEST or (grows and largest > 64):

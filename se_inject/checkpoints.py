@@ -30,7 +30,7 @@ from se_inject._pickles import Inert
 from se_inject._unpickling import unpickle
 from se_inject.errors import LoadError, OptionError, UntrustedGlobals
 
-__all__ = ["NoSuchFile", "describe", "load", "load_program", "load_weights_"]
+__all__ = ["NoSuchFile", "describe", "is_program", "load", "load_program", "load_weights_"]
 
 T = TypeVar("T")
 
@@ -142,6 +142,14 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram | torch.jit.Sc
         from se_inject._scripted import script_module
 
         return _read(path, lambda: exported_program(file) if form == "pt2" else script_module(file)[0])
+
+
+def is_program(source: str | os.PathLike[str]) -> bool:
+    """Whether this is a file with a program that ``load`` makes modules of."""
+    if not os.path.isfile(source):
+        return False
+    with _opened(Path(source)) as file:
+        return form_of(file) in PROGRAMS
 
 
 def describe(source: str | os.PathLike[str], model: nn.Module, arch: str | None = None) -> str | None:

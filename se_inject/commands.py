@@ -18,7 +18,7 @@ from se_inject._block_texts import parsed_blocks
 from se_inject._stand_ins import preserved
 from se_inject.adapters import Adapter, read_adapter
 from se_inject.blocks import block_names, build_block, find_block, has_identity_start
-from se_inject.checkpoints import describe, load
+from se_inject.checkpoints import describe, is_program, load, load_program
 from se_inject.cost import Latency, measure_latency
 from se_inject.errors import InjectError, OptionError
 from se_inject.finding import find_sites
@@ -83,6 +83,9 @@ def inject(
     else:
         injected = stored.put_into(network) if isinstance(stored, Adapter) else planned.apply(network)
         verdict = verification.verify(network, injected, trace=planned.trace, fresh=not trained)
+        if is_program(model) and planned.trace is not None:
+            check = verification.check_against_file(network, load_program(model), planned.trace)
+            verdict = replace(verdict, checks=(check, *verdict.checks))
         data["verification"] = report.verdict_data(verdict)
         say("\n" + "\n".join(report.verdict_lines(verdict)))
         if as_json and not verdict.passed:

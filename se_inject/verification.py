@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from se_inject._reasons import describe
 from se_inject._runs import Seen, difference, first_line, observed_in_eval, observed_in_training, run, run_awake
 from se_inject.bodies import original_class
 from se_inject.errors import VerificationError
-from se_inject.inputs import observe_model
+from se_inject.inputs import copied, observe_model, real_inputs
 from se_inject.steps import Step
 from se_inject.surgery import injected_blocks, steps_of
 from se_inject.tables import counted
@@ -101,6 +102,35 @@ def verify(
     ]
     notes = [f"numeric checks on {describe(*inputs)}", *_overflow(in_eval), *weight_warnings(before)]
     return Verdict(tuple(checks), tuple(notes))
+
+
+def check_against_file(network: nn.Module, program: Any, trace: Trace) -> Check:
+    """Compare a network that was made of a program with the program itself, run by torch.
+
+    Args:
+        network: what ``load`` gave.
+        program: what ``load_program`` gave for the same file.
+        trace: an observed call of the network.
+    """
+    name = "same output as the file"
+    theirs = program.module() if isinstance(program, torch.export.ExportedProgram) else program.eval()
+    parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+    why = ""
+    for batch in (3, None):
+        args, kwargs = real_inputs(trace.inputs, batch=batch, device=parameter.device, dtype=parameter.dtype)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                expected = theirs(*copied(args), **copied(kwargs))
+        except Exception as error:
+            why = first_line(error)
+            continue
+        with torch.no_grad():
+            seen = run(network, (args, kwargs), "eval").output
+        leaves, others = ([leaf for leaf in tree_leaves(each) if isinstance(leaf, Tensor)] for each in (expected, seen))
+        different = difference(leaves, others)
+        return Check(name, not different, different or f"bit-equal on {describe(args)}")
+    return Check(name, None, f"torch can't run the file on these inputs: {why}")
 
 
 def weight_warnings(model: nn.Module) -> list[str]:

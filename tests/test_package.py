@@ -17,18 +17,7 @@ PACKAGE = Path(se_inject.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 LAYERS = [
-    [
-        "_allowed",
-        "_architectures",
-        "_archives",
-        "_graphs",
-        "_schema",
-        "_tracer",
-        "_version",
-        "errors",
-        "freezing",
-        "tables",
-    ],
+    ["_allowed", "_architectures", "_archives", "_graphs", "_schema", "_tracer", "_version", "errors", "tables"],
     [
         "_builders",
         "_comparison",
@@ -47,9 +36,9 @@ LAYERS = [
     ["_pickles", "cli", "layers", "plotting", "tracing"],
     ["bodies", "operations", "squeeze_excitation"],
     ["_programs", "_staging", "_ways", "blocks", "editing"],
-    ["_block_texts", "_contents", "_program_layers", "_script_values", "_values", "starts", "surgery"],
-    ["_chains", "_from_exports", "_script_lines", "_unpickling", "inputs", "training"],
-    ["_exported", "_from_scripts", "_network", "_runs", "_scripted", "checkpoints", "cost", "finding"],
+    ["_block_texts", "_contents", "_program_layers", "_script_values", "_values", "freezing", "starts"],
+    ["_chains", "_from_exports", "_script_lines", "_unpickling", "inputs", "surgery"],
+    ["_exported", "_from_scripts", "_network", "_runs", "_scripted", "checkpoints", "cost", "finding", "training"],
     ["_onnx", "_torch_files", "positions", "verification"],
     ["exporting", "plans"],
     ["planning", "testing"],

@@ -15,8 +15,11 @@ from torch.utils._pytree import tree_leaves
 import se_inject as si
 from se_inject._program_layers import FixedBatchNorm
 from se_inject._programs import Program, new_program, program_class, program_module
+from se_inject.checkpoints import load_program
 from se_inject.cli import cli
 from se_inject.errors import LoadError
+from se_inject.inputs import observe_model
+from se_inject.verification import check_against_file
 from tests.common import build, randomise
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -245,6 +248,82 @@ def test_a_script_with_everything(twice, path):
             assert same(got, wanted)
 
 
+class Pitfalls(nn.Module):
+    """What TorchScript and Python have in common, but for the details: lists that others change, numbers, dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.window = [4, 2]
+
+    def fill(self, found: list[torch.Tensor], x):
+        found.append(x * 2)
+        return x + 1
+
+    def shrunk(self, size: list[int]):
+        size = size.copy()
+        if size[0] > 2:
+            size[0] = 2
+        size[1] = 1
+        return size
+
+    def forward(self, x):
+        found: list[torch.Tensor] = []
+        y = self.fill(found, self.conv(x))
+        y = self.fill(found, y)
+        window = self.shrunk(self.window)
+        kept = [1, 1]
+        for turn in range(x.dim() - 2):
+            kept[turn] = window[turn]
+        y = F.avg_pool2d(torch.cat(self.pair(found) + [y], 1), kept)  # noqa: RUF005
+        half = int(x.size(2) * 0.3)
+        power = 2 ** window[0]
+        if x.dtype == torch.float32:
+            y = y * power
+        if x.dtype in (torch.float16, torch.bfloat16):
+            y = y - 100
+        return y.to(torch.float64)[:, :, half:], torch.zeros([half], dtype=torch.int32), y.sum() / 3 + -7 // 2
+
+    def pair(self, found: list[torch.Tensor]):
+        return [found[0], found[1]]
+
+
+class Rounding(nn.Module):
+    """Arithmetic on sizes, which tracing turns into operations on tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        b, c, h, w = self.conv(x).shape
+        y = self.conv(x)
+        pad = (5 - h % 5) % 5
+        y = F.pad(y, (0, 0, 0, pad))
+        top = y.reshape(b * 2, c // 2, h + pad, w)[:, :, : int(h * 0.6) - h // 4 + (h - 1) // 2]
+        return top * (h / w) + top.new_full((1,), c**0.5), y.reshape(b, -1).repeat_interleave(h // 16, 1)
+
+
+def test_pitfalls_of_scripts(path):
+    network = Pitfalls().eval()
+    loaded = si.load(write(network, path, "scripted"))
+    for images in (IMAGES, torch.rand(2, 3, 20, 30), torch.rand(3, 3, 64, 64)):
+        assert same(loaded(images), network(images))
+    assert same(loaded.half().float()(IMAGES), network.half().float()(IMAGES))
+
+
+@pytest.mark.parametrize("how", ["scripted", "traced"])
+def test_arithmetic_on_sizes(how, path):
+    network = Rounding().eval()
+    loaded = si.load(write(network, path, how))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.jit.load(path)
+    for images in (IMAGES, torch.rand(2, 3, 36, 30), torch.rand(3, 3, 48, 64)):
+        assert same(loaded(images), program(images))
+        assert how == "traced" or same(loaded(images), network(images))
+
+
 class Branches(nn.Module):
     def __init__(self):
         super().__init__()
@@ -425,8 +504,23 @@ def test_on_the_command_line(how, path, tmp_path, capsys):
         standalone_mode=False,
     )
     told = capsys.readouterr()
+    assert "ok   same output as the file         bit-equal on 1 input of " in told.out
     assert "ok   same output as before           bit-equal in eval and in train" in told.out
     assert "a pickle: loading it needs `se_inject`" in told.out
+
+
+def test_a_network_that_is_not_what_its_file_is(how, path, monkeypatch, capsys):
+    write(randomise(build("torchvision:resnet18")).eval(), path, how)
+    loaded = si.load(path)
+    trace = observe_model(loaded, IMAGES)
+    assert check_against_file(loaded, load_program(path), trace).passed
+    with torch.no_grad():
+        loaded.layer2[0].bn2.bias[3] += 1e-3
+    check = check_against_file(loaded, load_program(path), trace)
+    assert not check.passed
+    assert check.detail.startswith("differs by up to")
+    wide = observe_model(loaded, torch.empty(2, 3, 96, 96))
+    assert check_against_file(loaded, load_program(path), wide).passed is (None if how == "exported" else False)
 
 
 # -- programs as data --------------------------------------------------------------------------------------
