@@ -83,6 +83,10 @@ def layer_of(inputs: list[Any], lines: list[Any], tensors: Mapping[str, Tensor])
         return None
     if rest[0] == ["return", {"node": inputs[0][0]}] and not tensors:
         return nn.Identity()
+    if len(rest) == 3 and rest[1][0] == "set" and rest[1][2:] == ["operator:getitem", [{"node": rest[0][1][0]}, 0], {}]:
+        rest = [[rest[0][0], rest[1][1], *rest[0][2:]], rest[2]]  # the first of what a decomposed normalisation returns
+        if rest[0][2].split(".")[1] not in _OF_SEVERAL:
+            return None
     if len(rest) != 2 or rest[0][0] != "set" or rest[1][1] != {"node": rest[0][1][0]}:
         return None
     _, _, name, args, kwargs = rest[0]
@@ -190,6 +194,10 @@ def _batch_norm(given: dict[str, Any]) -> nn.Module | None:
     return _empty(FixedBatchNorm, len(given["running_mean"]), given["eps"], given["momentum"], affine)
 
 
+def _batch_norm_of_eval(given: dict[str, Any]) -> nn.Module | None:
+    return _batch_norm({**given, "training": False})
+
+
 def _layer_norm(given: dict[str, Any]) -> nn.Module | None:
     affine, bias = (isinstance(given[key], Tensor) for key in ("weight", "bias"))
     return _empty(nn.LayerNorm, list(given["normalized_shape"]), given["eps"], affine, affine and bias)
@@ -254,6 +262,7 @@ def _in_place(kind: Callable[..., nn.Module], keys: tuple[str, ...]) -> Callable
     return lambda given: kind(*(given[key] for key in keys), inplace=True)
 
 
+_OF_SEVERAL = ("_native_batch_norm_legit_no_training", "native_layer_norm")
 _LAYERS: dict[str, Callable[[dict[str, Any]], nn.Module | None]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution", "_convolution_mode"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed),
@@ -266,6 +275,8 @@ _LAYERS: dict[str, Callable[[dict[str, Any]], nn.Module | None]] = {
         for rank, more in ((1, ()), (2, ("divisor_override",)), (3, ("divisor_override",)))
     },
     "batch_norm": _batch_norm,
+    "_native_batch_norm_legit_no_training": _batch_norm_of_eval,
+    "native_layer_norm": _layer_norm,
     "layer_norm": _layer_norm,
     "group_norm": _group_norm,
     "linear": _linear,

@@ -536,13 +536,10 @@ class Forward:
 
     def _aten_tensor(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
         content, dtype, device, _ = inputs
-        kwargs = {}
-        if not isinstance(dtype, Constant) or not isinstance(device, Constant):
-            raise LoadError("it makes a tensor of a dtype or on a device that only the call tells")
-        if dtype.value is not None:
-            kwargs["dtype"] = encoded(DTYPES[dtype.value])
-        if device.value is not None:
-            kwargs["device"] = encoded(device.value)
+        if isinstance(dtype, Constant) and dtype.value is not None:
+            dtype = Constant(DTYPES[dtype.value])
+        kwargs = {"dtype": data(dtype), "device": data(device)}
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
         return [self._line(lines, "set", 1, "torch:tensor", [data(content)], kwargs)]
 
     def _prim_isinstance(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:

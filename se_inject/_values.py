@@ -16,6 +16,9 @@ from se_inject.errors import SurgeryError
 from se_inject.operations import convolutions, is_data, means_the_same, operation, passed_through, returned
 from se_inject.tracing import OwnerGraph, Trace, is_leaf
 
+_LINEAR = ("linear", "addmm", "mm")
+_VIEWS = ("view", "reshape", "_unsafe_view")
+
 
 class Values:
     """Questions about values of one observed call."""
@@ -182,8 +185,10 @@ class Values:
                 if isinstance(found, bool):
                     return found
                 axis = found
-            elif (node.op == "call_module" and isinstance(self.module(owner, node), nn.Linear)) or name == "linear":
+            elif (node.op == "call_module" and isinstance(self.module(owner, node), nn.Linear)) or name in _LINEAR:
                 return axis == tensor.dim() - 1
+            elif name in _VIEWS and axis == tensor.dim() - 1 and before.shape[-1] == tensor.shape[-1]:
+                axis = before.dim() - 1
             elif name == "permute":
                 dims = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
                 axis = int(dims[axis]) % tensor.dim()  # type: ignore[arg-type]

@@ -372,6 +372,20 @@ def test_an_exported_program_with_structures(path):
         assert same([wanted["map"], wanted["list"][0]], [got["map"], got["list"][0]])
 
 
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "torchvision:convnext_tiny"])
+def test_a_program_of_core_operators(name, path):
+    network = randomise(build(name)).eval()
+    program = torch.export.export(network, (IMAGES,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).run_decompositions()
+    torch.export.save(program, path)
+    loaded = si.load(path)
+    with torch.no_grad():
+        assert same(loaded(IMAGES), network(IMAGES))
+    wanted, got = (si.plan(each, IMAGES) for each in (network, loaded))
+    assert [(s.stage, s.channels, s.size) for s in wanted.steps] == [(s.stage, s.channels, s.size) for s in got.steps]
+    assert wanted.cost().before.macs == got.cost().before.macs
+    si.verify(loaded, got.apply(loaded), IMAGES, fresh=True).expect_passed()
+
+
 def test_an_exported_program_knows_its_inputs_and_may_have_a_fixed_batch(tmp_path, path):
     class Fixed(Own):
         def forward(self, x):
