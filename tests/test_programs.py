@@ -372,7 +372,7 @@ def test_an_exported_program_with_structures(path):
         assert same([wanted["map"], wanted["list"][0]], [got["map"], got["list"][0]])
 
 
-@pytest.mark.parametrize("name", ["torchvision:resnet18", "torchvision:convnext_tiny"])
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:test_convnext"])
 def test_a_program_of_core_operators(name, path):
     network = randomise(build(name)).eval()
     program = torch.export.export(network, (IMAGES,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).run_decompositions()
