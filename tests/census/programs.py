@@ -158,6 +158,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--only", help="this network, printed and not kept")
+    parser.add_argument("--part", default="0/1", help="share the work: 0/2 and 1/2 in two processes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -167,7 +168,8 @@ def main():
     path = HERE / "programs.jsonl"
     rows = read_results(path)
     if not options.table:
-        for name in chosen(read_results(HERE / "results.jsonl")):
+        part, parts = map(int, options.part.split("/"))
+        for name in chosen(read_results(HERE / "results.jsonl"))[part::parts]:
             if name not in rows:
                 rows[name] = {"name": name} | in_process(check_one, name, SECONDS)
                 with path.open("a") as file:
