@@ -375,7 +375,7 @@ def test_an_exported_program_with_structures(path):
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:test_convnext"])
 def test_a_program_of_core_operators(name, path):
     network = randomise(build(name)).eval()
-    program = torch.export.export(network, (IMAGES,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).run_decompositions()
+    program = torch.export.export(network, (IMAGES,)).run_decompositions()
     torch.export.save(program, path)
     loaded = si.load(path)
     with torch.no_grad():
