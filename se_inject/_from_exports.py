@@ -115,7 +115,7 @@ class _Forward:
         spec = program.call_spec.in_spec
         if spec is None:
             raise LoadError("it doesn't say how it is called")
-        args, kwargs = spec.children()
+        args, kwargs = _children(spec)
         names = program.module_call_graph[0].signature
         names = list(names.forward_arg_names or []) if names is not None else []
         positional = [names[i] if i < len(names) else f"input{i}" for i in range(args.num_children)]
@@ -123,7 +123,7 @@ class _Forward:
             [name if is_name(name) else f"input{i}"] for i, name in enumerate((*positional, *kwargs.context))
         ]
         leaves: list[Any] = []
-        for (name,), part in zip(self.inputs, (*args.children(), *kwargs.children()), strict=True):
+        for (name,), part in zip(self.inputs, (*_children(args), *_children(kwargs)), strict=True):
             self._take_apart({"node": name}, part, leaves)
         return leaves
 
@@ -132,7 +132,7 @@ class _Forward:
             leaves.append(value)
             return
         keys = spec.context if spec.type in (dict, OrderedDict) else range(spec.num_children)
-        for key, part in zip(keys, spec.children(), strict=True):
+        for key, part in zip(keys, _children(spec), strict=True):
             self._take_apart(self._line("set", "operator:getitem", [value, encoded(key)], {}), part, leaves)
 
     def _line(self, kind: str, *parts: Any) -> Any:
@@ -189,9 +189,14 @@ class _Forward:
             raise LoadError(error.message) from error
 
 
+def _children(spec: TreeSpec) -> list[TreeSpec]:
+    """The specs within one; torch before 2.10 calls them so."""
+    return spec.children() if hasattr(spec, "children") else spec.children_specs
+
+
 def _example(placeholders: list[fx.Node], spec: Any) -> Any:
     """Shapes and dtypes of the inputs, if they are plain tensors; a size that may vary is 2 or more."""
-    args, kwargs = spec.children()
+    args, kwargs = _children(spec)
     values = [node.meta.get("val") for node in placeholders]
     if (
         kwargs.num_children
