@@ -22,7 +22,6 @@ import functools
 import json
 import keyword
 import linecache
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,7 +47,12 @@ _PYTHON: dict[str, Callable[..., Any]] = {
     "python:is_list": lambda value: isinstance(value, list),
     "python:append": list.append,
     "python:extend": list.extend,
-    "python:contains": operator.contains,
+    "python:insert": list.insert,
+    "python:reverse": list.reverse,
+    "python:pop": list.pop,
+    "python:dict": dict,
+    "python:range_length": lambda start, stop, step: len(range(start, stop, step)),
+    "python:derive_index": lambda turn, start, step: start + turn * step,
 }
 ATTRIBUTES = ("dtype", "device", "shape", "layout", "requires_grad", "is_cuda", "ndim")
 """The attributes of tensors that a program may read."""

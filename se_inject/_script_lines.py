@@ -31,8 +31,9 @@ _FROM_PYTHON = {
     "aten::gt": "operator:gt", "aten::ge": "operator:ge", "aten::__and__": "operator:and_",
     "aten::__or__": "operator:or_", "aten::__xor__": "operator:xor", "aten::__not__": "operator:not_",
     "aten::__is__": "operator:is_", "aten::__isnot__": "operator:is_not", "aten::__contains__": "operator:contains",
+    "aten::__range_length": "python:range_length", "aten::__derive_index": "python:derive_index",
     "aten::len": "python:len", "aten::list": "python:list", "aten::copy": "python:list", "aten::append": "python:append",
-    "aten::extend": "python:extend", "aten::_set_item": "operator:setitem", "prim::max": "python:max", "prim::min": "python:min", "prim::abs": "python:abs", "aten::sum": "python:sum", "aten::str": "python:str",
+    "aten::dict": "python:dict", "aten::extend": "python:extend", "aten::insert": "python:insert", "aten::reverse": "python:reverse", "aten::pop": "python:pop", "aten::_set_item": "operator:setitem", "prim::max": "python:max", "prim::min": "python:min", "prim::abs": "python:abs", "aten::sum": "python:sum", "aten::str": "python:str",
     "aten::floor": "math:floor", "aten::ceil": "math:ceil", "aten::sqrt": "math:sqrt", "aten::log": "math:log",
     "aten::Int": "python:int", "aten::IntImplicit": "python:int", "aten::Float": "python:float",
     "aten::FloatImplicit": "python:float", "aten::Bool": "python:bool", "aten::ScalarImplicit": "python:float",
@@ -278,9 +279,9 @@ class Forward:
             inputs = inputs[:2]
         if node.kind() in ("aten::eq", "aten::ne", "aten::__contains__"):
             inputs = self._with_dtypes(inputs)
-        if name.partition(":")[2] in ("append", "extend", "setitem"):
-            self._line(lines, "set", 1, name, [data(value) for value in inputs], {})
-            return [inputs[0] for _ in node.outputs()]
+        if node.kind().rpartition("::")[2] in _CHANGING:
+            found = self._line(lines, "set", 1, name, [data(value) for value in inputs], {})
+            return [found if name == "python:pop" else inputs[0] for _ in node.outputs()]
         is_power = name == "operator:pow" and node.output().type().kind() == "FloatType"
         if all(isinstance(value, Constant) for value in inputs):
             known = computed(name, [value.value for value in inputs])
@@ -518,6 +519,12 @@ class Forward:
     def _is_plain(self, rest: list[Any]) -> bool:
         """Whether the arguments behind the operands say nothing: `alpha` is 1, there is no rounding mode."""
         return all(isinstance(value, Constant) and value.value in (None, 1) for value in rest)
+
+    def _aten_keys(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        found = self._line(lines, "method", 1, node.kind().removeprefix("aten::"), [data(inputs[0])], {})
+        return [self._line(lines, "set", 1, "python:list", [found], {})]
+
+    _aten_values = _aten_items = _aten_keys
 
     def _aten_rsub(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
         if self._is_plain(inputs[2:]):

@@ -230,6 +230,13 @@ class Everything(nn.Module):
         total = parts[0] * self.scale + parts[1]
         for i in range(total.dim() - 2):
             total = total + i
+        for i in range(len(parts) - 1, -1, -1):
+            total = total + i * parts[i].mean()
+        for i in range(1, x.size(2), 16):
+            total = total * (1 + i)
+        named = {"a": total, "b": y}
+        for name, value in named.items():
+            total = total + value.mean() * len(name) + len(list(named.keys()))
         return {"few": total, "sizes": torch.full((len(parts),), float(y.size(1) // 3))}
 
 
@@ -271,6 +278,8 @@ class Pitfalls(nn.Module):
         found: list[torch.Tensor] = []
         y = self.fill(found, self.conv(x))
         y = self.fill(found, y)
+        found.insert(0, found.pop() * 3)
+        found.reverse()
         window = self.shrunk(self.window)
         kept = [1, 1]
         for turn in range(x.dim() - 2):
