@@ -439,6 +439,34 @@ def test_blocks_in_our_own_exports_are_seen_as_attention(how, path):
     assert [bool(states[stage]) for stage in (1, 2, 3, 4)] == [False, False, True, True]
 
 
+class Handing(nn.Module):
+    """Tracing finds that an identity's value is its input, and has every module hand that back to its caller."""
+
+    class Main(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.conv, self.norm = nn.Dropout(0.1), nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(self.conv(self.drop(x)))
+
+    def __init__(self):
+        super().__init__()
+        self.main, self.shortcut = self.Main(), nn.Identity()
+
+    def forward(self, x):
+        return self.main(x) + self.shortcut(x)
+
+
+@pytest.mark.parametrize("how", ["scripted", "traced"])
+def test_what_tracing_hands_back(how, path):
+    network = randomise(nn.Sequential(Handing(), Handing())).eval()
+    loaded = si.load(write(network, path, how))
+    assert same(loaded(IMAGES), network(IMAGES))
+    sites = [[(s.address, s.kind) for s in si.find_sites(each, IMAGES).all_sites] for each in (network, loaded)]
+    assert sites[0] == sites[1] == [("0.main", "residual"), ("1.main", "residual")]
+
+
 def test_shared_weights_and_modules_stay_shared(how, path):
     class Shared(nn.Module):
         def __init__(self):
