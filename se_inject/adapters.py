@@ -1,8 +1,8 @@
 """Adapters: a small file with the injected blocks alone, for the backbone they were trained on.
 
 An adapter is a safetensors file. It holds the blocks' parameters and buffers under the names they have in the
-network's state dict, and in its metadata the plan and what identifies the backbone: name, shape, dtype and digest of
-each of its tensors. Nothing in it is ever executed.
+network's state dict, and in its metadata, as JSON, the plan and what identifies the backbone: name, shape, dtype and
+digest of each of its tensors. Nothing in it is ever executed. The same blocks give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject._files import atomic, write_through
-from se_inject._names import NoSuchFile, fact
+from se_inject._names import NoSuchFile, fact, printable
 from se_inject.blocks import build_block
 from se_inject.errors import ExportError, InjectError, LoadError, OptionError, SurgeryError
 from se_inject.inputs import check_supported
@@ -29,7 +29,8 @@ from se_inject.planning import plan_of
 from se_inject.plans import Plan
 from se_inject.surgery import injected_blocks, steps_of
 
-VERSION = "1"
+VERSION = 1
+_KEY = "se_inject_adapter"  # one entry: of several, safetensors 0.8 writes the order anew each time
 _FORM = "`-o se.safetensors` and `si.save_adapter` write adapters"
 
 Fingerprint = dict[str, tuple[list[int], str, str]]
@@ -154,12 +155,8 @@ def write_adapter(model: nn.Module, plan: Plan, path: Path) -> None:
             if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
                 raise ExportError(f"`{name}` can't be stored in an adapter", seen=_kind(tensor))
             tensors[name] = tensor.detach().cpu().contiguous().clone()
-    metadata = {
-        "se_inject_adapter": VERSION,
-        "plan": plan.to_json(),
-        "backbone": json.dumps(fingerprint(model)),
-    }
-    write_through(path, lambda buffer: buffer.write(save(tensors, metadata)))
+    content = {"version": VERSION, "plan": json.loads(plan.to_json()), "backbone": fingerprint(model)}
+    write_through(path, lambda buffer: buffer.write(save(tensors, {_KEY: json.dumps(content)})))
     again = read_adapter(path, trust=[step.block.rpartition(":")[0] for step in plan.steps])
     again._check_tensors()
     if any(not _same_bits(tensor, again.tensors[name]) for name, tensor in tensors.items()):
@@ -186,23 +183,17 @@ def read_adapter(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> 
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
             names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names} if "se_inject_adapter" in metadata else {}
+            tensors = {name: file.get_tensor(name) for name in names} if _KEY in metadata else {}
     except (SafetensorError, OSError, ValueError) as error:
         raise LoadError(f"`{path}` is no adapter", seen=fact(error), hint=_FORM) from error
-    version = metadata.get("se_inject_adapter")
-    if version is None:
+    if _KEY not in metadata:
         raise LoadError(f"`{path}` is no adapter, but a file of weights", seen=f"{len(names)} tensors", hint=_FORM)
-    if version != VERSION:
-        raise LoadError(
-            f"an adapter of version {version[:20]}",
-            seen=f"this se-inject reads version {VERSION}",
-            hint="update se-inject",
-        )
+    text, backbone = _content(path, metadata[_KEY])
     try:
-        plan = Plan.from_json(metadata.get("plan", ""), trust=trust)
+        plan = Plan.from_json(text, trust=trust)
     except InjectError as error:
         raise type(error)(f"adapter `{path}`: {error.message}", seen=error.seen, hint=error.hint) from error
-    return Adapter(plan, tensors, _backbone(path, metadata.get("backbone", "")))
+    return Adapter(plan, tensors, _backbone(path, backbone))
 
 
 def load_adapter(
@@ -272,13 +263,28 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.dtype, _digest(one)) == (other.shape, other.dtype, _digest(other))
 
 
-def _backbone(path: str | os.PathLike[str], text: str) -> Fingerprint:
+def _content(path: str | os.PathLike[str], text: str) -> tuple[str, Any]:
+    """The plan's text and the backbone's fingerprint, as an adapter has them, if its version is known."""
     try:
         data = json.loads(text)
+        version, plan, backbone = data["version"], json.dumps(data.get("plan")), data.get("backbone")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise LoadError(f"`{path}` is a damaged adapter", seen=fact(error), hint=_FORM) from error
+    if version != VERSION:
+        raise LoadError(
+            f"an adapter of version {printable(str(version), 20)}",
+            seen=f"this se-inject reads version {VERSION}",
+            hint="update se-inject",
+        )
+    return plan, backbone
+
+
+def _backbone(path: str | os.PathLike[str], data: Any) -> Fingerprint:
+    try:
         found = {
             name: (list(map(int, shape)), str(dtype), str(digest)) for name, (shape, dtype, digest) in data.items()
         }
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise LoadError(
             f"`{path}` is a damaged adapter", seen=f"no fingerprint of its backbone: {fact(error)}"
         ) from error

@@ -125,8 +125,17 @@ def test_only_the_blocks_are_in_the_file(network, path):
     added = injected.state_dict().keys() - network.state_dict().keys()
     assert tensors.keys() == added
     with safe_open(path, "pt") as file:
-        plan = json.loads(file.metadata()["plan"])
-    assert [step["block_name"] for step in plan["steps"]] == ["se", "se"]
+        content = json.loads(file.metadata()["se_inject_adapter"])
+    assert [step["block_name"] for step in content["plan"]["steps"]] == ["se", "se"]
+
+
+def test_the_same_blocks_give_the_same_bytes(network, path):
+    injected = trained(network)
+    files = set()
+    for _ in range(8):
+        si.save_adapter(injected, path, force=True)
+        files.add(path.read_bytes())
+    assert len(files) == 1
 
 
 def test_an_adapter_of_resnet50_is_a_tenth_of_it(path):
@@ -220,55 +229,54 @@ def test_the_same_numbers_in_another_layout_are_the_same_weights(network, path):
 # -- files that are none, or hostile -----------------------------------------------------------------------
 
 
-def forged(path, **changes):
-    """The adapter's file written anew with other tensors or metadata."""
+def forged(path, change):
+    """The adapter's file written anew with other tensors or content."""
     with safe_open(path, "pt") as file:
-        metadata = dict(file.metadata())
+        content = json.loads(file.metadata()["se_inject_adapter"])
     tensors = load_file(path)
-    change = changes.pop("tensors", None)
-    if change:
-        change(tensors)
-    for key, value in changes.items():
-        metadata[key] = value(metadata[key]) if callable(value) else value
-    save_file(tensors, path, metadata)
+    changed = change(tensors, content)
+    text = changed if isinstance(changed, str) else json.dumps(content)
+    save_file(tensors, path, {"se_inject_adapter": text})
+
+
+def recorded(**values):
+    return lambda tensors, content: content.update(values)
 
 
 def replanned(**values):
-    def change(text):
-        data = json.loads(text)
-        data["steps"][0].update(values)
-        return json.dumps(data)
-
-    return change
+    return lambda tensors, content: content["plan"]["steps"][0].update(values)
 
 
 HOSTILE = {
-    "no plan": ({"plan": ""}, LoadError, "no plan"),
-    "a plan of something else": ({"plan": "[" * 10_000}, LoadError, "no plan"),
-    "a later plan": ({"plan": '{"se_inject_plan": 2}'}, LoadError, "version 2"),
-    "a later adapter": ({"se_inject_adapter": "2"}, LoadError, "adapter of version 2"),
-    "no fingerprint": ({"backbone": "{}"}, SurgeryError, "another network"),
-    "a damaged fingerprint": ({"backbone": '{"a": 3}'}, LoadError, "damaged adapter"),
-    "a deep fingerprint": ({"backbone": "[" * 100_000}, LoadError, "damaged adapter"),
-    "a list for a fingerprint": ({"backbone": "[]"}, LoadError, "damaged adapter"),
-    "code": ({"plan": replanned(block="os:system")}, UntrustedGlobals, "`os:system` is code"),
-    "an unknown block": ({"plan": replanned(block="eka")}, InjectError, "step 1 of the plan: no block"),
-    "another site": ({"plan": replanned(site="layer9")}, SurgeryError, "puts a block at `layer9`"),
-    "other channels": ({"plan": replanned(channels=64)}, LoadError, "step 1 needs"),
-    "a huge bottleneck": ({"plan": replanned(options={"reduction": 1e-9})}, LoadError, "step 1 needs"),
-    "a place that is taken": ({"plan": replanned(block_name="conv1")}, LoadError, "step 1 needs"),
+    "no content": (lambda tensors, content: "", LoadError, "damaged adapter"),
+    "content of another kind": (lambda tensors, content: "[1]", LoadError, "damaged adapter"),
+    "deep content": (lambda tensors, content: "[" * 100_000, LoadError, "damaged adapter"),
+    "no version": (lambda tensors, content: content.pop("version") and None, LoadError, "damaged adapter"),
+    "no plan": (recorded(plan=None), LoadError, "no plan"),
+    "a plan of something else": (recorded(plan=[[]]), LoadError, "no plan"),
+    "a later plan": (recorded(plan={"se_inject_plan": 2}), LoadError, "version 2"),
+    "a later adapter": (recorded(version=2), LoadError, "adapter of version 2"),
+    "no fingerprint": (recorded(backbone={}), SurgeryError, "another network"),
+    "a damaged fingerprint": (recorded(backbone={"a": 3}), LoadError, "damaged adapter"),
+    "a list for a fingerprint": (recorded(backbone=[]), LoadError, "damaged adapter"),
+    "code": (replanned(block="os:system"), UntrustedGlobals, "`os:system` is code"),
+    "an unknown block": (replanned(block="eka"), InjectError, "step 1 of the plan: no block"),
+    "another site": (replanned(site="layer9"), SurgeryError, "puts a block at `layer9`"),
+    "other channels": (replanned(channels=64), LoadError, "step 1 needs"),
+    "a huge bottleneck": (replanned(options={"reduction": 1e-9}), LoadError, "step 1 needs"),
+    "a place that is taken": (replanned(block_name="conv1"), LoadError, "step 1 needs"),
     "a tensor missing": (
-        {"tensors": lambda t: t.pop("layer4.0.se.fc1.bias")},
+        lambda tensors, content: tensors.pop("layer4.0.se.fc1.bias"),
         LoadError,
         "needs `layer4.0.se.fc1.bias`",
     ),
     "a tensor too many": (
-        {"tensors": lambda t: t.update({"fc.bias": torch.ones(3)})},
+        lambda tensors, content: tensors.update({"fc.bias": torch.ones(3)}),
         LoadError,
         "belongs to no block",
     ),
     "a tensor of another shape": (
-        {"tensors": lambda t: t.update({"layer4.0.se.fc1.bias": torch.ones(3)})},
+        lambda tensors, content: tensors.update({"layer4.0.se.fc1.bias": torch.ones(3)}),
         LoadError,
         "needs `layer4.0.se.fc1.bias` of shape (32,)",
     ),
@@ -277,9 +285,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_forged_adapter_changes_nothing(network, path, case):
-    changes, error, message = HOSTILE[case]
+    change, error, message = HOSTILE[case]
     si.save_adapter(trained(network), path)
-    forged(path, **changes)
+    forged(path, change)
     unchanged = untouched(network)
     with pytest.raises(error) as caught, warnings.catch_warnings():
         warnings.simplefilter("ignore", BackboneWarning)
