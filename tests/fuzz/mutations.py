@@ -24,6 +24,17 @@ def _injected():
     return si.inject(nn.Sequential(small(), nn.ReLU()), torch.rand(2, 3, 8, 8), at="*", init="paper")
 
 
+def _adapted():
+    return si.inject(TARGET, torch.rand(2, 3, 8, 8), at="*", init="paper")
+
+
+def _adapter():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "se.safetensors"
+        si.save_adapter(_adapted(), path)
+        return path.read_bytes()
+
+
 def _onnx():
     stream = io.BytesIO()
     with warnings.catch_warnings():
@@ -73,6 +84,8 @@ MAKERS = {
     "torchscript": lambda: scripted(Branching().eval()),
     "program": _program,
     "pt2": lambda: zipped(exported()),
+    "adapter": _adapter,
+    "plan": lambda: si.plan_of(_adapted()).to_json().encode(),
     "onnx": _onnx,
 }
 

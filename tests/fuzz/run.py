@@ -25,8 +25,9 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 import torch  # noqa: E402 - the project's own tests folder comes first
 
+import se_inject as si  # noqa: E402
 from se_inject.checkpoints import load, load_program, load_weights_  # noqa: E402
-from se_inject.errors import LoadError  # noqa: E402
+from se_inject.errors import InjectError, LoadError  # noqa: E402
 from tests.fuzz.mutations import MAKERS, TARGET, mutated, original  # noqa: E402
 
 SECONDS = 10
@@ -36,10 +37,16 @@ PATIENCE = 300
 
 def through_the_door(kind, path):
     """Read a file in every way there is for its kind; True if one of them took it."""
-    doors = [load, load_program] if kind in ("pt2", "torchscript") else [load, lambda p: load_weights_(target, p)]
     target, taken = copy.deepcopy(TARGET), False
+    doors, refusal = {
+        "pt2": ([load, load_program], LoadError),
+        "torchscript": ([load, load_program], LoadError),
+        "adapter": ([load, lambda p: si.load_adapter(target, p)], InjectError),
+        "plan": ([load, lambda p: si.Plan.load(p).apply(target)], InjectError),
+    }.get(kind, ([load, lambda p: load_weights_(target, p)], LoadError))
     for door in doors:
-        with contextlib.suppress(LoadError):
+        with contextlib.suppress(refusal), warnings.catch_warnings():
+            warnings.simplefilter("ignore", si.BackboneWarning)
             door(path)
             taken = True
     return taken
