@@ -89,11 +89,16 @@ def _check_names(names: Any) -> None:
             raise LoadError("a module in this file has an attribute that is no name", seen=repr(name)[:80])
 
 
+_OVERWRITTEN = {"type": str}
+"""Methods that nothing calls and that networks have something else for: YOLO's parsers write each layer's kind on it."""
+
+
 def _check_attributes(module: nn.Module, state: dict[str, Any]) -> None:
     kind = type(module)
     for name in state:
         of_class = getattr(kind, name, None)
         is_own = name.startswith("forward") and _is_bound(state[name], module)  # timm's FasterNet chooses between two
+        is_own = is_own or type(state[name]) is _OVERWRITTEN.get(name)
         if name.startswith("__") or (callable(of_class) and not is_own) or isinstance(of_class, property):
             raise LoadError(f"a {kind.__name__} in this file has a `{name}` of its own", seen="its class defines that")
     for name in _HOOKS:

@@ -11,7 +11,6 @@ and makes buffers of the parameters.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from se_inject._program_layers import assembled, container
-from se_inject._script_lines import Archive, Forward, class_of
+from se_inject._script_lines import Archive, Forward, class_of, plain_class_of
 from se_inject.errors import LoadError
 
 _EAGER = "pass the eager module that it was made from"
-_MANGLED = re.compile(r"\.___torch_mangle_\d+")
 _LAYERS: dict[str, tuple[Any, ...]] = {
     **{f"conv.Conv{transposed}{rank}d": (1, 1, 1) for transposed in ("", "Transpose") for rank in (1, 2, 3)},
     **{f"batchnorm.BatchNorm{rank}d": (1,) for rank in (1, 2, 3)},
@@ -42,6 +40,13 @@ _LAYERS: dict[str, tuple[Any, ...]] = {
     "upsampling.Upsample": (),
 }  # fmt: skip
 """Layers of torch.nn that are made again from their attributes, with arguments to make one."""
+
+_RECURRENT = {
+    "rnn.RNN": ("nonlinearity",),
+    "rnn.GRU": (),
+    "rnn.LSTM": ("proj_size",),
+}
+"""Recurrent layers, with the options that not all of them have."""
 
 
 def network_from_script(script: torch.jit.ScriptModule, function: Callable[[str], Any]) -> nn.Module:
@@ -69,7 +74,7 @@ class _Network:
 
     def module(self, script: Any, path: str) -> nn.Module:
         """The module that stands for this one."""
-        kind = _MANGLED.sub("", class_of(script)).removeprefix("__torch__.")
+        kind = plain_class_of(script)
         if script._c._get_forward_hooks() or script._c._get_forward_pre_hooks():
             raise LoadError(f"`{path or kind}` of a TorchScript archive has hooks", hint=_EAGER)
         tensors = self.tensors(script)
@@ -96,28 +101,36 @@ class _Network:
         home, _, name = kind.rpartition(".")
         children = {key: self.module(child, f"{path}.{key}".lstrip(".")) for key, child in script._modules.items()}
         own = self.archive.forward_of(script)
-        if own is None or _takes_modules(script._c._get_method(own)):
+        if own is None:
             return container(name, tensors, children)
+        takes_modules = _takes_modules(script._c._get_method(own))
         try:
             identities = frozenset(key for key, child in children.items() if type(child) is nn.Identity)
             forward = Forward(self.archive, script, identities=identities)
         except LoadError as error:
+            if takes_modules:
+                return container(name, tensors, children)  # its callers have it written out
             raise LoadError(
                 f"{f'`{path}`, a {name},' if path else f'the {name}'} in a TorchScript archive can't be made a module",
                 seen=error.message,
                 hint=_EAGER,
             ) from error
+        if takes_modules:
+            self.archive.borrowing.add(class_of(script))
+        children |= {key: self.module(passed, f"{path}.{key}") for key, passed in forward.borrowed.items()}
         return assembled(name, home, forward.inputs, forward.lines, {**tensors, **forward.constants}, children)
 
 
 def _takes_modules(method: Any) -> bool:
-    """Whether a forward gets modules as arguments, as tracing has it for what is shared: its callers have it written out."""
+    """Whether a forward gets modules as arguments, as tracing has it for those that several modules share."""
     return any(argument.type.kind() == "ClassType" for argument in method.schema.arguments[1:])
 
 
 def _layer_again(script: Any, kind: str, tensors: dict[str, Tensor]) -> nn.Module | None:
     """The layer of torch.nn that was scripted; None if it is none, or was traced and so has lost its attributes."""
     short = kind.removeprefix("torch.nn.modules.")
+    if short in _RECURRENT and short != kind:
+        return _recurrent_again(script, getattr(nn, short.removeprefix("rnn.")), tensors)
     if short == kind or short not in _LAYERS or len(script._modules):
         return None
     home, name = short.split(".")
@@ -136,4 +149,20 @@ def _layer_again(script: Any, kind: str, tensors: dict[str, Tensor]) -> nn.Modul
         layer._parameters[key] = tensors.get(key)  # type: ignore[assignment]
     for key in layer._buffers:
         layer._buffers[key] = tensors.get(key)
+    return layer
+
+
+def _recurrent_again(script: Any, kind: type[nn.RNNBase], tensors: dict[str, Tensor]) -> nn.Module | None:
+    """The recurrent layer that was scripted; None as above. Which tensors it has depends on its options."""
+    names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+    names += _RECURRENT[f"rnn.{kind.__name__}"]
+    options = {name: getattr(script, name) for name in names if hasattr(script, name)}
+    if len(options) < len(names) or options["num_layers"] > len(tensors):
+        return None
+    layer = kind(**options, device="meta")
+    own = {name: (tensor.shape, nn.Parameter) for name, tensor in layer.named_parameters()}
+    if own != {name: (tensor.shape, type(tensor)) for name, tensor in tensors.items()}:
+        return None
+    for name, tensor in tensors.items():
+        setattr(layer, name, tensor)
     return layer

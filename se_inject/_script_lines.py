@@ -19,6 +19,7 @@ from se_inject._script_values import DTYPES, Constant, Function, Part, Scalar, c
 from se_inject._vocabulary import encoded, function_name
 from se_inject.errors import LoadError, SurgeryError
 
+_MANGLED = re.compile(r"\.___torch_mangle_\d+")
 _MOST_STEPS = 60_000
 _DEEPEST = 50
 _LONGEST_UNROLLED = 1_000
@@ -51,12 +52,20 @@ def class_of(script: Any) -> str:
     return str(script._c._type().qualified_name())
 
 
+def plain_class_of(script: Any) -> str:
+    """That name without the number which tells classes of one name apart."""
+    return _MANGLED.sub("", class_of(script)).removeprefix("__torch__.")
+
+
 class Archive:
     """What the forwards of one archive share.
 
     Attributes:
         function: the archive's function of a qualified name.
+        example: a module of each class.
         same: whether a method of a class does what its forward does.
+        borrowing: classes whose forward gets modules from its callers, as tracing has it for those that several others
+            hold, and has been written so that it calls its own.
         outlets: what the forward of a class returns besides its own values: for each part of the tuple the number of the
             input that it hands back, or None. Tracing has it so where a value went through an identity.
     """
@@ -64,6 +73,7 @@ class Archive:
     def __init__(self, script: Any, function: Callable[[str], Any]) -> None:
         self.function = function
         self.same: dict[tuple[str, str], bool] = {}
+        self.borrowing: set[str] = set()
         self.outlets: dict[str, list[int | None]] = {}
         self._steps = 0
         self._whole: set[str] = set()
@@ -71,7 +81,8 @@ class Archive:
         self._called: dict[str, set[str]] = {}
         """The methods of each class that are called."""
         self._graphs: dict[tuple[str, str], Any] = {}
-        for kind, each in {class_of(module): module for module in script.modules()}.items():
+        self.example = {class_of(module): module for module in script.modules()}
+        for kind, each in self.example.items():
             for name in each._c._method_names():
                 self._graphs[kind, name] = each._c._get_method(name).graph
                 self._look_at(self._graphs[kind, name])
@@ -152,6 +163,9 @@ class Forward:
         self.archive = archive
         self._identities = identities
         self._same_as: dict[str, Any] = {}
+        self._script = script
+        self.borrowed: dict[str, Any] = {}
+        """The children that are called instead of modules that the caller passes, and these."""
         self.constants: dict[str, Tensor] = {}
         self.inputs: list[Any] = []
         self._count = self._depth = 0
@@ -163,6 +177,9 @@ class Forward:
         found = script._c._get_method(method or own)
         entries: list[Any] = [Part(script, "")]
         for argument in found.schema.arguments[1:]:
+            if argument.type.kind() == "ClassType":
+                entries.append(Part(archive.example.get(argument.type.annotation_str), None))
+                continue
             name = argument.name
             if not named or not is_name(name) or re.fullmatch(r"v\d+", name):
                 name = f"input{len(self.inputs)}"
@@ -359,6 +376,8 @@ class Forward:
         name = node.s("name")
         if not isinstance(part, Part):
             raise LoadError(f"it reads `{name}` of something that is no module")
+        if part.path is None:
+            raise LoadError(f"it reads `{name}` of a module that its caller passes to it")
         path = f"{part.path}.{name}".lstrip(".")
         if name in part.script._modules:
             return [Part(part.script._modules[name], path)]
@@ -382,6 +401,10 @@ class Forward:
         if not isinstance(part, Part):
             raise LoadError(f"it calls `{name}` of something that is no module")
         called = part.script._c._get_method(name)
+        if part.path is None or "." in part.path:
+            part = self._own_instead_of(part)
+        if class_of(part.script) in self.archive.borrowing:
+            args = [value for value in args if not isinstance(value, Part)]
         takes_modules = any(isinstance(value, Part) for value in args)
         if part.path and not takes_modules and self._is_forward(part.script, name):
             given = [self._constant(v.tensor, lines) if isinstance(v, Scalar) else data(v) for v in args]
@@ -395,6 +418,25 @@ class Forward:
             own = iter(self._line(lines, "let", count, result) if count > 1 else [result])
             return [{"tuple": [next(own) if outlet is None else given[outlet] for outlet in outlets]}]
         return self._inlined(called.graph, [part, *args], lines, reads)
+
+    def _own_instead_of(self, shared: Part) -> Part:
+        """The child that the author called, if what is called now lies elsewhere because several modules share it.
+
+        The archive has an empty one in all other places; here the next of its class that nothing calls.
+        """
+        script, kind = shared.script, plain_class_of(shared.script)
+        own = [
+            key
+            for key, child in self._script._modules.items()
+            if plain_class_of(child) == kind and self.archive.forward_of(child) is None and not len(child._modules)
+        ]
+        if own and not script._parameters and not script._buffers:
+            key = next((key for key in own if key not in self.borrowed), own[0])
+            self.borrowed[key] = script
+            return Part(script, key)
+        if shared.path is None:
+            raise LoadError(f"it calls a {kind} that its caller passes to it")
+        return shared
 
     def _origin(self, value: Any) -> Any:
         """A value before it went through identities."""

@@ -35,9 +35,9 @@ class Scalar(Constant):
 
 
 class Part:
-    """A module, at a path within the one whose forward is translated."""
+    """A module, at a path within the one whose forward is translated; None for one that its caller passes to it."""
 
-    def __init__(self, script: Any, path: str) -> None:
+    def __init__(self, script: Any, path: str | None) -> None:
         self.script = script
         self.path = path
 

@@ -487,6 +487,103 @@ def test_shared_weights_and_modules_stay_shared(how, path):
     assert isinstance(loaded.act, nn.ReLU)
 
 
+ACTIVATION = nn.SiLU()
+
+
+class Sharing(nn.Module):
+    """Every unit calls one activation that lies in all of them, some twice and under two names, as YOLO's do."""
+
+    class Conv(nn.Module):
+        def __init__(self, norm=True):
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 3, 3, padding=1), ACTIVATION
+            self.norm = nn.BatchNorm2d(3) if norm else nn.Identity()
+
+        def forward(self, x):
+            return self.act(self.norm(self.conv(x)))
+
+    class Unit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Sharing.Conv(), Sharing.Conv(norm=False)
+            self.act1, self.act2 = ACTIVATION, ACTIVATION
+
+        def forward(self, x):
+            return self.act2(x + self.second(self.act1(self.first(x))))
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.act = self.Conv(), ACTIVATION
+        self.units = nn.Sequential(self.Unit(), self.Unit())
+
+    def forward(self, x):
+        return self.act(self.units(self.stem(x)))
+
+
+def test_an_activation_that_lies_in_every_unit(how, path):
+    network = randomise(Sharing()).eval()
+    loaded = si.load(write(network, path, how))
+    assert same(loaded(IMAGES), network(IMAGES))
+    sites = [[(s.address, s.kind) for s in si.find_sites(each, IMAGES).all_sites] for each in (network, loaded)]
+    assert sites[0] == sites[1]
+    assert sites[0] == [("stem.act", "conv"), ("units.0.second", "residual"), ("units.1.second", "residual")]
+    found = {name for name, _ in loaded.named_modules(remove_duplicate=False)}
+    assert found == {name for name, _ in network.named_modules(remove_duplicate=False)}
+    si.verify(loaded, si.inject(loaded, IMAGES), IMAGES).expect_passed()
+
+
+def test_a_shared_layer_with_weights_is_shared_or_written_out(how, path):
+    class Unit(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.conv, self.shared = nn.Conv2d(3, 3, 3, padding=1), shared
+
+        def forward(self, x):
+            return self.shared(self.conv(x))
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            shared = nn.Sequential(nn.BatchNorm2d(3), nn.PReLU())
+            self.one, self.other = Unit(shared), Unit(shared)
+
+        def forward(self, x):
+            return self.other(self.one(x))
+
+    network = randomise(Network()).eval()
+    loaded = si.load(write(network, path, how))
+    assert same(loaded(IMAGES), network(IMAGES))
+    assert same_state(loaded, network)
+    assert len(list(loaded.parameters())) == len(list(network.parameters()))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}])
+def test_recurrent_layers(kind, options, how, path):
+    class Reader(nn.Module):
+        """A network for lines of text: convolutions, and a recurrent layer over their columns."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.columns = nn.Conv2d(3, 4, 3), kind(4, 5, batch_first=True, **options)
+
+        def forward(self, x):
+            found, _ = self.columns(self.conv(x).relu().mean(2).transpose(1, 2))
+            return found
+
+    network = Reader().eval()
+    loaded = si.load(write(network, path, how, dynamic_shapes=({0: torch.export.Dim.AUTO},)))
+    assert same_state(loaded, network)
+    assert same(loaded(IMAGES), network(IMAGES))
+    if how == "scripted":  # the others have the states' dtype written down
+        assert type(loaded.columns) is kind
+        loaded, network = copy.deepcopy(loaded).double(), network.double()
+    images = IMAGES.to(next(loaded.parameters()))
+    assert same(loaded(images), network(images))
+    loaded(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+
+
 # -- refusals ----------------------------------------------------------------------------------------------
 
 
