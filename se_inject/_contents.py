@@ -41,6 +41,7 @@ def check_modules(reading: Reading) -> None:
     """
     for module in reading.modules:
         state = vars(module)
+        state.pop("__overloads__", None)  # torch.jit.script leaves it behind, and makes it anew
         for name, kind in _TABLES.items():
             values = state.get(name)
             if not isinstance(values, dict) or not all(v is None or isinstance(v, kind) for v in values.values()):

@@ -34,6 +34,7 @@ from se_inject.errors import LoadError
 
 _COMPILED = "data/aotinductor/"
 _SYMBOL = re.compile(r"[a-z]{1,4}\d{1,5}")
+_NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?(e[+-]?\d{1,2})?")
 _EXPRESSION_NODES = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Call, ast.Name, ast.Constant, ast.Load,
     ast.keyword, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
@@ -64,6 +65,7 @@ _EXPRESSION_FUNCTIONS = frozenset(
         "Identity",
         "Symbol",
         "Integer",
+        "Float",
         "Rational",
         "Add",
         "Mul",
@@ -287,8 +289,10 @@ def _may_be_evaluated(node: ast.AST) -> bool:
     if isinstance(node, ast.Name):
         return node.id in _EXPRESSION_FUNCTIONS | _EXPRESSION_CONSTANTS or bool(_SYMBOL.fullmatch(node.id))
     if isinstance(node, ast.Constant):
-        is_symbol = isinstance(node.value, str) and bool(_SYMBOL.fullmatch(node.value))
-        return is_symbol or (isinstance(node.value, int | float) and abs(node.value) < 2**63)
+        is_text = isinstance(node.value, str) and bool(_SYMBOL.fullmatch(node.value) or _NUMBER.fullmatch(node.value))
+        return is_text or (isinstance(node.value, int | float) and abs(node.value) < 2**63)
+    if isinstance(node, ast.keyword) and node.arg == "precision":
+        return isinstance(node.value, ast.Constant) and node.value.value == 53  # that of Python's floats
     if isinstance(node, ast.keyword):
         return node.arg in _ASSUMPTIONS and isinstance(node.value, ast.Constant)
     if isinstance(node, ast.Call):

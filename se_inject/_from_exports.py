@@ -28,6 +28,16 @@ _CHECKS = (
 )
 """Operators that look whether inputs are as they were when the program was made."""
 
+_OF_SIZES = {
+    "sym_float": "python:float",
+    "sym_int": "python:int",
+    "sym_max": "python:max",
+    "sym_min": "python:min",
+    "sym_not": "operator:not_",
+    "_sym_sqrt": "math:sqrt",
+}
+"""Functions of sizes that may be symbols, and what they are for numbers."""
+
 
 def network_from_export(program: ExportedProgram) -> nn.Module:
     """An ordinary network that computes what an exported program does, with the same tensors.
@@ -39,6 +49,13 @@ def network_from_export(program: ExportedProgram) -> nn.Module:
         LoadError: it can't be written down as modules; says what is in the way.
     """
     return _Network(program).module(unflatten(program), "")
+
+
+def arguments_of(program: ExportedProgram, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that a program takes where its network takes these: some of them by keyword."""
+    positional, keywords = _children(program.call_spec.in_spec)  # type: ignore[arg-type]
+    count = positional.num_children
+    return args[:count], dict(zip(keywords.context, args[count:], strict=False))
 
 
 class _Network:
@@ -162,7 +179,7 @@ class _Forward:
             raise LoadError(f"a part of it runs under `{node.target}`")
         else:
             try:
-                called = function_name(node.target)
+                called = _OF_SIZES.get(name) or function_name(node.target)
             except SurgeryError as error:
                 raise LoadError(error.message) from error
             args, kwargs = self._arguments(node)
@@ -198,11 +215,7 @@ def _example(placeholders: list[fx.Node], spec: Any) -> Any:
     """Shapes and dtypes of the inputs, if they are plain tensors; a size that may vary is 2 or more."""
     args, kwargs = _children(spec)
     values = [node.meta.get("val") for node in placeholders]
-    if (
-        kwargs.num_children
-        or len(values) != args.num_children
-        or not all(isinstance(value, Tensor) for value in values)
-    ):
+    if len(values) != args.num_children + kwargs.num_children or not all(isinstance(v, Tensor) for v in values):
         return None
     return [[list(map(_size, value.shape)), str(value.dtype).removeprefix("torch.")] for value in values]  # type: ignore[union-attr]
 

@@ -59,14 +59,21 @@ def network_from_script(script: torch.jit.ScriptModule, function: Callable[[str]
     Raises:
         LoadError: it can't be written down as modules; says what is in the way.
     """
-    return _Network(Archive(script, function)).module(script, "")
+    is_frozen = next(script.parameters(), None) is None
+    return _Network(Archive(script, function), is_frozen).module(script, "")
 
 
 class _Network:
-    """One archive being translated, children before their parents."""
+    """One archive being translated, children before their parents.
 
-    def __init__(self, archive: Archive) -> None:
+    Args:
+        archive: what its forwards share.
+        is_frozen: whether its weights are constants; otherwise constants are no part of the state dict.
+    """
+
+    def __init__(self, archive: Archive, is_frozen: bool) -> None:
         self.archive = archive
+        self.is_frozen = is_frozen
         self._tensors: dict[int, Tensor] = {}
         """By the address of their C++ object: what is shared stays so."""
         self._originals: list[Tensor] = []
@@ -118,7 +125,10 @@ class _Network:
         if takes_modules:
             self.archive.borrowing.add(class_of(script))
         children |= {key: self.module(passed, f"{path}.{key}") for key, passed in forward.borrowed.items()}
-        return assembled(name, home, forward.inputs, forward.lines, {**tensors, **forward.constants}, children)
+        module = assembled(name, home, forward.inputs, forward.lines, {**tensors, **forward.constants}, children)
+        if not self.is_frozen:
+            module._non_persistent_buffers_set |= module._buffers.keys() & forward.constants.keys()
+        return module
 
 
 def _takes_modules(method: Any) -> bool:
@@ -154,8 +164,8 @@ def _layer_again(script: Any, kind: str, tensors: dict[str, Tensor]) -> nn.Modul
 
 def _recurrent_again(script: Any, kind: type[nn.RNNBase], tensors: dict[str, Tensor]) -> nn.Module | None:
     """The recurrent layer that was scripted; None as above. Which tensors it has depends on its options."""
-    names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
-    names += _RECURRENT[f"rnn.{kind.__name__}"]
+    common = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+    names = (*common, *_RECURRENT[f"rnn.{kind.__name__}"])
     options = {name: getattr(script, name) for name in names if hasattr(script, name)}
     if len(options) < len(names) or options["num_layers"] > len(tensors):
         return None

@@ -164,6 +164,30 @@ def recorded_inputs(module: nn.Module) -> Any:
     return json.loads(text)["example"] if text else None
 
 
+def is_of_training(module: nn.Module) -> bool:
+    """Whether a program has dropout, or normalisation by the batch, written down, which act in every mode then."""
+    return isinstance(module, Program) and any(map(_trains, _operations(json.loads(module.program)["lines"])))
+
+
+def _operations(lines: list[Any]) -> Iterator[list[Any]]:
+    for kind, *parts in lines:
+        if kind == "set":
+            yield parts[1:]
+        elif kind in ("if", "loop"):
+            for part in parts:
+                if isinstance(part, list):
+                    yield from _operations(part)
+
+
+def _trains(operation: list[Any]) -> bool:
+    name, args, kwargs = operation
+    if not name.startswith("ops:aten.") or name.endswith(".no_stats"):  # what instance normalisation is made of
+        return False
+    schema = function_called(name)._schema  # type: ignore[attr-defined]
+    given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
+    return given.get("p") != 0 and any(given.get(key) is True for key in ("train", "training"))
+
+
 def new_program(text: str) -> nn.Module:
     """What a pickle calls: an empty module of the class of this program."""
     kind: Any = program_class(text)

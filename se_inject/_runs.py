@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -71,16 +72,22 @@ def run(
     """
     args, kwargs = inputs
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with preserved(model), seeded(seed):
+        for module in model.modules():
+            module.training = mode == "train"
+        args, kwargs = copied((tuple(args), kwargs))
+        with _reparametrize_module(model, {**buffers, **(parameters or {})}, tie_weights=True):
+            return Seen(then(model(*args, **kwargs)), buffers)
+
+
+@contextlib.contextmanager
+def seeded(seed: int = 1) -> Iterator[None]:
+    """Draw the same random numbers each time, and leave the generators as they were."""
     state = random_state()
     try:
-        with preserved(model):
-            for module in model.modules():
-                module.training = mode == "train"
-            torch.manual_seed(seed)
-            random.seed(seed)
-            args, kwargs = copied((tuple(args), kwargs))
-            with _reparametrize_module(model, {**buffers, **(parameters or {})}, tie_weights=True):
-                return Seen(then(model(*args, **kwargs)), buffers)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        yield
     finally:
         set_random_state(state)
 

@@ -40,10 +40,13 @@ _FROM_PYTHON = {
     "aten::FloatImplicit": "python:float", "aten::Bool": "python:bool", "aten::ScalarImplicit": "python:float",
 }  # fmt: skip
 _POLYMORPHIC = ("aten::remainder", "aten::floor_divide")  # Python's operator does the same for tensors and for numbers
+_WITH_NUMBERS = ("aten::add", "aten::sub", "aten::mul", "aten::div")
+"""Where TorchScript takes a constant of Python's types, which tracing has made a tensor, for a number again."""
 _CASTS = ("aten::Int", "aten::IntImplicit", "aten::Float", "aten::FloatImplicit", "aten::ScalarImplicit")
 _OF_TENSORS = ("size", "dim", "numel", "stride", "is_floating_point")
 _THE_SAME = ("prim::unchecked_cast", "prim::unchecked_unwrap_optional", "aten::_unwrap_optional")
 _SILENT = ("prim::Print", "aten::warn", "prim::Guard")
+_READING = ("prim::ListUnpack", "prim::max", "prim::min", "prim::isinstance")
 _CHANGING = ("append", "extend", "insert", "pop", "clear", "reverse", "sort", "_set_item", "remove", "Delete")
 
 
@@ -76,8 +79,8 @@ class Archive:
         self.borrowing: set[str] = set()
         self.outlets: dict[str, list[int | None]] = {}
         self._steps = 0
-        self._whole: set[str] = set()
-        """Classes whose tuples are used as tuples somewhere."""
+        self._whole: set[str] = {class_of(script)}
+        """Classes whose tuples are used as tuples somewhere; the network's own too."""
         self._called: dict[str, set[str]] = {}
         """The methods of each class that are called."""
         self._graphs: dict[tuple[str, str], Any] = {}
@@ -212,29 +215,25 @@ class Forward:
             inputs = [env[value.debugName()] for value in node.inputs()]
             results = self._node(node, inputs, env, lines, reads)
             for value, result in zip(node.outputs(), results, strict=True):
-                content = result.value if isinstance(result, Constant) else result
-                if isinstance(content, list) and self._is_changed(value):
+                content, kinds = (result.value, list | dict) if isinstance(result, Constant) else (result, list)
+                if isinstance(content, kinds) and self._is_one_object(value):
                     result = self._line(lines, "let", 1, data(result))
                 env[value.debugName()] = result
 
-    def _is_changed(self, value: Any, depth: int = 0) -> bool:
-        """Whether a list is written to somewhere, as far as it can be followed."""
+    def _is_one_object(self, value: Any, depth: int = 0) -> bool:
+        """Whether a list must not be written anew where it is used: it is changed, or goes where that can't be followed."""
         self.archive.step()
         for use in value.uses():
-            kind = use.user.kind()
+            node, kind = use.user, use.user.kind()
             if kind in ("prim::CallFunction", "prim::CallMethod"):
-                graph = self.archive.graph_called(use.user)
+                graph = self.archive.graph_called(node)
                 offset = use.offset - (kind == "prim::CallFunction")
-                if depth > _DEEPEST or self._is_changed(list(graph.inputs())[offset], depth + 1):
+                if depth > _DEEPEST or self._is_one_object(list(graph.inputs())[offset], depth + 1):
                     return True
-            elif kind.rpartition("::")[2] in _CHANGING or kind in (
-                "prim::Return",
-                "prim::return",
-                "prim::Loop",
-                "prim::If",
-            ):
+            elif kind.rpartition("::")[2] in _CHANGING or (kind.startswith("prim::") and kind not in _READING):
                 return True
-        return False
+        holds_others = re.search(r"\[.*(List|Dict)\[", value.type().annotation_str)
+        return holds_others is not None and any(True for _ in value.uses())
 
     def _node(self, node: Any, inputs: list[Any], env: dict[str, Any], lines: list[Any], reads: dict[str, Any]) -> Any:
         kind = node.kind()
@@ -259,7 +258,8 @@ class Forward:
             return self._python(node, _FROM_PYTHON[kind], inputs, lines)
         if kind in _FROM_PYTHON and (kind in _CASTS or kind in ("aten::Bool", "aten::len")):
             return self._python(node, _FROM_PYTHON[kind], inputs, lines)
-        if kind in _POLYMORPHIC and (len(inputs) == 2 or self._is_plain(inputs[2:])):
+        is_scalar = any(isinstance(value, Scalar) for value in inputs)
+        if kind in _POLYMORPHIC and not is_scalar and (len(inputs) == 2 or self._is_plain(inputs[2:])):
             return self._python(node, _FROM_PYTHON[kind], inputs[:2], lines)
         if kind.startswith("aten::") and name in _OF_TENSORS:
             return [self._line(lines, "method", 1, name, [data(value) for value in inputs], {})]
@@ -296,6 +296,8 @@ class Forward:
             inputs = inputs[:2]
         if node.kind() in ("aten::eq", "aten::ne", "aten::__contains__"):
             inputs = self._with_dtypes(inputs)
+        if node.kind() in ("aten::eq", "aten::ne", "aten::add") and "[]" in node.schema():
+            inputs = [self._as_list(value, lines) for value in inputs]
         if node.kind().rpartition("::")[2] in _CHANGING:
             found = self._line(lines, "set", 1, name, [data(value) for value in inputs], {})
             return [found if name == "python:pop" else inputs[0] for _ in node.outputs()]
@@ -312,6 +314,11 @@ class Forward:
             is_whole = is_whole and all(map(self._is_whole, inputs))
             self._numbers[found["node"]] = "int64" if is_whole or name == "python:int" else "float32"
         return [found for _ in node.outputs()]
+
+    def _as_list(self, value: Any, lines: list[Any]) -> Any:
+        """A value that TorchScript has as a list: sizes of tensors are tuples in Python."""
+        is_node = isinstance(value, dict) and "node" in value
+        return self._line(lines, "set", 1, "python:list", [value], {}) if is_node else value
 
     def _with_dtypes(self, inputs: list[Any]) -> list[Any]:
         """Operands of a comparison: TorchScript has dtypes as numbers, and reads them from tensors as such."""
@@ -343,7 +350,10 @@ class Forward:
                     kwargs_of_it = {"dtype": {"dtype": self._numbers[value["node"]]}}
                     value = self._line(lines, "set", 1, "ops:aten.scalar_tensor.default", [value], kwargs_of_it)
             elif isinstance(value, Scalar):
-                value = self._constant(value.tensor, lines) if "Tensor" in str(argument.type) else Constant(value.value)
+                as_number = "Tensor" not in str(argument.type) or (
+                    node.kind() in _WITH_NUMBERS and value.tensor.dtype in (torch.float64, torch.int64)
+                )
+                value = Constant(value.value) if as_number else self._constant(value.tensor, lines)
             if argument.kwarg_only:
                 kwargs[argument.name] = data(value)
             else:
@@ -388,6 +398,8 @@ class Forward:
             return [reads[path]]
         if any(isinstance(leaf, Tensor | torch.ScriptObject) for leaf in tree_leaves(value)):
             raise LoadError(f"its `{name}` holds tensors or an object of C++")
+        if any(use.user.kind().rpartition("::")[2] in _CHANGING and not use.offset for use in node.output().uses()):
+            raise LoadError(f"it changes its `{name}`")
         return [Constant(value)]
 
     def _prim_SetAttr(self, node: Any, *_: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_inject._program_layers import FixedBatchNorm
-from se_inject._programs import recorded_inputs
+from se_inject._programs import Program, is_of_training, recorded_inputs
 from se_inject._reasons import describe
 from se_inject.errors import NoSites, OptionError, TraceError, UnsupportedModel
 from se_inject.tables import counted
@@ -45,6 +45,17 @@ def observe_model(model: nn.Module, example_inputs: Any = None, example_kwargs: 
         trace.notes.append(
             f"the file is a program of eval mode: batch normalisation ({counted(fixed, 'module')}) keeps its statistics "
             "in training, and what only training does is not in it"
+        )
+    programs = [module for module in model.modules() if isinstance(module, Program)]
+    if any(map(is_of_training, programs)):
+        trace.notes.append(
+            "the file is a program of training mode: dropout and normalisation by the batch are written down in it, and "
+            "act in eval too; export the network in eval mode"
+        )
+    if programs and next(model.parameters(), None) is None:
+        trace.notes.append(
+            "the file is a frozen program: its weights are constants, which can't be trained; take the one from before "
+            "it was frozen"
         )
     return trace
 
@@ -86,14 +97,16 @@ def inferred_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     """
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
-    if size:
-        return [(2, *size)]
     first = next((module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)), None)
+    if size:
+        others = [] if first is None or len(size) != first.weight.dim() - 1 else [(2, first.in_channels, *size[1:])]
+        return list(dict.fromkeys([(2, *size), *others]))  # timm keeps the metadata when it is told of other channels
     if first is None:
         raise NoSites(
-            "the network has no convolution",
+            "the network has no convolution layer to infer its input from",
             seen=f"a {type(model).__name__} of {', '.join(sorted({type(m).__name__ for m in model.modules()})[:8])}",
-            hint="channel attention goes behind convolutions; if there are some outside of `nn.Conv*d`, give example inputs",
+            hint="channel attention goes behind convolutions; if there are some outside of `nn.Conv*d`, give an input: "
+            "`--input 3x224x224`, in Python `example_inputs=`",
         )
     rank = first.weight.dim() - 2
     if rank == 3:
@@ -202,6 +215,21 @@ def check_supported(model: Any) -> None:
                 f"a {type(module).__name__} in `{path}` has no shape yet",
                 hint="call the network once on real inputs, then inject",
             )
+
+
+def check_has_numbers(model: nn.Module) -> None:
+    """Ask whether a network can be run: on the meta device it can be looked at and planned, no more.
+
+    Raises:
+        UnsupportedModel: some of its tensors are on the meta device.
+    """
+    without = next((name for name, tensor in model.state_dict().items() if getattr(tensor, "is_meta", False)), None)
+    if without is not None:
+        raise UnsupportedModel(
+            f"the weights of this {type(model).__name__} have no numbers: they are on the meta device",
+            seen=f"`{without}`",
+            hint="model.to_empty(device='cpu') makes room for them; then load its weights",
+        )
 
 
 _QUANTISED = ("quantised", "inject first, then quantise")

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from se_inject._comparison import same_value
 from se_inject._reasons import describe
-from se_inject._runs import Seen, difference, first_line, observed_in_eval, observed_in_training, run, run_awake
+from se_inject._runs import Seen, difference, first_line, observed_in_eval, observed_in_training, run, run_awake, seeded
 from se_inject.bodies import original_class
 from se_inject.errors import VerificationError
-from se_inject.inputs import copied, observe_model, real_inputs
+from se_inject.inputs import check_has_numbers, copied, observe_model, real_inputs
 from se_inject.steps import Step
 from se_inject.surgery import injected_blocks, steps_of
 from se_inject.tables import counted
@@ -89,7 +89,9 @@ def verify(
 
     Raises:
         TraceError: the network's forward fails on the inputs.
+        UnsupportedModel: it is on the meta device.
     """
+    check_has_numbers(before)
     trace = trace or observe_model(before, example_inputs, example_kwargs)
     steps = {step.path for step in steps_of(after)} - {step.path for step in steps_of(before)}
     blocks = {path: block for path, block in injected_blocks(after) if path in steps}
@@ -112,16 +114,20 @@ def check_against_file(network: nn.Module, program: Any, trace: Trace) -> Check:
         program: what ``load_program`` gave for the same file.
         trace: an observed call of the network.
     """
+    from se_inject._from_exports import arguments_of
+
     name = "same output as the file"
-    theirs = program.module() if isinstance(program, torch.export.ExportedProgram) else program.eval()
+    is_exported = isinstance(program, torch.export.ExportedProgram)
+    theirs = program.module() if is_exported else program.eval()
     parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
     why = ""
     for batch in (3, None):
         args, kwargs = real_inputs(trace.inputs, batch=batch, device=parameter.device, dtype=parameter.dtype)
+        given, named = arguments_of(program, args) if is_exported else (args, {})
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            with torch.no_grad(), warnings.catch_warnings(), seeded():
                 warnings.simplefilter("ignore")
-                expected = theirs(*copied(args), **copied(kwargs))
+                expected = theirs(*copied(given), **copied({**named, **kwargs}))
         except Exception as error:
             why = first_line(error)
             continue
@@ -135,7 +141,9 @@ def check_against_file(network: nn.Module, program: Any, trace: Trace) -> Check:
 
 def weight_warnings(model: nn.Module) -> list[str]:
     """What is wrong with a network's weights before anything is done to it."""
-    tensors = [t for t in model.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()]
+    tensors = [
+        t for t in model.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point() and not t.is_meta
+    ]
     if all(tensor.sum().isfinite() or tensor.isfinite().all() for tensor in tensors):  # a sum is soon made
         return []
     return ["warning: the network's weights hold NaN or infinite values"]
