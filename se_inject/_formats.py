@@ -6,7 +6,7 @@ import codecs
 import json
 import pickle
 import struct
-from os import PathLike
+from os import PathLike, fspath
 from typing import IO
 
 from se_inject._archives import Archive
@@ -55,7 +55,11 @@ _OTHER = {
     "gguf": ("a GGUF file, of weights for llama.cpp", None),
     "pdf": ("a PDF", None),
     "lfs": ("a pointer of Git LFS, not the file itself", "git lfs pull"),
-    "html": ("a web page, not a model", "the download went wrong: fetch it again"),
+    "sharded": (
+        "an index of weights in several files",
+        "make one file of them: safetensors.torch.load_file reads each, save_file writes their union",
+    ),
+    "html": ("a web page or XML, not a model", "the download went wrong: fetch it again"),
     "text": ("a text file", "of a Python file name what to call: `{path}:callable`"),
     "unknown": ("in no format that torch or safetensors writes", None),
     **{name: (f"compressed with {name}", _DECOMPRESS) for name in ("gzip", "bzip2", "xz", "zstd", "7z")},
@@ -99,6 +103,8 @@ def unreadable(path: str | PathLike[str], form: str, seen: str | None = None, hi
         hint: a better one than the form's own.
     """
     what, general = _OTHER[form]
+    if form == "text" and not fspath(path).endswith(".py"):
+        general = "a download may have gone wrong: look into it"
     return LoadError(f"`{path}` is {what}", seen=seen, hint=hint or (general and general.format(path=path)))
 
 
@@ -143,5 +149,5 @@ def _text(head: bytes) -> str:
     if text.startswith("version https://git-lfs"):
         return "lfs"
     if text.startswith("{"):
-        return "plan" if '"se_inject_plan"' in text else "json"
-    return "html" if text.startswith(("<!doctype html", "<html")) else "text"
+        return "plan" if '"se_inject_plan"' in text else "sharded" if '"weight_map"' in text else "json"
+    return "html" if text.startswith("<") else "text"

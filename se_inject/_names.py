@@ -31,12 +31,13 @@ class NoSuchFile(LoadError, FileNotFoundError):
     exit_code = 2
 
 
-def from_zoo(zoo: str, name: str) -> nn.Module:
+def from_zoo(zoo: str, name: str, **options: Any) -> nn.Module:
     """Build a network with random weights; nothing is downloaded.
 
     Args:
         zoo: a key of ``ZOOS``.
         name: the network's name there.
+        **options: of the network: ``num_classes``.
 
     Raises:
         LoadError: the package is missing or has no such network.
@@ -51,7 +52,7 @@ def from_zoo(zoo: str, name: str) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return build(name)
+            return build(name, **options)
     except Exception as error:
         raise LoadError(f"{zoo} could not build `{name}`", seen=fact(error)) from error
 
@@ -138,21 +139,21 @@ def printable(text: str, most: int = 300) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[:most])
 
 
-def _torchvision() -> tuple[list[str], Callable[[str], nn.Module]]:
+def _torchvision() -> tuple[list[str], Callable[..., nn.Module]]:
     models: Any = importlib.import_module("torchvision.models")
 
-    def build(name: str) -> nn.Module:
-        options = inspect.signature(models.get_model_builder(name)).parameters
-        backbone = {"weights_backbone": None} if "weights_backbone" in options else {}
-        network: nn.Module = models.get_model(name, weights=None, **backbone)
+    def build(name: str, **options: Any) -> nn.Module:
+        known = inspect.signature(models.get_model_builder(name)).parameters
+        backbone = {"weights_backbone": None} if "weights_backbone" in known else {}
+        network: nn.Module = models.get_model(name, weights=None, **backbone, **options)
         return network
 
     return models.list_models(), build
 
 
-def _timm() -> tuple[list[str], Callable[[str], nn.Module]]:
+def _timm() -> tuple[list[str], Callable[..., nn.Module]]:
     timm: Any = importlib.import_module("timm")
-    return timm.list_models(), lambda name: timm.create_model(name, pretrained=False)
+    return timm.list_models(), lambda name, **options: timm.create_model(name, pretrained=False, **options)
 
 
 ZOOS = {"torchvision": _torchvision, "timm": _timm}

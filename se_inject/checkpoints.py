@@ -22,12 +22,20 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from se_inject._allowed import NETWORKS, within
-from se_inject._architectures import PREFIXES, architectures_of
+from se_inject._architectures import architectures_of
 from se_inject._contents import holds_inert
 from se_inject._formats import PICKLES, PROGRAMS, form_of, unreadable
 from se_inject._names import ZOOS, NoSuchFile, did_you_mean, fact, from_code, from_zoo, importable
-from se_inject._pickles import Inert
 from se_inject._unpickling import unpickle
+from se_inject._weights import (
+    contents,
+    differences,
+    is_state_dict,
+    listed,
+    network_or_weights,
+    other_classes,
+    without_prefix,
+)
 from se_inject.errors import LoadError, OptionError, UntrustedGlobals
 
 __all__ = ["NoSuchFile", "describe", "is_program", "load", "load_program", "load_weights_"]
@@ -69,6 +77,8 @@ def load(
             raise OptionError("with `arch`, the file is the weights already", hint="leave `weights` out")
         if os.path.exists(arch):
             raise OptionError(f"`{arch}` is a file, not the name of an architecture")
+        if is_program(source):
+            raise OptionError(f"`{source}` is a network already", hint="leave `arch` out")
         return load(arch, weights=source, trust=trust)
     text = os.fspath(source)
     zoo, _, name = text.partition(":")
@@ -80,8 +90,14 @@ def load(
         model = from_zoo(zoo, name)
     else:
         model = from_code(*text.rsplit(":", 1))
-    if weights is not None:
-        load_weights_(model, weights)
+    if weights is None:
+        return model
+    state = _weights_in(Path(weights))
+    current = model.state_dict()
+    classes = other_classes(current, without_prefix(state, current)) if zoo in ZOOS else None
+    if classes is not None:
+        model = from_zoo(zoo, name, num_classes=classes)
+    _put_weights_(model, state, Path(weights))
     return model
 
 
@@ -99,17 +115,44 @@ def load_weights_(model: nn.Module, path: str | os.PathLike[str]) -> None:
         NoSuchFile: a file that doesn't exist.
         LoadError: no state dict in it, or not exactly the model's keys and shapes; the model is as it was.
     """
-    path = Path(path)
+    _put_weights_(model, _weights_in(Path(path)), Path(path))
+
+
+def _weights_in(path: Path) -> Mapping[str, Any]:
+    """The state dict in a file; mapped where the format allows it.
+
+    Raises:
+        NoSuchFile: a file that doesn't exist.
+        LoadError: no state dict in it.
+    """
+    refused: dict[str, str | None] = {}
     with _opened(path) as file:
         form = form_of(file)
         if form not in ("safetensors", *PICKLES):
             raise unreadable(path, form)
-        state = _read(path, lambda: _state_dict(file, form))
-    if not _is_state_dict(state):
-        raise LoadError(f"`{path}` holds no state dict")
+        found = _read(path, lambda: _contents_of(file, form, refused))
+    inner = network_or_weights(found)
+    if inner is None:
+        hint = next(_explanations(refused), _ONE_OF_THESE)
+        raise LoadError(f"`{path}` holds no state dict", seen=contents(found), hint=hint)
+    return inner.state_dict() if isinstance(inner, nn.Module) else inner  # type: ignore[no-any-return]
+
+
+def _contents_of(file: IO[bytes], form: str, refused: dict[str, str | None]) -> Any:
+    if form != "safetensors":
+        return unpickle(file, form, (), refused, mapped=True)
+    from safetensors.torch import load_file
+
+    return load_file(file.name)
+
+
+def _put_weights_(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    """Load a state dict into a model, completely or not at all."""
     current = model.state_dict()
     before = {key: value.clone() for key, value in current.items() if isinstance(value, torch.Tensor)}
-    state = _without_prefix(state, current)
+    state = without_prefix(state, current)
+    if any(isinstance(value, torch.Tensor) and value.is_meta for value in state.values()):
+        raise LoadError(f"the weights in `{path}` have no numbers", seen="tensors on the meta device")
     try:
         model.load_state_dict(state)
     except Exception as error:
@@ -118,8 +161,8 @@ def load_weights_(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 current[key].copy_(value)
         raise LoadError(
             f"the weights in `{path}` are not those of a {type(model).__name__}",
-            seen=_differences(before, state) or fact(error),
-            hint="name the architecture and the number of classes that they were trained with",
+            seen=differences(before, state) or fact(error),
+            hint=f"make it as it was when they were trained: `net.py:make --weights {path}`, make() without arguments",
         ) from error
 
 
@@ -186,12 +229,14 @@ _WRITERS = {
     "torchscript": "torch.jit.save",
     "pt2": "torch.export.save",
 }
+_ONE_OF_THESE = "one network, or one state dict, is looked for: alone, or in dicts, lists and tuples"
 _KINDS = {"torchscript": "a TorchScript archive", "pt2": "an exported program"}
 
 
 _BESIDE_A_NETWORK = (
     "argparse.Namespace", "builtins.dict", "builtins.float", "builtins.int", "builtins.list", "collections.defaultdict",
-    "datetime", "numpy", "omegaconf", "pathlib", "torch.amp", "torch.optim", "types.SimpleNamespace",
+    "datetime", "numpy", "omegaconf", "pathlib", "timm.utils.model_ema", "torch.amp", "torch.optim",
+    "types.SimpleNamespace",
 )  # fmt: skip
 """What a training script saves beside its network. It isn't read, and the network can be had without it."""
 
@@ -201,25 +246,26 @@ def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
     with _opened(path) as file:
         form = form_of(file)
         if form == "safetensors":
-            raise _only_weights(path, form, _read(path, lambda: _state_dict(file, form)))
+            raise _only_weights(path, form, _read(path, lambda: _contents_of(file, form, {})))
         if form in PROGRAMS:
             return _network(path, file, form)
         if form not in PICKLES:
             raise unreadable(path, form)
         try:
             with importable(Path.cwd()) if trust else contextlib.nullcontext():
-                found = _read(path, lambda: _inner(unpickle(file, form, trust, refused, mapped=mapped)))
+                whole = _read(path, lambda: unpickle(file, form, trust, refused, mapped=mapped))
         except LoadError:
             if not refused:
                 raise
-            found = None  # something inert was in the way, and that is the better thing to say
-    if _is_state_dict(found):
+            whole = None  # something inert was in the way, and that is the better thing to say
+    found = network_or_weights(whole)
+    if is_state_dict(found):
         raise _only_weights(path, "state dict", found)
     is_whole = isinstance(found, nn.Module) and not holds_inert(found)
     if refused and not (is_whole and all(within(name, _BESIDE_A_NETWORK) for name in refused)):
-        raise _untrusted(path, refused)
+        raise _untrusted(path, refused, has_weights=found is not None)
     if not isinstance(found, nn.Module):
-        raise LoadError(f"`{path}` holds neither a network nor weights")
+        raise LoadError(f"`{path}` holds neither a network nor weights", seen=contents(whole), hint=_ONE_OF_THESE)
     return found
 
 
@@ -252,7 +298,7 @@ def _only_weights(path: Path, form: str, state: Mapping[str, Any]) -> LoadError:
     names = architectures_of(state)
     if not names:
         return unreadable(path, form, seen)
-    seen += f"; the keys and shapes are those of {_listed(names, most=3)}"
+    seen += f"; its keys and shapes are those of {listed(names, most=3)}"
     return unreadable(path, form, seen, hint=f"`se-inject {path} --arch {names[0]}`")
 
 
@@ -267,6 +313,8 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     except FileNotFoundError as error:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings)
+        if path.is_symlink():
+            raise NoSuchFile(f"`{path}` is a link to a file that does not exist", seen=os.readlink(path)) from error
         if not path.suffix and path.name == str(path):
             hint = f"a network has its package in front: `torchvision:{path}`, `timm:{path}`"
         raise NoSuchFile(f"no file `{path}`", hint=hint) from error
@@ -283,7 +331,7 @@ def _in_directory(path: Path) -> str:
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         return "a distributed checkpoint: torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes one file"
     files = [name for name in names if name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors"))]
-    return f"pass the file in it that is meant{': ' + _listed(files) if files else ''}"
+    return f"pass the file in it that is meant{': ' + listed(files) if files else ''}"
 
 
 def _read(path: Path, read: Callable[[], T]) -> T:
@@ -295,17 +343,26 @@ def _read(path: Path, read: Callable[[], T]) -> T:
     except LoadError:
         raise
     except Exception as error:
-        raise LoadError(f"`{path}` is damaged, or not what it seems to be", seen=fact(error)) from error
+        raise LoadError(
+            f"`{path}` is damaged, or not what it seems to be", seen=fact(error), hint="copy or download it again"
+        ) from error
 
 
 # -- trust -------------------------------------------------------------------------------------------------
 
 _OWN = frozenset(name.split(".")[0] for name in NETWORKS)
+_NEVER = _OWN | {"numpy"}
 _EXPLAINED = {
     "torch._dynamo.eval_frame.OptimizedModule": "it was saved compiled: save `model._orig_mod` instead",
     "torch.fx.graph_module.reduce_graph_module": "a GraphModule is saved as source code: pass what makes it",
     "torch.nn.parallel.distributed.": "it was saved wrapped: save `model.module` instead",
     "torch.ao.nn.quantized.": "it is quantised: inject first, then quantise",
+    "torch._utils._rebuild_sparse_tensor": "it holds a sparse tensor: save it dense, as tensor.to_dense() gives it",
+    "torch._utils._rebuild_qtensor": "it is quantised: inject first, then quantise",
+    "torch.nn.parameter.UninitializedParameter": "it is lazy: call the network once on real inputs, and save it again",
+    "torch.optim.swa_utils.": "it was saved within its average: save `model.module` instead",
+    "timm.utils.model_ema.": "it was saved within its average: save `model.module` instead",
+    "numpy.": "it holds arrays of NumPy: save tensors instead, torch.from_numpy makes them",
 }
 
 
@@ -321,85 +378,27 @@ def _trustworthy(trust: Sequence[str]) -> Sequence[str]:
     return trust
 
 
-def _untrusted(path: Path, refused: Mapping[str, str | None]) -> LoadError:
+def _explanations(refused: Iterable[str]) -> Iterator[str]:
+    """What to do about code of torch's and others' that stands around a network."""
+    return (why for start, why in _EXPLAINED.items() for name in refused if name.startswith(start))
+
+
+def _untrusted(path: Path, refused: Mapping[str, str | None], has_weights: bool) -> LoadError:
     for name, why in refused.items():
         if why is not None:
             hint = "install the version that the model was saved with, or go to its directory"
             return LoadError(f"`{path}` needs `{name}`, which can't be imported", seen=why, hint=hint)
     packages = sorted({name.split(".")[0] for name in refused})
     if not all(package.isidentifier() for package in packages):
-        return UntrustedGlobals(f"`{path}` refers to code by names that are none: {_listed(refused)}")
-    weights = f"its tensors alone are taken by `FILE.py:CLASS --weights {path}`"
-    hint = next((why for start, why in _EXPLAINED.items() for name in refused if name.startswith(start)), "")
+        return UntrustedGlobals(f"`{path}` refers to code by names that are none: {listed(refused)}")
+    hint = next(_explanations(refused), "")
     if "__main__" in packages:
-        hint = f"its class is defined in the script that saved it, and found only there; {weights}"
-    elif not hint and any(package in sys.stdlib_module_names or package in _OWN for package in packages):
-        hint = f"that could do harm, so it can't be allowed; {weights}"
+        hint = "what is in `__main__` was defined by the script that saved it, and is found only there"
+    elif not hint and any(package in sys.stdlib_module_names or package in _NEVER for package in packages):
+        hint = "that could do harm, so it can't be allowed"
     elif not hint:
         trust = " ".join(f"--trust {package}" for package in packages)
-        hint = f"if you trust its maker, `{trust}` imports that code and lets the file call it; {weights}"
-    return UntrustedGlobals(f"`{path}` refers to code that it may not use: {_listed(refused)}", hint=hint)
-
-
-# -- weights -----------------------------------------------------------------------------------------------
-
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network")
-_AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema")
-_DEEPEST_WRAPPER = 3
-
-
-def _state_dict(file: IO[bytes], form: str) -> Any:
-    """The tensors in a file, by name; mapped where the format allows it."""
-    if form == "safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file.name)
-    inner = _inner(unpickle(file, form, (), {}, mapped=True))
-    return inner.state_dict() if isinstance(inner, nn.Module) else inner
-
-
-def _inner(found: Any, depth: int = 0) -> Any:
-    """The module or state dict in what a file holds, or None."""
-    is_module = isinstance(found, nn.Module) and not (type(found) is Inert and not found.state_dict())
-    if is_module or _is_state_dict(found):
-        return found
-    if not isinstance(found, Mapping) or depth == _DEEPEST_WRAPPER:
-        return None
-    candidates = (_inner(found.get(key), depth + 1) for key in (*_WRAPPERS, *_AVERAGES))
-    return next((inner for inner in candidates if inner is not None), None)
-
-
-def _is_state_dict(found: Any) -> bool:
-    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
-        return False
-    tensors = [key for key, value in found.items() if isinstance(value, torch.Tensor)]
-    return bool(tensors) and all(key in tensors or key.endswith("_extra_state") for key in found)
-
-
-def _without_prefix(state: Mapping[str, Any], current: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state dict without those prefixes of all its keys that keep them from fitting."""
-    candidates = [state]
-    keys = [key for key in state if key != "n_averaged"]  # torch's AveragedModel has it beside `module.`
-    while prefix := next((p for p in PREFIXES if keys and all(key.startswith(p) for key in keys)), None):
-        candidates.append({key.removeprefix(prefix): candidates[-1][key] for key in keys})
-        keys = list(candidates[-1])
-    return max(candidates, key=lambda candidate: len(candidate.keys() & current.keys()))
-
-
-def _differences(current: Mapping[str, Any], state: Mapping[str, Any]) -> str:
-    kinds = {
-        "missing": [key for key in current if key not in state],
-        "unexpected": [key for key in state if key not in current],
-        "of another shape": [
-            f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
-            for key, value in current.items()
-            if key in state and state[key].shape != value.shape
-        ],
-    }
-    return "; ".join(f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys)
-
-
-def _listed(names: Iterable[str], most: int = 4) -> str:
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"`{name}`" for name in names[:most]) + more
+        hint = f"if you trust its maker, `{trust}` imports that code and lets the file call it"
+    if has_weights:
+        hint += f"; its tensors alone are taken by `FILE.py:CLASS --weights {path}`"
+    return UntrustedGlobals(f"`{path}` refers to code that it may not use: {listed(refused)}", hint=hint)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 import torchvision
@@ -376,7 +377,12 @@ ONNX = b"\x08\x0a\x12\x07pytorch\x1a\x052.14.0" + bytes(20)
 COMPRESSED = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
 NO_MODELS = {
     "empty": (lambda path: path.write_bytes(b""), "an empty file", None),
-    "text": (lambda path: path.write_text("just words\n"), "a text file", ":callable"),
+    "text": (lambda path: path.write_text("Entry not found\n"), "a text file", "download"),
+    "xml": (lambda path: path.write_text("<?xml version='1.0'?><Error/>"), "a web page or XML", "fetch it again"),
+    "sharded": (
+        lambda path: path.write_text('{"metadata": {}, "weight_map": {"a": "1.safetensors"}}'),
+        "weights in several files", "one file"
+    ),
     "html": (lambda path: path.write_text("<!DOCTYPE html><p>404"), "a web page", "fetch it again"),
     "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "Git LFS", "git lfs pull"),
     "bytes": (lambda path: path.write_bytes(bytes(range(128, 256))), "no format", None),
@@ -403,7 +409,8 @@ NO_MODELS = {
     "state dict": (lambda path: torch.save(small().state_dict(), path), "weights", "--arch"),
     "old state dict": (lambda path: WRITERS["legacy"](small().state_dict(), path), "weights", "--arch"),
     "checkpoint": (lambda path: torch.save({"state_dict": small().state_dict()}, path), "weights", "--arch"),
-    "a list": (lambda path: torch.save([1, 2], path), "neither a network nor weights", None),
+    "a list": (lambda path: torch.save([1, 2], path), "neither a network nor weights", "one network"),
+    "two networks": (lambda path: torch.save({"g": small(), "d": small()}, path), "neither a network nor", "one network"),
 }  # fmt: skip
 
 
@@ -577,6 +584,12 @@ WEIGHTS = {
     "compiled and parallel": lambda state, model: prefixed(state, "module._orig_mod."),
     "Lightning": lambda state, model: {"state_dict": prefixed(state, "model.")},
     "averaged": lambda state, model: torch.optim.swa_utils.AveragedModel(model).state_dict(),
+    "under a name of its own": lambda state, model: {"epoch": 3, "student": state, "optimizer": {"state": {}}},
+    "a network under a name of its own": lambda state, model: {"classifier": model},
+    "BasicSR": lambda state, model: {"params": state, "params_ema": small().state_dict()},
+    "Composer": lambda state, model: {"state": {"model": state, "timestamp": {"batch": 3}}},
+    "in a tuple": lambda state, model: (model, 3),
+    "with numbers beside it": lambda state, model: {**state, "epoch": 3, "name": "net", "best": None},
     "without counters": lambda state, model: {k: v for k, v in state.items() if not k.endswith("batches_tracked")},
 }
 
@@ -600,6 +613,89 @@ def test_safetensors_under_any_name(tmp_path):
     save_file(trained.state_dict(), tmp_path / "weights.pt")
     load_weights_(model, tmp_path / "weights.pt")
     assert_same(model, trained)
+
+
+@pytest.mark.parametrize("found", [{"student": 1, "teacher": 2}, [1, 2]])
+def test_what_is_seen_instead_of_weights(found, tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({key: small().state_dict() for key in found} if isinstance(found, dict) else found, path)
+    with pytest.raises(LoadError, match="holds no state dict") as caught:
+        load_weights_(small(), path)
+    assert caught.value.seen in ("a dict with the keys `student`, `teacher`", "a list of `int`, `int`")
+
+
+@pytest.mark.parametrize(
+    ("network", "hint"),
+    [
+        (lambda: torch.optim.swa_utils.AveragedModel(small()), "save `model.module`"),
+        (lambda: {"w": torch.eye(3).to_sparse()}, "save it dense"),
+        (lambda: {"w": np.eye(3)}, "torch.from_numpy"),
+        (lambda: nn.Sequential(nn.LazyConv2d(3, 3)), "once on real inputs"),
+    ],
+)
+def test_what_is_said_of_common_things_that_are_refused(network, hint, tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(network(), path)
+    with pytest.raises(UntrustedGlobals) as caught:
+        load(path)
+    assert hint in caught.value.hint
+    assert "--trust" not in caught.value.hint
+
+
+@pytest.mark.parametrize("zoo", ["torchvision:mobilenet_v3_small", "timm:resnet18"])
+def test_the_number_of_classes_is_that_of_the_weights(zoo, tmp_path):
+    path = tmp_path / "weights.pt"
+    name = zoo.partition(":")[2]
+    make = torchvision.models.get_model if zoo.startswith("torchvision") else timm.create_model
+    trained = make(name, num_classes=7)
+    torch.save({"epoch": 3, "state_dict": prefixed(trained.state_dict(), "module.")}, path)
+    assert_same(load(path, arch=zoo), trained)
+    assert_same(load(zoo, weights=path), trained)
+    state = trained.state_dict()
+    state[next(key for key in state if key.endswith("conv1.weight") or key == "features.0.0.weight")] = torch.ones(1)
+    torch.save(state, path)
+    with pytest.raises(LoadError, match="are not those of"):
+        load(path, arch=zoo)
+
+
+def test_weights_without_numbers(tmp_path):
+    torch.save(small().to("meta").state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(LoadError, match="have no numbers"):
+        load_weights_(small(), tmp_path / "weights.pt")
+
+
+def test_a_network_in_a_wrapper_is_taken_out_of_it(tmp_path):
+    torch.save(nn.DataParallel(small()), tmp_path / "model.pt")
+    found = load(tmp_path / "model.pt")
+    assert type(found) is nn.Sequential
+
+
+def test_a_network_that_was_scripted_before_it_was_saved(tmp_path):
+    network = torchvision.models.resnet18().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(network)
+    torch.save(network, tmp_path / "model.pt")
+    assert_same(load(tmp_path / "model.pt"), network)
+
+
+def test_text_where_yolo_writes_it(tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=2))
+    for index, module in enumerate(network):
+        module.i, module.f, module.type, module.np = index, -1, f"torch.nn.{type(module).__name__}", 3
+    torch.save(network, tmp_path / "model.pt")
+    found = load(tmp_path / "model.pt")
+    assert [module.type for module in found] == ["torch.nn.Conv2d", "torch.nn.Upsample"]
+    network[1].type = nn.functional.relu
+    torch.save(network, tmp_path / "model.pt")
+    with pytest.raises(LoadError, match="a `type` of its own"):
+        load(tmp_path / "model.pt")
+
+
+def test_a_link_to_nothing(tmp_path):
+    (tmp_path / "model.pt").symlink_to("nowhere.pt")
+    with pytest.raises(NoSuchFile, match="is a link to a file that does not exist"):
+        load(tmp_path / "model.pt")
 
 
 def test_keys_that_begin_like_a_prefix(tmp_path):

@@ -710,7 +710,7 @@ def poisoned(network):
 
 
 def poisoned_plain(network):
-    Path("bad.pt").write_bytes(pickle.dumps([network.state_dict(), Payload()]))
+    Path("bad.pt").write_bytes(pickle.dumps([Payload()]))
 
 
 def state_dict(network):
@@ -730,7 +730,8 @@ def other_weights(network):
 
 
 def wrapped(network):
-    torch.save(nn.DataParallel(network), "bad.pt")
+    network.add_module("inner", nn.DataParallel(nn.ReLU()))
+    torch.save(network, "bad.pt")
 
 
 def quantised(network):
