@@ -7,12 +7,19 @@ import mmap
 import struct
 import zipfile
 import zlib
-from typing import IO
+from collections.abc import Iterable
+from typing import IO, Any
 
 SLACK_BYTES = 64 << 20
-"""What a file may need beyond twice its own size, whatever it is."""
+"""What a file may need beyond its own size, whatever it is."""
 
-_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_LOCAL_HEADER = struct.Struct("<4s4xH16xHH")
+_END = struct.Struct("<4sHHHHIIH")
+_END_64 = struct.Struct("<4sQHHIIQQQQ")
+_LOCATOR_64 = struct.Struct("<4sIQI")
+_LARGEST_DIRECTORY = 8 << 20
+_SATURATED = (2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1)
+_UTF_8 = 0x800
 _CHUNK = 1 << 20
 _ENCRYPTED = 1
 
@@ -36,9 +43,13 @@ class Archive:
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._zip = zipfile.ZipFile(file)
         self._data = file.getbuffer() if isinstance(file, io.BytesIO) else _mapped(file)
-        entries = [entry for entry in self._zip.infolist() if not entry.is_dir()]
+        directory, count = _directory(self._data)
+        self._zip = zipfile.ZipFile(file)
+        everything = self._zip.infolist()
+        if (self._zip.start_dir, len(everything)) != (directory, count):
+            raise DamagedArchive("its directory is not where it says, or holds another number of records")
+        entries = [entry for entry in everything if not entry.is_dir()]
         roots = {entry.filename.partition("/")[0] for entry in entries}
         self.root = roots.pop() if len(roots) == 1 else ""
         self.records = {entry.filename.removeprefix(f"{self.root}/"): entry for entry in entries}
@@ -51,14 +62,19 @@ class Archive:
         if min((entry.header_offset for entry in entries), default=0) != 0:
             raise DamagedArchive("something stands before it")
         unfolded = sum(entry.file_size for entry in entries)
-        if unfolded > 2 * len(self._data) + SLACK_BYTES:
+        if unfolded > len(self._data) + SLACK_BYTES:
             raise DamagedArchive(f"it would unfold from {len(self._data):,} to {unfolded:,} bytes")
+        self._check_places(everything, directory)
         for entry in entries:
             if entry.CRC == 0:  # torch can be told to compute none
                 del entry.CRC
 
     def __contains__(self, name: object) -> bool:
         return name in self.records
+
+    def __len__(self) -> int:
+        """The bytes of the file."""
+        return len(self._data)
 
     def size(self, name: str) -> int:
         """The bytes of a record."""
@@ -71,10 +87,24 @@ class Archive:
     def view(self, name: str) -> memoryview:
         """A record's bytes: those of the file, mapped so that writing to them is private, or, if compressed, a copy."""
         entry = self.records[name]
-        if entry.compress_type != zipfile.ZIP_STORED:
-            return memoryview(bytearray(self.read(name)))
-        start = self._start(entry)
-        return memoryview(self._data)[start : start + entry.file_size]
+        if entry.compress_type == zipfile.ZIP_STORED:
+            start = self._start(entry)
+            return memoryview(self._data)[start : start + entry.file_size]
+        found, size = bytearray(entry.file_size), 0
+        with self._zip.open(entry) as stream:
+            while piece := stream.read(_CHUNK):
+                found[size : size + len(piece)] = piece
+                size += len(piece)
+        if size != entry.file_size:
+            raise DamagedArchive(f"its record `{name}` is of another size")
+        return memoryview(found)
+
+    def copy(self, names: Iterable[str], to: IO[bytes]) -> None:
+        """Write an archive of these records alone, uncompressed and each with its checksum."""
+        with zipfile.ZipFile(to, "w") as archive:
+            for name in names:
+                with archive.open(zipfile.ZipInfo(f"{self.root}/{name}"), "w", force_zip64=True) as record:
+                    record.write(self.view(name))
 
     def check(self) -> None:
         """Compare every record with its checksum: a copy or a download that went wrong shows here.
@@ -92,9 +122,45 @@ class Archive:
             if found != getattr(entry, "CRC", found):
                 raise DamagedArchive(f"its record `{name}` is not what was written")
 
-    def _start(self, entry: zipfile.ZipInfo) -> int:
-        magic, name, extra = _LOCAL_HEADER.unpack_from(self._data, entry.header_offset)
-        start: int = entry.header_offset + _LOCAL_HEADER.size + name + extra
-        if magic != b"PK\x03\x04" or start + entry.file_size > len(self._data):
+    def _check_places(self, entries: list[zipfile.ZipInfo], directory: int) -> None:
+        """Every record has its own place, all of it before the directory."""
+        end = 0
+        for entry in sorted(entries, key=lambda entry: entry.header_offset):
+            if entry.header_offset < end:
+                raise DamagedArchive("two of its records overlap")
+            end = self._start(entry) + entry.compress_size
+        if end > directory:
             raise DamagedArchive("its directory points outside of it")
-        return start
+
+    def _start(self, entry: zipfile.ZipInfo) -> int:
+        magic, method, length, extra = _LOCAL_HEADER.unpack_from(self._data, entry.header_offset)
+        at = entry.header_offset + _LOCAL_HEADER.size
+        name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF_8 else "cp437")
+        if (magic, method, self._data[at : at + length]) != (b"PK\x03\x04", entry.compress_type, name):
+            raise DamagedArchive("its directory names other records than it holds")
+        if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
+            raise DamagedArchive("a record that is longer or shorter than it is")
+        return at + length + extra
+
+
+def _directory(data: Any) -> tuple[int, int]:
+    """Where an archive's directory begins, and of how many records; the archive ends with it, whoever looks for it."""
+    end = len(data) - _END.size
+    magic, disk, first, *parts, comment = _END.unpack_from(data, end)
+    if magic != b"PK\x05\x06" or bytes(data[end:]).rfind(magic) != 0 or disk or first or comment:
+        raise DamagedArchive("something stands behind it")
+    locator = end - _LOCATOR_64.size
+    if locator >= 0 and data[locator : locator + 4] == b"PK\x06\x07":
+        _, disk, where, disks = _LOCATOR_64.unpack_from(data, locator)
+        end = locator - _END_64.size
+        if (disk, where, disks) != (0, end, 1):
+            raise DamagedArchive("its directory is not where it says")
+        magic, size, _, _, disk, first, *long = _END_64.unpack_from(data, end)
+        agree = all(short in (part, largest) for short, part, largest in zip(parts, long, _SATURATED, strict=True))
+        if magic != b"PK\x06\x06" or size != _END_64.size - 12 or disk or first or not agree:
+            raise DamagedArchive("it has two directories")
+        parts = long
+    here, count, size, start = parts
+    if here != count or size > _LARGEST_DIRECTORY or start + size != end:
+        raise DamagedArchive("its directory is not where it says")
+    return start, count

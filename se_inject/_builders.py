@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import collections
+import enum
 import importlib
 import pickle
 from collections.abc import Callable, Mapping
@@ -20,8 +21,11 @@ from se_inject._archives import SLACK_BYTES
 
 _LARGEST = 2**63
 _LARGEST_KEY = 2**61 - 1  # from here on, integers can be chosen to share one hash
-_PARTS_OF_A_KEY = 1000
+_LARGEST_IN_A_TUPLE = 2**16  # and tuples of larger ones than these
+_PARTS_OF_A_KEY = 4
+_LONGEST_NAME = 100
 _MARKS = {"conj", "neg"}
+_HASHES = (str.__hash__, bytes.__hash__, bool.__hash__, type(None).__hash__, object.__hash__, nn.Module.__hash__)
 
 
 class Absurd(pickle.UnpicklingError):
@@ -29,15 +33,19 @@ class Absurd(pickle.UnpicklingError):
 
 
 def checked_key(key: Any) -> Any:
-    """A dict's key or a set's member, unless it is made to take forever to hash."""
-    todo, parts = [key], 0
-    while todo:
-        part = todo.pop()
-        parts += 1
-        if parts > _PARTS_OF_A_KEY or (isinstance(part, int) and abs(part) >= _LARGEST_KEY):
+    """A dict's key or a set's member, unless many could be chosen that share a hash, or one that takes forever."""
+    is_tuple = type(key) is tuple
+    if is_tuple and len(key) > _PARTS_OF_A_KEY:
+        raise Absurd("a key that no dict of a network has")
+    for part in key if is_tuple else (key,):
+        if type(part) is int:
+            is_known = abs(part) < (_LARGEST_IN_A_TUPLE if is_tuple else _LARGEST_KEY)
+        elif type(part) is float:
+            is_known = not is_tuple
+        else:  # text's hash is chosen anew for each process, other things' is their address
+            is_known = type(part).__hash__ in _HASHES or isinstance(part, enum.Enum)
+        if not is_known:
             raise Absurd("a key that no dict of a network has")
-        if isinstance(part, tuple):
-            todo += part
     return key
 
 
@@ -84,10 +92,13 @@ def _is_latin(args: Any) -> bool:
     return len(args) == 2 and type(args[0]) is str and args[1] in ("latin1", "latin-1")
 
 
-def _device(*args: Any) -> Any:
-    if not all(type(arg) in (str, int) for arg in args):
-        raise Absurd("arguments for a device")
-    return torch.device(*args)
+def _plain(function: Callable[..., Any], *takes: type) -> Callable[..., Any]:
+    def make(*args: Any) -> Any:
+        if not all(type(arg) in takes and (type(arg) is not str or len(arg) < _LONGEST_NAME) for arg in args):
+            raise Absurd(f"arguments for {function.__name__}")
+        return function(*args)
+
+    return make
 
 
 # -- tensors -----------------------------------------------------------------------------------------------
@@ -130,7 +141,8 @@ def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
 def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
     parameter = _parameter(data, requires_grad, hooks)
     for name, value in (state if type(state) is dict else {}).items():
-        if type(name) is not str or not name.isidentifier() or hasattr(torch.Tensor, name):
+        is_free = type(name) is str and name.isidentifier() and not name.startswith("_")
+        if not is_free or hasattr(torch.Tensor, name):
             raise Absurd("an attribute of a parameter that is none of the author's")
         setattr(parameter, name, value)
     return parameter
@@ -184,11 +196,15 @@ _CHECKED: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
     "builtins.bytearray": _bytearray,
     "builtins.frozenset": _container(frozenset, list),
+    "builtins.complex": _plain(complex, int, float),
+    "builtins.range": _plain(range, int),
     "builtins.set": _container(set, list),
+    "builtins.slice": _plain(slice, int, type(None)),
     "collections.Counter": _container(collections.Counter, dict),
     "collections.OrderedDict": _ordered_dict,
     "torch.Size": _container(torch.Size, tuple, list),
-    "torch.device": _device,
+    "torch.device": _plain(torch.device, str, int),
+    "torch.serialization._get_layout": _plain(torch.serialization._get_layout, str),
     "torch._utils._rebuild_meta_tensor_no_storage": _meta_tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter_with_state,

@@ -21,7 +21,7 @@ from se_inject.bodies import check_targets
 from se_inject.errors import LoadError
 
 MOST_PATHS = 100_000
-"""Submodules, counted once for each path that leads to them."""
+"""Submodules and their tensors, counted once for each path that leads to them."""
 
 DEEPEST = 100
 _QUOTES = frozenset("\"'\\")
@@ -39,16 +39,22 @@ def check_modules(reading: Reading) -> None:
         LoadError: one holds what no network does.
         UnpicklingError: together they are no network's tree.
     """
+    seen: set[tuple[str, int, bool]] = set()  # many modules may share a table
     for module in reading.modules:
         state = vars(module)
         state.pop("__overloads__", None)  # torch.jit.script leaves it behind, and makes it anew
+        is_inert = type(module) is Inert
         for name, kind in _TABLES.items():
             values = state.get(name)
+            if (name, id(values), is_inert) in seen:
+                continue
             if not isinstance(values, dict) or not all(v is None or isinstance(v, kind) for v in values.values()):
                 raise pickle.UnpicklingError(f"a module whose {name} are none")
-        if type(module) is not Inert:
-            for names in (state, *(state[name] for name in _TABLES)):
-                _check_names(names)
+            if not is_inert:
+                _check_names(values)
+            seen.add((name, id(values), is_inert))
+        if not is_inert:
+            _check_names(state)
     for module in reading.modules:
         if type(module) is not Inert and not within(type(module).__module__, reading.trust):
             _check_attributes(module, vars(module))
@@ -114,25 +120,29 @@ def _is_bound(value: Any, module: nn.Module) -> bool:
 
 
 def _check_tree(modules: list[nn.Module]) -> None:
-    """Count what ``state_dict`` will visit, which follows every path; without recursion."""
+    """Count what ``state_dict`` will visit, which follows every path; without recursion, each table of children once."""
     paths: dict[int, int] = {}
     depth: dict[int, int] = {}
     for root in modules:
-        todo = [(root, False)]
+        todo = [(vars(root)["_modules"], False)]
         open_ones: set[int] = set()
         while todo:
-            module, is_done = todo.pop()
-            key = id(module)
-            children = [child for child in vars(module)["_modules"].values() if child is not None]
+            table, is_done = todo.pop()
+            key = id(table)
+            if key in paths:
+                continue
+            children = [vars(child) for child in table.values() if child is not None]
+            below = [child["_modules"] for child in children]
             if is_done:
                 open_ones.discard(key)
-                paths[key] = 1 + sum(paths[id(child)] for child in children)
-                depth[key] = 1 + max((depth[id(child)] for child in children), default=0)
+                tensors = sum(len(child["_parameters"]) + len(child["_buffers"]) for child in children)
+                paths[key] = len(table) + tensors + sum(paths[id(child)] for child in below)
+                depth[key] = 1 + max((depth[id(child)] for child in below), default=0)
                 if paths[key] > MOST_PATHS or depth[key] > DEEPEST:
                     raise pickle.UnpicklingError("modules within modules without end")
             elif key in open_ones:
                 raise pickle.UnpicklingError("a module within itself")
-            elif key not in paths:
+            else:
                 open_ones.add(key)
-                todo.append((module, True))
-                todo += [(child, False) for child in children if id(child) not in paths]
+                todo.append((table, True))
+                todo += [(child, False) for child in below if id(child) not in paths]

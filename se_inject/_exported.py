@@ -17,10 +17,12 @@ So the archive is read here, each of these parts is checked or left out, and tor
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import torch
@@ -33,6 +35,10 @@ from se_inject._vocabulary import checked_path, function_named
 from se_inject.errors import LoadError
 
 _COMPILED = "data/aotinductor/"
+_LARGEST_JSON = 4 << 20
+_SHARE_OF_JSON = 32
+"""What of the file's size a record of JSON may have besides: in memory it may be forty times as much."""
+
 _SYMBOL = re.compile(r"[a-z]{1,4}\d{1,5}")
 _NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?(e[+-]?\d{1,2})?")
 _EXPRESSION_NODES = (
@@ -126,20 +132,38 @@ def exported_program(file: IO[bytes]) -> ExportedProgram:
     if len(models) != 1:
         raise LoadError("an archive of several exported programs", seen=f"{len(models)}")
     name = models[0].removeprefix("models/").removesuffix(".json")
-    program = _checked_program(json.loads(archive.read(models[0])))
+    program = _checked_program(_json(archive, models[0]))
     weights = _tensors(archive, "data/weights/", f"{name}_weights_config.json")
     constants = _tensors(archive, "data/constants/", f"{name}_constants_config.json")
     samples = _samples(archive, f"data/sample_inputs/{name}.pt")
-    data = _bytes_to_dataclass(schema.ExportedProgram, json.dumps(program).encode())  # type: ignore[no-untyped-call]
-    return ExportedProgramDeserializer().deserialize(data, weights, constants, samples)
+    with _silence():
+        data = _bytes_to_dataclass(schema.ExportedProgram, json.dumps(program).encode())  # type: ignore[no-untyped-call]
+        return ExportedProgramDeserializer().deserialize(data, weights, constants, samples)
 
 
 def torch_version(file: IO[bytes]) -> str | None:
     """The version of torch that wrote a ``.pt2`` archive, if it says so."""
     archive = Archive(file)
     models = [name for name in archive.records if name.startswith("models/")]
-    version = json.loads(archive.read(models[0])).get("torch_version") if models else None
+    version = _json(archive, models[0]).get("torch_version") if models else None
     return version if isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,40}", version) else None
+
+
+def _json(archive: Archive, name: str) -> Any:
+    if archive.size(name) > _LARGEST_JSON + len(archive) // _SHARE_OF_JSON:
+        raise LoadError("an exported program whose graph is far larger than any network's", seen=name[:80])
+    return json.loads(archive.read(name))
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without log messages: torch's quote what a file says."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 # -- tensors -----------------------------------------------------------------------------------------------
@@ -151,7 +175,7 @@ def _tensors(archive: Archive, folder: str, config: str) -> dict[str, Any]:
 
     records: dict[str, torch.Tensor] = {}
     found: dict[str, Any] = {}
-    for name, entry in json.loads(archive.read(folder + config))["config"].items():
+    for name, entry in _json(archive, folder + config)["config"].items():
         checked_path(name)
         meta, record = entry["tensor_meta"], entry["path_name"]
         if entry["use_pickle"] or meta is None or not str(record).startswith(("weight_", "tensor_")):

@@ -15,7 +15,7 @@ So the opcodes that do something are replaced here, and one reader serves every 
 * Everything else, name or call, becomes an ``Inert`` module that keeps its tensors and does nothing. Reading
   goes on, so that an error can name all of it at once, and the tensors in such a file can still be had.
 * A trusted package is outside all this: its code is imported, called and given state as the file says.
-* The program's length, and what it copies, have limits.
+* The program's length, and the memory that it takes, have limits.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import enum
 import functools
 import importlib
 import pickle
+import re
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -42,11 +43,18 @@ MOST_OPCODES = 1_000_000
 """The largest network of timm has a quarter of a million."""
 
 _BYTES_OF_AN_ITEM = 64
+_BYTES_OF_A_MODULE = 2000
+_WIDE = re.compile(rb"[\xc4-\xff]")
+"""In text, the beginning of a letter that takes more than one byte in memory; then every letter does."""
+
 _LONG_READ = 1 << 20
 _TABLES = ("_modules", "_parameters", "_buffers")
 _MOST_LAYERS_OF_AN_RNN = 1000
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # protocol 2 writes the old names
-_UNUSED = (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID)
+_UNUSED = (
+    pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID, pickle.STRING,
+    pickle.UNICODE,
+)  # fmt: skip
 
 
 class Inert(nn.Module):
@@ -59,7 +67,7 @@ class Reading:
 
     Attributes:
         trust: packages whose code the file may use.
-        spare_bytes: what it may still copy of its own data.
+        spare_bytes: what it may still take beyond the bytes that are read.
         refused: the names of what became ``Inert``, each with the reason if it could not be imported.
         modules: every module that it made.
         opcodes: how many have been carried out.
@@ -74,7 +82,7 @@ class Reading:
     @classmethod
     def of(cls, size: int, trust: Sequence[str]) -> Reading:
         """The reading of a file of this many bytes."""
-        return cls(tuple(trust), 2 * size + SLACK_BYTES)  # protocol 2 writes bytes as text, which is encoded first
+        return cls(tuple(trust), size + SLACK_BYTES)
 
     def copies(self, data: Any) -> None:
         """Count something that is about to be copied: bytes by their number, what a container holds by its size.
@@ -82,10 +90,18 @@ class Reading:
         Raises:
             UnpicklingError: that is more than any file needs.
         """
-        if isinstance(data, bytes | str | bytearray):
-            self.spare_bytes -= len(data)
+        if isinstance(data, bytes | str | bytearray | memoryview):
+            self.takes(len(data))
         elif isinstance(data, list | tuple | dict | set | frozenset):
-            self.spare_bytes -= len(data) * _BYTES_OF_AN_ITEM
+            self.takes(len(data) * _BYTES_OF_AN_ITEM)
+
+    def takes(self, size: int) -> None:
+        """Count bytes of memory; fewer than none are given back.
+
+        Raises:
+            UnpicklingError: that is more than any file needs.
+        """
+        self.spare_bytes -= size
         if self.spare_bytes < 0:
             raise Absurd("it unfolds to far more than its own size")
 
@@ -133,6 +149,7 @@ class Unpickler(pickle._Unpickler):
 
     stack: list[Any]
     append: Callable[[Any], None]
+    read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]
 
     def __init__(
@@ -162,6 +179,8 @@ class Unpickler(pickle._Unpickler):
             return torch.serialization.StorageType(name)  # type: ignore[no-untyped-call]
         if full in BUILDERS and not trusted:
             return self._may_call(builder(full))
+        if full in self._reading.refused:  # an import that fails takes a while
+            return self._refuse(full, self._reading.refused[full])
         if not trusted and not may_be_looked_up(module, name):
             return self._refuse(full)
         try:
@@ -183,6 +202,7 @@ class Unpickler(pickle._Unpickler):
         return self._inert()
 
     def _inert(self) -> Inert:
+        self._reading.takes(_BYTES_OF_A_MODULE)
         self._reading.modules.append(Inert())
         return self._reading.modules[-1]  # type: ignore[return-value]
 
@@ -204,13 +224,15 @@ class Unpickler(pickle._Unpickler):
         """A tensor's storage as ``pickle.dump`` writes it: a legacy file within the file, and none in that one."""
         if self._load_bytes is None or type(data) is not bytes:
             return self._refuse("torch.storage._load_from_bytes")
-        self._reading.copies(data)
         return self._load_bytes(data)
 
     # -- opcodes -------------------------------------------------------------------------------------------
 
     def _reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
+        self.append(self._call(function, args))
+
+    def _call(self, function: Any, args: Any) -> Any:
         if isinstance(function, Inert):  # TorchScript writes an enum's one value without a tuple
             args = ()
         if type(args) is not tuple:
@@ -219,35 +241,39 @@ class Unpickler(pickle._Unpickler):
         if isinstance(function, enum.EnumMeta):
             may_call = may_call or (len(args) == 1 and checked_key(args[0]) is args[0])
         elif function is functools.partial:
-            may_call = len(args) == 1 and callable(args[0])
+            may_call = len(args) == 1 and callable(args[0]) and not isinstance(args[0], functools.partial)
         if any(isinstance(part, Inert) for part in (function, *args)):
-            self.append(self._inert())
-        elif not may_call:
-            self.append(self._refuse_call(function))
-        else:
-            for arg in args:
-                self._reading.copies(arg)
-            self._made(function(*args))
+            return self._inert()
+        if not may_call:
+            return self._refuse_call(function)
+        for arg in args:
+            self._reading.copies(arg)
+        return self._made(function(*args))
 
     def _newobj(self) -> None:
         args, kind = self.stack.pop(), self.stack.pop()
         if isinstance(kind, Inert):
             self.append(self._inert())
         elif isinstance(kind, type) and within(kind.__module__, self._reading.trust):
-            self._made(kind.__new__(kind, *args))
+            self.append(self._made(kind.__new__(kind, *args)))
         elif args == () and (is_network(kind) or is_data(kind)) and kind is not Inert:
-            self._made(object.__new__(kind))
+            self.append(self._made(object.__new__(kind)))
         else:
             self.append(self._refuse_call(kind))
 
-    def _made(self, found: Any) -> None:
+    def _made(self, found: Any) -> Any:
         if isinstance(found, nn.Module):
             self._reading.modules.append(found)
-        self.append(found)
+        return found
 
     def _build(self) -> None:
         state, instance = self.stack.pop(), self.stack[-1]
+        self._set_state(instance, state)
+
+    def _set_state(self, instance: Any, state: Any) -> None:
         kind: Any = type(instance)
+        for part in state if type(state) is tuple else (state,):
+            self._reading.copies(part)
         if within(kind.__module__, self._reading.trust):
             self.append(state)
             pickle._Unpickler.dispatch[pickle.BUILD[0]](self)  # type: ignore[arg-type]
@@ -289,14 +315,27 @@ class Unpickler(pickle._Unpickler):
         elif not isinstance(target, Inert):
             raise pickle.UnpicklingError(f"members for a {type(target).__name__}")
 
+    def _list(self) -> None:
+        items = self.pop_mark()
+        self.append([])
+        self._add_items(items)
+
     def _dict(self) -> None:
         items = self.pop_mark()
         self.append({})
         self._set_items(items)
 
+    def _text(self, bytes_of_size: int) -> None:
+        data = self.read(int.from_bytes(self.read(bytes_of_size), "little"))
+        if _WIDE.search(data):
+            self._reading.takes(3 * len(data))
+            self.append(str(data, "utf-8", "surrogatepass"))
+        else:  # protocol 2 writes bytes as text, of which it makes longer ones
+            self.append(str(data, "utf-8"))
+            self._reading.takes(len(self.stack[-1]) - len(data))
+
     def _byte_array(self) -> None:
-        size = int.from_bytes(self.read(8), "little")  # type: ignore[attr-defined]
-        self.append(bytearray(self.read(size)))  # type: ignore[attr-defined]
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
     def _persistent(self) -> None:
         key = self.stack.pop()
@@ -309,7 +348,11 @@ class Unpickler(pickle._Unpickler):
         pickle.REDUCE[0]: _reduce,
         pickle.NEWOBJ[0]: _newobj,
         pickle.BUILD[0]: _build,
+        pickle.LIST[0]: _list,
         pickle.DICT[0]: _dict,
+        pickle.BINSTRING[0]: lambda self: self._text(4),
+        pickle.BINUNICODE[0]: lambda self: self._text(4),
+        pickle.BINUNICODE8[0]: lambda self: self._text(8),
         pickle.BYTEARRAY8[0]: _byte_array,
         pickle.FROZENSET[0]: lambda self: self.append(frozenset(map(checked_key, self.pop_mark()))),
         pickle.SETITEM[0]: lambda self: self._set_items([self.stack.pop(-2), self.stack.pop()]),

@@ -2,28 +2,43 @@
 
 A TorchScript archive is a program in a small language of its own: it knows tensors, files only through two
 operators, and nothing of Python. ``torch.jit.load`` runs the ``__setstate__`` of its classes, and makes tensors of
-whatever extent the file claims. So its source text and its tensors are looked at first; what remains is torch's own
-reader, in C++.
+whatever extent the file claims. So its source text and its tensors are looked at first. What was looked at is copied
+into an archive in memory, and that is what torch's own reader, in C++, gets to see. Then the compiled graphs are
+looked at too: what a name in the source text means is for torch to say.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+import contextlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import torch
 
 from se_inject._archives import Archive
-from se_inject._unpickling import check_script_pickle
+from se_inject._contents import MOST_PATHS
+from se_inject._unpickling import check_script_pickles
 from se_inject.errors import LoadError
 
-_FORBIDDEN = frozenset({"save", "load", "from_file", "classes", "__setstate__"})
+_FORBIDDEN = frozenset({"save", "load", "from_file", "classes", "__setstate__", "hasattr"})
 _NAMESPACES = frozenset({"aten", "prim", "prims", "torchvision", "quantized"})
 _FOLDERS = ("code/", "constants/", "data/", "traced_inputs/", "extra/", ".data/")
 _FILES = frozenset(
     ["data.pkl", "constants.pkl", "traced_inputs.pkl", "version", "byteorder", ".format_version", ".storage_alignment"]
 )
+_READ = re.compile(r"(code/.*\.py|(data|constants)(\.pkl|/.*)|version|byteorder)", re.DOTALL)
+"""The records that make the module; others are for people who look for errors in it."""
+
+_PICKLES = ("data.pkl", "constants.pkl")
+_TOKEN = re.compile(rb"\w+|[^\w\s]")
+_MOST_TOKENS = 200_000
+"""In one record of source text; to Python, each may take a kilobyte."""
+
+_LARGEST_SOURCE = 2 << 20
 
 
 def script_module(file: IO[bytes]) -> tuple[torch.jit.ScriptModule, Callable[[str], Any]]:
@@ -36,39 +51,98 @@ def script_module(file: IO[bytes]) -> tuple[torch.jit.ScriptModule, Callable[[st
         LoadError: it holds what can't be read safely.
         Exception: of any class, from a damaged file.
     """
+    unit = torch._C.CompilationUnit()
+    with _in_memory() as (copy, load):
+        _copy_checked(file, copy)
+        found = load(unit)
+    _check_graphs(found, unit)
+    return torch.jit._recursive.wrap_cpp_module(found), unit.find_function  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _in_memory() -> Iterator[tuple[IO[bytes], Callable[[Any], Any]]]:
+    """A file to write to that is on no disk, and what makes a module of it.
+
+    Of bytes torch makes three copies; where memory can have a path, it makes none.
+    """
+    options: Any = (torch.device("cpu"), {}, False)
+    if hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"):
+        with open(os.memfd_create("se_inject"), "w+b", buffering=0) as file:
+            path = f"/proc/self/fd/{file.fileno()}"
+            yield file, lambda unit: torch._C.import_ir_module(unit, path, *options)  # type: ignore[call-arg]
+    else:
+        stream = io.BytesIO()
+        yield stream, lambda unit: torch._C.import_ir_module_from_buffer(unit, stream.getvalue(), *options)  # type: ignore[call-arg]
+
+
+def _copy_checked(file: IO[bytes], to: IO[bytes]) -> None:
     archive = Archive(file)
     archive.check()
-    file.seek(0)
-    reader = torch._C.PyTorchFileReader(file)
     names = set(archive.records)
-    if names != set(reader.get_all_records()) or len({name.lower() for name in names}) < len(names):
+    if len({name.lower() for name in names}) < len(names):
         raise LoadError("an archive that different readers read differently")
     for name in names:
         if not (name.startswith(_FOLDERS) or name in _FILES):
             raise LoadError(f"a TorchScript archive with a `{name[:80]}`")
-        if name.endswith(".py"):
-            _check_source(name, archive.read(name).decode())
-        elif (name in _FILES and name.endswith(".pkl")) or name.endswith(".debug_pkl"):
-            check_script_pickle(archive, name)
-    file.seek(0)
-    unit = torch._C.CompilationUnit()
-    found = torch._C.import_ir_module_from_buffer(unit, file.read(), torch.device("cpu"), {}, False)  # type: ignore[call-arg,arg-type]
-    return torch.jit._recursive.wrap_cpp_module(found), unit.find_function  # type: ignore[no-untyped-call]
+        if name.startswith("code/") and name.endswith(".py"):
+            _check_source(name, archive)
+    check_script_pickles(archive, _PICKLES)
+    archive.copy(filter(_READ.fullmatch, archive.records), to)
 
 
-def _check_source(name: str, text: str) -> None:
+def _check_source(name: str, archive: Archive) -> None:
     """TorchScript's grammar is a part of Python's."""
+    if archive.size(name) > _LARGEST_SOURCE or sum(1 for _ in _TOKEN.finditer(archive.read(name))) > _MOST_TOKENS:
+        raise LoadError("a TorchScript archive with too much source text", seen=name[:80])
     try:
-        tree = ast.parse(text)
+        tree = ast.parse(archive.read(name).decode("ascii"))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise LoadError("a TorchScript archive with source text that is none", seen=name[:80]) from error
+    operators, readings = set(), set()
     for node in ast.walk(tree):
         word = _word(node)
         if word in _FORBIDDEN:
             raise LoadError(f"a TorchScript archive that uses `{word}`", seen=f"in its {name[:80]}")
-        is_operator = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ops"
-        if is_operator and word not in _NAMESPACES:
-            raise LoadError(f"a TorchScript archive that calls an operator of `{word}`", seen=name[:80])
+        if isinstance(node, ast.Attribute) and _word(node.value) in _NAMESPACES:
+            operators.add(getattr(node.value, "value", None))  # in `ops.aten.relu`, the `ops`
+        if isinstance(node, ast.Call) and _reads_a_child(node):
+            readings.add(node.func)
+        if word == "ops" and isinstance(node, ast.Name) and node not in operators:
+            raise LoadError("a TorchScript archive that calls an operator of another library", seen=name[:80])
+        if word == "getattr" and node not in readings:
+            raise LoadError("a TorchScript archive that uses `getattr`", seen=f"in its {name[:80]}")
+
+
+def _reads_a_child(call: ast.Call) -> bool:
+    """Whether it is `getattr(self, "0")`, as torch writes a child whose name is no word."""
+    if len(call.args) != 2 or call.keywords or not isinstance(call.args[1], ast.Constant):
+        return False
+    owner, name = call.args[0], call.args[1].value
+    while isinstance(owner, ast.Attribute) or (isinstance(owner, ast.Call) and _word(owner.func) == "getattr"):
+        owner = owner.value if isinstance(owner, ast.Attribute) else owner.args[0]
+    is_value = isinstance(owner, ast.Name) and owner.id not in ("ops", "torch", "__torch__")
+    return is_value and isinstance(name, str) and name not in _FORBIDDEN and bool(re.fullmatch(r"[\w.-]+", name))
+
+
+def _check_graphs(module: Any, unit: Any) -> None:
+    """Look at every operator that the module may call. Nothing has been run, and there is no ``__setstate__``."""
+    modules, paths = [module], 0
+    kinds = {}
+    while modules:
+        part = modules.pop()
+        paths += 1
+        if paths > MOST_PATHS:
+            raise LoadError("a TorchScript archive of modules within modules without end")
+        kinds[part._type().qualified_name()] = part
+        modules += [child for _, child in torch._C.ModuleDict(part).items()]
+    todo = [part._get_method(name).graph for part in kinds.values() for name in part._method_names()]
+    todo += [function.graph for function in unit.get_functions()]
+    while todo:
+        for node in todo.pop().nodes():
+            space, _, name = node.kind().partition("::")
+            if space not in _NAMESPACES or name in _FORBIDDEN:
+                raise LoadError(f"a TorchScript archive that calls `{node.kind()}`")
+            todo += node.blocks()
 
 
 def _word(node: Any) -> str | None:

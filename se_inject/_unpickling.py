@@ -9,18 +9,21 @@ from __future__ import annotations
 import io
 import pickle
 import sys
-from collections.abc import Sequence
-from typing import IO, Any
+from collections.abc import Iterable, Sequence
+from typing import IO, Any, ClassVar
 
 import torch
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION, StorageType
 
 from se_inject._archives import Archive, DamagedArchive
+from se_inject._builders import Absurd
 from se_inject._contents import check_modules
-from se_inject._pickles import Reading, Unpickler
+from se_inject._pickles import Inert, Reading, Unpickler
 from se_inject.errors import LoadError
 
 _OF_TORCHSCRIPT = ("__torch__.", "torch.jit._pickle.")
+_OF_CPP = "__torch__.torch.classes."
+_DEEPEST_VALUE = 1000
 
 
 def unpickle(
@@ -62,44 +65,118 @@ def _zip(archive: Archive, reading: Reading, mapped: bool) -> Any:
         kind, name, _, numel = _storage_id(key, 4)
         if name not in storages:
             dtype = _dtype(kind)
+            _check_numel(numel, dtype, archive.size(f"data/{name}"))
             data = archive.view(f"data/{name}")
-            if type(numel) is not int or numel * dtype.itemsize != len(data):
-                raise DamagedArchive(f"a storage of {numel} elements in {len(data):,} bytes")
-            storages[name] = _storage(data, dtype, copied=not mapped)
+            reading.copies(data)
+            is_copy = isinstance(data.obj, bytearray)
+            storages[name] = _storage(data, dtype, copied=not (mapped or is_copy))
             if swapped:
                 storages[name]._untyped_storage.byteswap(dtype)
         return storages[name]
 
-    return Unpickler(io.BytesIO(archive.read("data.pkl")), reading, storage).load()
+    reading.copies(data := archive.read("data.pkl"))
+    return Unpickler(io.BytesIO(data), reading, storage).load()
 
 
-def check_script_pickle(archive: Archive, name: str) -> None:
-    """Look at a pickle of TorchScript, which torch's reader in C++ will read: are its tensors within their storages?
+def _check_numel(numel: Any, dtype: torch.dtype, size: int) -> None:
+    if type(numel) is not int or not 0 <= numel < 2**48 or numel * dtype.itemsize != size:
+        raise DamagedArchive(f"a storage that says that it is larger or smaller than its {size:,} bytes")
+
+
+def check_script_pickles(archive: Archive, names: Sequence[str]) -> None:
+    """Look at the pickles of TorchScript, which torch's reader in C++ will read: are its tensors within their storages?
 
     Args:
         archive: the archive.
-        name: of the record: ``data.pkl``, ``constants.pkl``.
+        names: of the records, ``data.pkl`` and ``constants.pkl``.
 
     Raises:
         Exception: of any class; they aren't, or it names more than TorchScript does.
     """
-    reading = Reading.of(archive.size(name), ())
-    folder = name.removesuffix(".pkl")
+    reading = Reading.of(len(archive), ())
+    for name in names:
+        folder = name.removesuffix(".pkl")
 
-    def storage(key: Any) -> Any:
-        kind, record, _, numel = _storage_id(key, 4)
-        dtype = _dtype(kind)
-        size = archive.size(f"{folder}/{record}")
-        is_left_out = size == 0 and folder == "traced_inputs"  # torch keeps the shapes alone, and never reads them
-        if type(numel) is not int or not 0 <= numel < 2**48 or (numel * dtype.itemsize != size and not is_left_out):
-            raise DamagedArchive(f"a storage of {numel} elements in {size:,} bytes")
-        return _typed(_bytes(numel * dtype.itemsize, "meta"), dtype)
+        def storage(key: Any, folder: str = folder) -> Any:
+            kind, record, _, numel = _storage_id(key, 4)
+            dtype = _dtype(kind)
+            _check_numel(numel, dtype, archive.size(f"{folder}/{record}"))
+            return _typed(_bytes(numel * dtype.itemsize, "meta"), dtype)
 
-    Unpickler(io.BytesIO(archive.read(name)), reading, storage).load()
-    other = [global_name for global_name in reading.refused if not global_name.startswith(_OF_TORCHSCRIPT)]
-    if other:
-        raise LoadError(f"a TorchScript archive that holds `{other[0]}`", seen=f"in its {name}")
+        reading.copies(data := archive.read(name))
+        _ScriptUnpickler(io.BytesIO(data), reading, storage).load()
+        for other in reading.refused:
+            if not other.startswith(_OF_TORCHSCRIPT) or other.startswith(_OF_CPP):
+                raise LoadError(f"a TorchScript archive that holds `{other}`", seen=f"in its {name}")
 
+
+def _tuple_of(code: bytes) -> Any:
+    def load(self: _ScriptUnpickler) -> None:
+        Unpickler._OPCODES[code[0]](self)
+        self._hold(self.stack[-1], self.stack[-1])
+
+    return load
+
+
+class _ScriptUnpickler(Unpickler):
+    """Reads what torch's reader would trip over: it takes values apart by recursion, and has a table of all that is stored.
+
+    TorchScript writes a value completely before it is part of another. So the depth of each is known from its parts.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._depths: dict[int, tuple[int, Any]] = {}
+        self._parts: set[int] = set()
+
+    def _hold(self, owner: Any, parts: Iterable[Any]) -> None:
+        depth = 1
+        if owner == () and type(owner) is tuple:
+            return
+        for part in parts:
+            if id(part) in self._depths or isinstance(part, list | dict | Inert):
+                below, _ = self._depths.setdefault(id(part), (0, part))
+                depth = max(depth, below + 1)
+                self._parts.add(id(part))
+        depth = max(depth, self._depths.get(id(owner), (0, None))[0])
+        if depth > _DEEPEST_VALUE or id(owner) in self._parts:
+            raise Absurd("values within values without end")
+        self._depths[id(owner)] = depth, owner
+
+    def _call(self, function: Any, args: Any) -> Any:
+        made = super()._call(function, args)
+        if isinstance(made, Inert) and not isinstance(function, Inert):
+            raise Absurd("a tensor that is made of something unknown")
+        self._hold(made, args if type(args) is tuple else (args,))
+        return made
+
+    def _set_state(self, instance: Any, state: Any) -> None:
+        self._hold(instance, (state,))
+        super()._set_state(instance, state)
+
+    def _set_items(self, items: list[Any]) -> None:
+        self._hold(self.stack[-1], items)
+        super()._set_items(items)
+
+    def _add_items(self, items: list[Any]) -> None:
+        self._hold(self.stack[-1], items)
+        super()._add_items(items)
+
+    def _store(self, bytes_of_number: int) -> None:
+        number = int.from_bytes(self.read(bytes_of_number), "little")
+        if number > self._reading.opcodes:
+            raise Absurd("a place in memory that is out of order")
+        self.memo[number] = self.stack[-1]
+
+    _OPCODES: ClassVar[dict[int, Any]] = {
+        **{code: load for code, load in Unpickler._OPCODES.items() if bytes([code]) != pickle.PUT},
+        pickle.BINPUT[0]: lambda self: self._store(1),
+        pickle.LONG_BINPUT[0]: lambda self: self._store(4),
+        pickle.TUPLE[0]: _tuple_of(pickle.TUPLE),
+        pickle.TUPLE1[0]: _tuple_of(pickle.TUPLE1),
+        pickle.TUPLE2[0]: _tuple_of(pickle.TUPLE2),
+        pickle.TUPLE3[0]: _tuple_of(pickle.TUPLE3),
+    }
 
 def _legacy(file: IO[bytes], reading: Reading, size: int) -> Any:
     roots: dict[str, Any] = {}
@@ -114,11 +191,13 @@ def _legacy(file: IO[bytes], reading: Reading, size: int) -> Any:
         dtype = _dtype(kind)
         if name not in roots:
             if type(numel) is not int or not 0 <= numel * dtype.itemsize <= size - reserved:
-                raise pickle.UnpicklingError(f"a storage of {numel} elements in {size:,} bytes")
+                raise pickle.UnpicklingError(f"a storage that is larger than its file of {size:,} bytes")
             reserved += numel * dtype.itemsize
             roots[name] = _typed(_bytes(numel * dtype.itemsize), dtype)
         if view is None:
             return roots[name]
+        if type(view) is not tuple or tuple(map(type, view)) != (str, int, int):
+            raise pickle.UnpicklingError("a view of a storage that is none")
         name_of_view, start, length = view
         if name_of_view not in views:
             root = roots[name]
@@ -136,7 +215,7 @@ def _legacy(file: IO[bytes], reading: Reading, size: int) -> Any:
     load()  # the machine that wrote it
     found = load(persistent=persistent)
     names = load()
-    if sorted(map(str, names)) != sorted(roots):
+    if type(names) is not list or any(type(name) is not str for name in names) or sorted(names) != sorted(roots):
         raise pickle.UnpicklingError("it holds other storages than its tensors use")
     for name in names:
         _fill(roots[name], file)
