@@ -24,6 +24,7 @@ from se_inject.errors import LoadError
 _OF_TORCHSCRIPT = ("__torch__.", "torch.jit._pickle.")
 _OF_CPP = "__torch__.torch.classes."
 _DEEPEST_VALUE = 1000
+_MOST_VALUES = 1_000_000
 
 
 def unpickle(
@@ -121,27 +122,27 @@ def _tuple_of(code: bytes) -> Any:
 class _ScriptUnpickler(Unpickler):
     """Reads what torch's reader would trip over: it takes values apart by recursion, and has a table of all that is stored.
 
-    TorchScript writes a value completely before it is part of another. So the depth of each is known from its parts.
+    TorchScript writes a value completely before it is part of another. So the extent of each is known from its parts.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._depths: dict[int, tuple[int, Any]] = {}
+        self._known: dict[int, tuple[int, int, Any]] = {}
+        """By address: how deep a value goes, how many it is when written out, and itself."""
         self._parts: set[int] = set()
 
     def _hold(self, owner: Any, parts: Iterable[Any]) -> None:
-        depth = 1
-        if owner == () and type(owner) is tuple:
+        if type(owner) is tuple and not owner:
             return
+        depth, size, _ = self._known.get(id(owner), (1, 1, None))
         for part in parts:
-            if id(part) in self._depths or isinstance(part, list | dict | Inert):
-                below, _ = self._depths.setdefault(id(part), (0, part))
-                depth = max(depth, below + 1)
+            if id(part) in self._known or isinstance(part, list | dict | Inert):
+                below, inner, _ = self._known.setdefault(id(part), (1, 1, part))
+                depth, size = max(depth, below + 1), size + inner
                 self._parts.add(id(part))
-        depth = max(depth, self._depths.get(id(owner), (0, None))[0])
-        if depth > _DEEPEST_VALUE or id(owner) in self._parts:
+        if depth > _DEEPEST_VALUE or size > _MOST_VALUES or id(owner) in self._parts:
             raise Absurd("values within values without end")
-        self._depths[id(owner)] = depth, owner
+        self._known[id(owner)] = depth, size, owner
 
     def _call(self, function: Any, args: Any) -> Any:
         made = super()._call(function, args)

@@ -11,10 +11,12 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import warnings
 import zipfile
+import zlib
 
 import torch
 from torch import nn
@@ -223,6 +225,7 @@ RIDERS = {
     "a name that ends": _later,
     "a module within itself": lambda model: model._modules.update(again=model),
     "attribute of a parameter": lambda model: setattr(model[0].weight, "__deepcopy__", nn.Identity),
+    "private attribute of a parameter": lambda model: setattr(model[0].weight, "_is_mine", 1),
 }
 
 STATES = {name: _relu_with(name) for name in ("__reduce_ex__", "__class__", "_compiled_call_impl", "train")}
@@ -380,6 +383,45 @@ def _overlapping():
     return head + body + entries + end
 
 
+def _legacy_names(names):
+    """A file of torch before 1.6 whose list of storages is this."""
+    head, _, tail = legacy(pickle.dumps([], 2)).rpartition(pickle.dumps([], 2))
+    return head + names + tail
+
+
+def _shared_tables(count):
+    """Modules that share one table of as many submodules, all of them None."""
+    table = b"}(" + b"".join(text(f"m{number}") + b"N" for number in range(count)) + b"u"
+    parts = text("_modules") + table + text("_parameters") + b"}" + text("_buffers") + b"}" + text("training") + b"\x88"
+    head = PROTO + b"ctorch.nn.modules.activation\nReLU\nq\x000}(" + parts + b"uq\x010"
+    return head + b"h\x00)\x81h\x01b0" * count + b"N."
+
+
+def _parameters(count, levels):
+    """A network of few modules, and of one parameter in many places."""
+    module, weight = nn.Module(), nn.Parameter(torch.ones(1))
+    module._parameters.update({f"p{number}": weight for number in range(count)})
+    for _ in range(levels):
+        outer = nn.Sequential()
+        outer._modules.update(a=module, b=module)
+        module = outer
+    return module
+
+
+def _storage_key(numel, view=b""):
+    return b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + numel + view + b"tQ."
+
+
+def _compressed(entries):
+    return zipped(entries, compression=zipfile.ZIP_DEFLATED)
+
+
+def _large_graph():
+    data = exported()
+    name = _record(data, "models/model.json")
+    return _compressed({**data, name: data[name][:-1] + b',"more":[' + b"[]," * 6_000_000 + b"[]]}"})
+
+
 @functools.cache
 def bombs():
     """Small files that would take all memory, or forever."""
@@ -418,6 +460,32 @@ def bombs():
         "modules deep down": saved(_deep(150)),
         "dicts within dicts": saved(_wrappers(40)),
         "a list within lists": PROTO + b"]" * 100_000 + b"a" * 99_999 + b".",
+        "a layout": b"\x80\x04ctorch.serialization\n_get_layout\n" + _doubling(60) + b"\x85R.",
+        "a number of elements": zipped({
+            "archive/data.pkl": PROTO + _storage_key(_doubling(60)), "archive/data/0": b"1234",
+            "archive/byteorder": "little", "archive/version": "3\n",
+        }),
+        "a number of elements, legacy": legacy(PROTO + _storage_key(_doubling(60), b"N")),
+        "a view": legacy(PROTO + _storage_key(b"K\x00", b"(" + _doubling(60) + b"K\x00K\x00t")),
+        "a list of storages": _legacy_names(PROTO + b"]" + _doubling(60) + b"a."),
+        "a range of storages": _legacy_names(PROTO + b"cbuiltins\nrange\nJ\x00\x00\x00\x01\x85R."),
+        "colliding complex keys": b"\x80\x04}cbuiltins\ncomplex\nq\x000(" + b"".join(
+            b"h\x00G" + struct.pack(">d", -1000003.0 * n) + b"G" + struct.pack(">d", float(n)) + b"\x86RN"
+            for n in range(60_000)) + b"u.",
+        "names": b"\x80\x04" + b"ca\nb\n" * 300_000 + b".",
+        "names of what is not there": PROTO[:1] + b"\x04" + text("torch.nn.a") + b"q\x000" + text("b") + b"q\x010"
+        + b"h\x00h\x01\x930" * 240_000 + b"N.",
+        "modules that share a table": _shared_tables(20_000),
+        "modules that share a state": _shared_tables(20_000).replace(text("_modules"), text("_modules") + b"}", 1)
+        .replace(b"}}(", b"}", 1).replace(b"Nu" + text("_parameters"), b"N" + text("_parameters"), 1),
+        "a parameter in many places": saved(_parameters(1000, 13)),
+        "a wide letter": _compressed({
+            "archive/data.pkl": b"\x80\x04X" + struct.pack("<I", 60_000_004) + b"x" * 60_000_000 + "\U0001f600".encode() + b".",
+            "archive/byteorder": "little", "archive/version": "3\n",
+        }),
+        "a large graph": _large_graph(),
+        "much source text": _with_source(scripted(small().eval()), "0;" * 600_000),
+        "scripted modules, twice each": _scripted_tree(40),
         "recurrent layers": PROTO + b"ctorch.nn.modules.rnn\nLSTM\n)\x81}(" + text("num_layers") + b"J\xff\xff\xff\x7f"
         + text("_all_weights") + b"]]K\x01aa" + text("bidirectional") + b"\x89" + text("bias") + b"\x88" + text("mode")
         + text("LSTM") + b"ub.",
@@ -617,8 +685,117 @@ def _scripted_more():
     return zipped({**data, f"{next(iter(data)).partition('/')[0]}/DATA.pkl": b"x"})
 
 
+def _local(name, data):
+    numbers = 20, 0, 0, 0, 0, zlib.crc32(data), len(data), len(data), len(name), 0
+    return struct.pack("<4sHHHHHIIIHH", b"PK\3\4", *numbers) + name + data
+
+
+def _central(name, data, at):
+    numbers = 20, 20, 0, 0, 0, 0, zlib.crc32(data), len(data), len(data), len(name), 0, 0, 0, 0, 0, at
+    return struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\1\2", *numbers) + name
+
+
+def _end_64(count, size, at):
+    return struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 30, 45, 0, 0, count, count, size, at)
+
+
+def _two_directories(long=False):
+    """An archive that does no harm to Python's reader, and another one to torch's.
+
+    The end record gives an offset. Python takes the directory that lies before the end record instead, and the end
+    record of zip64 that lies before its locator.
+    """
+    harmless, harmful = records(scripted(small().eval())), records(scripted(WritesWhenLoaded()))
+    root = next(iter(harmless)).partition("/")[0]
+    both = [
+        {b"a/" + name.partition("/")[2].encode(): data for name, data in archive.items() if "debug" not in name}
+        for archive in (harmless, harmful)
+    ]
+    assert root
+    names = sorted({*both[0], *both[1]})
+    body, places = b"", []
+    for archive in both:
+        places.append({})
+        for name in names:
+            places[-1][name] = len(body)
+            body += _local(name, archive.get(name, b""))
+    size = sum(len(_central(name, b"", 0)) for name in names)
+    shift = 0 if long else size + 22
+    first, second = (
+        b"".join(_central(name, archive.get(name, b""), at[name] + moved) for name in names)
+        for archive, at, moved in zip(both, places, (shift, 0), strict=True)
+    )
+    if not long:
+        end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, len(names), len(names), size, len(body) + shift, size)
+        return body + first + end + second
+    hidden = body + second + _end_64(len(names), size, len(body))
+    whole = hidden + first + _end_64(len(names), size, len(hidden))
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(body) + size, 1)
+    return whole + locator + struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, *[2**16 - 1] * 2, *[2**32 - 1] * 2, 0)
+
+
+def _with_source(data, more, behind=None):
+    """A TorchScript archive with more source text: a record of its own, or where the first method that takes an input begins."""
+    found = records(data)
+    if behind is None:
+        return _compressed({**found, f"{next(iter(found)).partition('/')[0]}/code/more.py": more})
+    name = next(name for name in found if name.endswith(behind))
+    found[name] = re.sub(rb"(-> Tensor:\n)", rb"\1    " + more.encode() + b"\n", found[name], count=1)
+    return zipped(found)
+
+
+def _with_value(opcodes):
+    """A TorchScript archive whose module has one more value."""
+    data = records(scripted(nn.Linear(2, 2, bias=False).eval()))
+    name = next(name for name in data if name.endswith("/data.pkl"))
+    at = data[name].rindex(b"ub")
+    return _compressed({**data, name: data[name][:at] + text("more") + opcodes + data[name][at:]})
+
+
+def _scripted_inert():
+    """A tensor far larger than its storage, with a list of numbers in place of its hooks."""
+    data = records(scripted(nn.Linear(2, 2, bias=False).eval()))
+    name = next(name for name in data if name.endswith("/data.pkl"))
+    program = re.sub(rb"ccollections\nOrderedDict\nq.\)R", b"ctorch.jit._pickle\nbuild_intlist\n(]tR", data[name])
+    changed = program.replace(b"(K\x02K\x02t", b"(M\xff\x7fK\x02t")
+    assert len(changed) > len(program) > len(data[name])
+    return zipped({**data, name: changed})
+
+
+def _scripted_tree(levels):
+    """As _tree, in TorchScript."""
+    source, value = "", b""
+    for level in range(levels):
+        inner = f"  a : __torch__.L{level - 1}\n  b : __torch__.L{level - 1}\n" if level else ""
+        source += f"class L{level}(Module):\n  __parameters__ = []\n  __buffers__ = []\n  training : bool\n{inner}"
+        source += f"  def forward(self: __torch__.L{level},\n    x: Tensor) -> Tensor:\n    return x\n"
+        parts = text("a") + value + b"q" + bytes([level]) + text("b") + b"h" + bytes([level]) if level else b""
+        value = f"c__torch__\nL{level}\n".encode() + b")\x81}(" + text("training") + b"\x89" + parts + b"ub"
+    return zipped({
+        "a/data.pkl": PROTO + value + b".", "a/code/__torch__.py": source, "a/constants.pkl": PROTO + b").",
+        "a/version": "3\n", "a/byteorder": "little",
+    })  # fmt: skip
+
+
 SCRIPTED = {
     "__setstate__": lambda: scripted(WritesWhenLoaded()),
+    "two directories": _two_directories,
+    "two directories of zip64": lambda: _two_directories(long=True),
+    "an operator by its name": lambda: _with_source(
+        scripted(small().eval()), f'getattr(ops.aten, "save")(input, "{HIT}")', "activation.py"
+    ),
+    "an operator by another name": lambda: _with_source(
+        scripted(small().eval()), f'a = ops.aten\n    getattr(a, "save")(input, "{HIT}")', "activation.py"
+    ),
+    "a class of C++": lambda: _with_value(
+        b"c__torch__.torch.classes.quantized\nLinearPackedParamsBase\n)\x81(K\x07K\x08tb"
+    ),
+    "tuples in tuples": lambda: _with_value(b")" + b"\x85" * 300_000),
+    "lists in lists": lambda: _with_value(
+        b"]q\xf0" + b"]q\xf1ah\xf1q\xf00" * 2 + b"]q\xf2" + b"".join([b"]q\xf3ah\xf3"] * 100_000)
+    ),
+    "a place far out": lambda: _with_value(b"Nr\xff\xff\xff\x7f"),
+    "an unknown part of a tensor": _scripted_inert,
     "a file": lambda: scripted(WritesWhenCalled()),
     "a weight beyond its record": _scripted_beyond,
     "a record twice": _scripted_more,
@@ -654,6 +831,32 @@ UNFOLDING = {
         "def forward(self, x: Tensor) -> Tensor:\n    n = 1000000000000 * 1000\n    return x.view([1] * n)\n"
     ),
 }
+
+
+def _moved(data):
+    """An archive one of whose records lies within another, under its own header."""
+    inner = _local(b"archive/inner", b"x")
+    body = _local(b"archive/outer", inner)
+    entries = _central(b"archive/outer", inner, 0) + _central(b"archive/inner", b"x", body.index(inner))
+    found = records(data)
+    for name, value in found.items():
+        entries += _central(name.encode(), value, len(body))
+        body += _local(name.encode(), value)
+    count = len(found) + 2
+    return body + entries + struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, count, count, len(entries), len(body), 0)
+
+
+@functools.cache
+def misleading():
+    """Archives of a network that Python's reader takes, and that say two things at once."""
+    model = zipped(records(saved(small())))
+    return {
+        "a comment": model[:-2] + struct.pack("<H", 3) + b"abc",
+        "a record with another name": model.replace(b"archive/data.pkl", b"archive/DATA.pkl", 1),
+        "a record compressed in another way": model[:8] + b"\x08\x00" + model[10:],
+        "a record within a record": _moved(model),
+        "another number of records": model[:-12] + struct.pack("<H", 3) + model[-10:],
+    }
 
 
 # -- polyglots ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import os
 import pickle
 import time
@@ -14,7 +15,7 @@ import torchvision
 from torch import nn
 
 import se_inject as si
-from se_inject import _vocabulary, bodies
+from se_inject import _formats, _scripted, _vocabulary, bodies
 from se_inject.checkpoints import load, load_program, load_weights_
 from se_inject.errors import LoadError, UntrustedGlobals
 from tests import hostile
@@ -68,6 +69,18 @@ def test_a_tar_archive_is_not_unpacked(path):
 @pytest.mark.parametrize("name", hostile.polyglots())
 def test_polyglots(name, path):
     refused(path, hostile.polyglots()[name])
+
+
+@pytest.mark.parametrize("name", hostile.misleading())
+def test_archives_that_say_two_things(name, path):
+    refused(path, hostile.misleading()[name], match="damaged or made to mislead")
+
+
+def test_a_safetensors_header_of_many_lists(path, monkeypatch):
+    """Python and the library make far more of it than it is long."""
+    monkeypatch.setattr(_formats, "_LARGEST_HEADER", 1000)
+    header = b'{"a":[' + b"[]," * 1000 + b"[]]}"
+    refused(path, len(header).to_bytes(8, "little") + header, match="header is larger")
 
 
 @pytest.mark.parametrize(
@@ -277,8 +290,9 @@ def test_programs(name, path):
     assert not os.path.exists(HIT)
 
 
-def test_torch_runs_a_torchscript_archive_when_it_is_loaded(path):
-    path.write_bytes(hostile.SCRIPTED["__setstate__"]())
+@pytest.mark.parametrize("name", ["__setstate__", "two directories", "two directories of zip64"])
+def test_torch_runs_a_torchscript_archive_when_it_is_loaded(name, path):
+    path.write_bytes(hostile.SCRIPTED[name]())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.load(path)
@@ -294,6 +308,42 @@ def test_torchscript(name, path):
         with pytest.raises(LoadError):
             door(path)
     assert not os.path.exists(HIT)
+
+
+def test_torch_reads_only_what_was_checked(path):
+    data = hostile.records(hostile.scripted(small().eval()))
+    root = next(iter(data)).partition("/")[0]
+    path.write_bytes(hostile.zipped({**data, f"{root}/code/more.debug_pkl": b"x", f"{root}/extra/x": b"x"}))
+    image = torch.rand(1, 3, 8, 8)
+    assert load_program(path)(image).shape == load(path)(image).shape
+
+
+def test_the_graphs_are_looked_at_too(path, monkeypatch):
+    """Should the source text hide an operator, what torch made of it doesn't."""
+    monkeypatch.setattr(_scripted, "_check_source", lambda name, archive: None)
+    path.write_bytes(hostile.SCRIPTED["a file"]())
+    with pytest.raises(LoadError, match="calls `aten::save`"):
+        load_program(path)
+
+
+def test_torch_logs_no_text_of_a_file(path, capfd):
+    size = f"Max({','.join(f's{n}*s{n + 1}' for n in range(30))})"
+    path.write_bytes(hostile._program(lambda program: hostile._everywhere(program, "expr_str", size))())
+    capfd.readouterr()
+    with pytest.raises(LoadError):
+        load_program(path)
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="torch copies what is no file")
+def test_memory_of_a_large_script(path):
+    """Beside this, the copy that torch reads is in memory."""
+    torch.jit.save(torch.jit.script(nn.Linear(4000, 4000)), path)
+    gc.collect()
+    peak_bytes()
+    before = peak_bytes()
+    assert load_program(path).weight.shape == (4000, 4000)
+    assert peak_bytes() - before < 1.5 * path.stat().st_size + 2**25
 
 
 @pytest.mark.parametrize("name", hostile.UNFOLDING)
