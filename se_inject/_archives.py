@@ -133,6 +133,9 @@ class Archive:
             raise DamagedArchive("its directory points outside of it")
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
+        magic: bytes
+        length: int
+        extra: int
         magic, method, length, extra = _LOCAL_HEADER.unpack_from(self._data, entry.header_offset)
         at = entry.header_offset + _LOCAL_HEADER.size
         name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF_8 else "cp437")

@@ -148,6 +148,7 @@ class Unpickler(pickle._Unpickler):
     """
 
     stack: list[Any]
+    memo: dict[int, Any]
     append: Callable[[Any], None]
     read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]

@@ -30,7 +30,7 @@ _FOLDERS = ("code/", "constants/", "data/", "traced_inputs/", "extra/", ".data/"
 _FILES = frozenset(
     ["data.pkl", "constants.pkl", "traced_inputs.pkl", "version", "byteorder", ".format_version", ".storage_alignment"]
 )
-_READ = re.compile(r"(code/.*\.py|(data|constants)(\.pkl|/.*)|version|byteorder)", re.DOTALL)
+_READ = re.compile(r"(code/.*\.py|(data|constants)(\.pkl|/.*)|(\.data/)?version|byteorder)", re.DOTALL)
 """The records that make the module; others are for people who look for errors in it."""
 
 _PICKLES = ("data.pkl", "constants.pkl")
@@ -72,7 +72,7 @@ def _in_memory() -> Iterator[tuple[IO[bytes], Callable[[Any], Any]]]:
             yield file, lambda unit: torch._C.import_ir_module(unit, path, *options)  # type: ignore[call-arg]
     else:
         stream = io.BytesIO()
-        yield stream, lambda unit: torch._C.import_ir_module_from_buffer(unit, stream.getvalue(), *options)  # type: ignore[call-arg]
+        yield stream, lambda unit: torch._C.import_ir_module_from_buffer(unit, stream.getvalue(), *options)  # type: ignore[call-arg,arg-type]
 
 
 def _copy_checked(file: IO[bytes], to: IO[bytes]) -> None:

@@ -179,6 +179,7 @@ class _ScriptUnpickler(Unpickler):
         pickle.TUPLE3[0]: _tuple_of(pickle.TUPLE3),
     }
 
+
 def _legacy(file: IO[bytes], reading: Reading, size: int) -> Any:
     roots: dict[str, Any] = {}
     views: dict[str, Any] = {}
