@@ -791,9 +791,7 @@ SCRIPTED = {
         b"c__torch__.torch.classes.quantized\nLinearPackedParamsBase\n)\x81(K\x07K\x08tb"
     ),
     "tuples in tuples": lambda: _with_value(b")" + b"\x85" * 300_000),
-    "lists in lists": lambda: _with_value(
-        b"]q\xf0" + b"]q\xf1ah\xf1q\xf00" * 2 + b"]q\xf2" + b"".join([b"]q\xf3ah\xf3"] * 100_000)
-    ),
+    "lists in lists": lambda: _with_value(b"]q\x00" + b"h\x00]q\x01a0h\x01q\x000" * 30_000),
     "a place far out": lambda: _with_value(b"Nr\xff\xff\xff\x7f"),
     "an unknown part of a tensor": _scripted_inert,
     "a file": lambda: scripted(WritesWhenCalled()),
