@@ -108,6 +108,9 @@ def _check_attributes(module: nn.Module, state: dict[str, Any]) -> None:
         is_own = is_own or type(state[name]) is _OVERWRITTEN.get(name)
         if name.startswith("__") or (callable(of_class) and not is_own) or isinstance(of_class, property):
             raise LoadError(f"a {kind.__name__} in this file has a `{name}` of its own", seen="its class defines that")
+    for name in (name for table in _TABLES for name in state[table]):
+        if name.startswith("__") or getattr(kind, name, None) is not None:
+            raise LoadError(f"a {kind.__name__} in this file has a part called `{name}`", seen="its class defines that")
     for name in _HOOKS:
         if state.get(name):
             raise LoadError(f"a {kind.__name__} in this file has hooks", hint="remove them and save it again")

@@ -23,6 +23,7 @@ from typing import Any
 from torch import nn
 
 from se_inject.errors import LoadError
+from se_inject.errors import printable as printable
 
 
 class NoSuchFile(LoadError, FileNotFoundError):
@@ -132,11 +133,6 @@ def fact(error: BaseException) -> str:
     """An exception in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {printable(lines[0])}" if lines else type(error).__name__
-
-
-def printable(text: str, most: int = 300) -> str:
-    """Text that may come from a file as it may be shown on a terminal."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[:most])
 
 
 def _torchvision() -> tuple[list[str], Callable[..., nn.Module]]:

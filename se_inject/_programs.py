@@ -28,7 +28,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject._vocabulary import checked_path, decoded, function_named, method_named, value_at
+from se_inject._vocabulary import (
+    BUILTINS,
+    LONGEST,
+    checked_key,
+    checked_keywords,
+    checked_path,
+    decoded,
+    function_named,
+    method_named,
+    value_at,
+)
 from se_inject.bodies import original_class
 from se_inject.errors import LoadError
 
@@ -57,6 +67,7 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 ATTRIBUTES = ("dtype", "device", "shape", "layout", "requires_grad", "is_cuda", "ndim")
 """The attributes of tensors that a program may read."""
 
+MOST_LINES = 60_000
 _TAKEN = ("self", "range", "slice", "getattr", "RuntimeError")  # names that the written forward uses itself
 _WITHOUT_EFFECT = ("read", "attribute", "let", "method")  # and calls without arguments: traced identities
 _KEYS = {"class", "home", "inputs", "lines", "example"}
@@ -97,6 +108,8 @@ def program_class(text: str) -> type:
     Raises:
         LoadError: it is no program, or calls what it must not.
     """
+    if len(text) > LONGEST:
+        raise LoadError("a program of absurd length", seen=f"{len(text):,} letters")
     try:
         data = json.loads(text)
         name, home = data["class"], data["home"]
@@ -105,6 +118,7 @@ def program_class(text: str) -> type:
         writer = _Writer()
         head = writer.head(data["inputs"])
         source = f"def forward({head}):\n" + "\n".join(writer.block(data["lines"], "    ")) + "\n"
+        writer.check_names()
         filename = f"<se_inject {name} {abs(hash(text)):x}>"
         exec(compile(source, filename, "exec"), writer.scope)
     except LoadError:
@@ -166,7 +180,7 @@ def recorded_inputs(module: nn.Module) -> Any:
 
 def is_of_training(module: nn.Module) -> bool:
     """Whether a program has dropout, or normalisation by the batch, written down, which act in every mode then."""
-    return isinstance(module, Program) and any(map(_trains, _operations(json.loads(module.program)["lines"])))
+    return isinstance(module, Program) and any(map(_trains, _operations(json.loads(type(module).program)["lines"])))
 
 
 def _operations(lines: list[Any]) -> Iterator[list[Any]]:
@@ -183,7 +197,9 @@ def _trains(operation: list[Any]) -> bool:
     name, args, kwargs = operation
     if not name.startswith("ops:aten.") or name.endswith(".no_stats"):  # what instance normalisation is made of
         return False
-    schema = function_called(name)._schema  # type: ignore[attr-defined]
+    schema = getattr(function_called(name), "_schema", None)
+    if schema is None:
+        return False
     given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
     return given.get("p") != 0 and any(given.get(key) is True for key in ("train", "training"))
 
@@ -226,29 +242,29 @@ def check_program(module: nn.Module) -> None:
 
 def without_unused(lines: list[Any]) -> list[Any]:
     """A program's lines without reads, sizes and copies that nobody uses."""
-    while True:
-        used = set(_named(lines))
-        kept = _kept(lines, used)
-        if kept == lines:
-            return kept
-        lines = kept
+    return _kept(lines, set())
 
 
 def _kept(lines: list[Any], used: set[str]) -> list[Any]:
+    """Those lines that are needed where these names are used afterwards; what they use is added to the names."""
     result = []
-    for kind, *parts in lines:
+    for kind, *parts in reversed(lines):
         if kind == "if":
             parts = [parts[0], _kept(parts[1], used), _kept(parts[2], used)]
             if not parts[1] and not parts[2]:
                 continue
+            used.update(_named(parts[0]))
         elif kind == "loop":
+            used.update(_named([kind, *parts]))  # what a turn sets, the next one may use
             parts = [*parts[:3], _kept(parts[3], used)]
         elif kind in ("raise", "return"):
-            pass
+            used.update(_named(parts))
         elif not used.intersection(parts[0]) and (kind in _WITHOUT_EFFECT or (kind == "call" and not parts[2])):
             continue
+        else:
+            used.update(_named(parts[1:]))
         result.append([kind, *parts])
-    return result
+    return result[::-1]
 
 
 def _named(value: Any) -> Iterator[str]:
@@ -272,34 +288,57 @@ class _Writer:
     """Writes lines as Python. What is not plain goes into ``scope``, under names that no line can use."""
 
     def __init__(self) -> None:
-        self.scope: dict[str, Any] = {"__name__": "se_inject.generated"}
+        self.scope: dict[str, Any] = {"__name__": "se_inject.generated", "__builtins__": dict(BUILTINS)}
+        self._set: set[str] = set()
+        self._read: set[str] = set()
+        self._count = 0
 
     def head(self, inputs: list[Any]) -> str:
         """The parameters of the forward, each a name or a name and its default."""
         parts = ["self"]
         for name, *default in inputs:
-            parts.append(f"{_name(name)}={self._value(default[0])}" if default else _name(name))
+            parts.append(f"{self._target(name)}={self._value(default[0])}" if default else self._target(name))
         return ", ".join(parts)
+
+    def check_names(self) -> None:
+        """Whether everything that is read is set somewhere: other names would be Python's own.
+
+        Raises:
+            LoadError: something isn't.
+        """
+        if free := sorted(self._read - self._set):
+            raise LoadError(f"a program in this file reads `{free[0]}`, which nothing sets")
+
+    def _target(self, name: Any) -> str:
+        self._set.add(_name(name))
+        return str(name)
+
+    def _reading(self, name: Any) -> str:
+        self._read.add(_name(name))
+        return str(name)
 
     def block(self, lines: list[Any], indent: str) -> list[str]:
         """These lines, indented."""
         return [indent + text for line in lines for text in self._line(*line)] or [f"{indent}pass"]
 
     def _line(self, kind: str, *parts: Any) -> list[str]:
+        self._count += 1
+        if self._count > MOST_LINES:
+            raise LoadError(f"a program of more than {MOST_LINES:,} lines")
         if kind == "if":
             condition, then, otherwise = parts
             found = [f"if {self._value(condition)}:", *self.block(then, "    ")]
             return [*found, "else:", *self.block(otherwise, "    ")] if otherwise else found
         if kind == "loop":
             index, count, condition, body = parts
-            stop = [f"    if not {_name(condition)}:", "        break"]
-            return [f"for {_name(index)} in range({self._value(count)}):", *stop, *self.block(body, "    ")]
+            stop = [f"    if not {self._reading(condition)}:", "        break"]
+            return [f"for {self._target(index)} in range({self._value(count)}):", *stop, *self.block(body, "    ")]
         if kind == "raise":
             return [f"raise RuntimeError({self._constant(str(parts[0]))})"]
         if kind == "return":
             return [f"return {self._value(parts[0])}"]
         names, *rest = parts
-        target = ", ".join(map(_name, names)) + ("," if len(names) > 1 else "")
+        target = ", ".join(map(self._target, names)) + ("," if len(names) > 1 else "")
         return [(f"{target} = " if names else "") + self._computed(kind, rest)]
 
     def _computed(self, kind: str, parts: list[Any]) -> str:
@@ -313,6 +352,7 @@ class _Writer:
                 raise LoadError(f"a program in this file reads the attribute `{name}`, which tensors don't have")
             return f"{self._value(value)}.{_name(name)}"
         name, args, kwargs = parts
+        checked_keywords(kwargs, name if kind == "method" else None)
         arguments = [self._value(argument) for argument in args]
         arguments += [f"{_name(key)}={self._value(value)}" for key, value in kwargs.items()]
         if kind == "set":
@@ -327,11 +367,11 @@ class _Writer:
         if isinstance(value, list):
             return f"[{', '.join(map(self._value, value))}]"
         if isinstance(value, dict) and "node" in value:
-            return _name(value["node"])
+            return self._reading(value["node"])
         if isinstance(value, dict) and "tuple" in value:
             return f"({''.join(f'{self._value(item)}, ' for item in value['tuple'])})"
         if isinstance(value, dict) and "dict" in value:
-            items = (f"{self._value(key)}: {self._value(item)}" for key, item in value["dict"])
+            items = (f"{self._value(checked_key(key))}: {self._value(item)}" for key, item in value["dict"])
             return f"{{{', '.join(items)}}}"
         if isinstance(value, dict) and "slice" in value:
             return f"slice({', '.join(map(self._value, value['slice']))})"
@@ -361,6 +401,6 @@ def _path(path: Any) -> str:
     """A path as an expression."""
     text = "self"
     for part in checked_path(path).split("."):
-        plain = part.isidentifier() and not keyword.iskeyword(part)
+        plain = part.isascii() and part.isidentifier() and not keyword.iskeyword(part)
         text = f"{text}.{part}" if plain else f"getattr({text}, {part!r})"
     return text

@@ -7,7 +7,8 @@ functions are written out where they are called, and what follows from constants
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -209,7 +210,7 @@ class Forward:
         self._depth -= 1
         return [env[value.debugName()] for value in graph.outputs()]
 
-    def _block(self, block: Any, env: dict[str, Any], lines: list[Any], reads: dict[str, Any]) -> None:
+    def _block(self, block: Any, env: MutableMapping[str, Any], lines: list[Any], reads: dict[str, Any]) -> None:
         for node in block.nodes():
             self.archive.step()
             inputs = [env[value.debugName()] for value in node.inputs()]
@@ -235,7 +236,9 @@ class Forward:
         holds_others = re.search(r"\[.*(List|Dict)\[", value.type().annotation_str)
         return holds_others is not None and any(True for _ in value.uses())
 
-    def _node(self, node: Any, inputs: list[Any], env: dict[str, Any], lines: list[Any], reads: dict[str, Any]) -> Any:
+    def _node(
+        self, node: Any, inputs: list[Any], env: MutableMapping[str, Any], lines: list[Any], reads: dict[str, Any]
+    ) -> Any:
         kind = node.kind()
         namespace, _, name = kind.partition("::")
         special = getattr(self, f"_{namespace}_{name}", None) if namespace in ("prim", "aten") else None
@@ -475,7 +478,9 @@ class Forward:
             raise LoadError("it calls a function that is a value")
         return self._inlined(self.archive.function(called.name).graph, args, lines, reads)
 
-    def _prim_If(self, node: Any, inputs: list[Any], env: dict[str, Any], lines: list[Any], reads: Any) -> list[Any]:
+    def _prim_If(
+        self, node: Any, inputs: list[Any], env: MutableMapping[str, Any], lines: list[Any], reads: Any
+    ) -> list[Any]:
         (condition,) = inputs
         blocks = list(node.blocks())
         if isinstance(condition, Constant):
@@ -485,7 +490,7 @@ class Forward:
         branches: list[list[Any]] = [[], []]
         ends = []
         for block, branch in zip(blocks, branches, strict=True):
-            inner = dict(env)
+            inner = ChainMap({}, env)
             self._block(block, inner, branch, dict(reads))
             ends.append([inner[value.debugName()] for value in block.outputs()])
         results: list[Any] = []
@@ -501,7 +506,9 @@ class Forward:
         lines.append(["if", data(condition), *branches])
         return results
 
-    def _prim_Loop(self, node: Any, inputs: list[Any], env: dict[str, Any], lines: list[Any], reads: Any) -> list[Any]:
+    def _prim_Loop(
+        self, node: Any, inputs: list[Any], env: MutableMapping[str, Any], lines: list[Any], reads: Any
+    ) -> list[Any]:
         count, condition, *carried = inputs
         (block,) = node.blocks()
         names = [value.debugName() for value in block.inputs()]
@@ -515,7 +522,8 @@ class Forward:
             and count.value <= _LONGEST_UNROLLED
         ):
             for number in range(count.value if condition.value else 0):
-                inner = {**env, **dict(zip(names, [Constant(number), *carried], strict=True))}
+                self.archive.step()
+                inner = ChainMap(dict(zip(names, [Constant(number), *carried], strict=True)), env)
                 self._block(block, inner, lines, reads)
                 going, *carried = (inner[name] for name in outputs)
                 if not going.value:
@@ -526,7 +534,7 @@ class Forward:
         for name, value in zip(own, carried, strict=True):
             lines.append(["let", [name], data(value)])
         body: list[Any] = []
-        inner = {**env, **dict(zip(names, [{"node": name} for name in (turn, *own)], strict=True))}
+        inner = ChainMap(dict(zip(names, [{"node": name} for name in (turn, *own)], strict=True)), env)
         self._block(block, inner, body, dict(reads))
         after = [data(inner[name]) for name in outputs]
         body.append(["let", [stop, *own], {"tuple": after} if own else after[0]])

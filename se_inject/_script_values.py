@@ -12,6 +12,7 @@ from se_inject._vocabulary import encoded
 from se_inject.errors import LoadError, SurgeryError
 
 _LARGEST = 2**63
+_LONGEST = 10_000
 DTYPES = (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64,
     torch.complex32, torch.complex64, torch.complex128, torch.bool, torch.qint8, torch.quint8, torch.qint32, torch.bfloat16,
@@ -60,9 +61,12 @@ def computed(name: str, values: list[Any]) -> Constant | None:
     if largest >= _LARGEST or (grows and largest > 64):
         raise LoadError("it computes with absurd numbers")
     try:
-        return Constant(function_called(name)(*values))
+        known = function_called(name)(*values)
     except (TypeError, ValueError, LookupError, ArithmeticError):
         return None
+    if isinstance(known, list | str) and len(known) > _LONGEST:
+        raise LoadError("it computes an absurdly long list")
+    return Constant(known)
 
 
 def data(value: Any) -> Any:

@@ -7,8 +7,11 @@ front. Constants are JSON, with a word for what JSON hasn't.
 from __future__ import annotations
 
 import inspect
+import keyword
 import math
 import operator
+import types
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +21,9 @@ from torch import fx, nn
 
 from se_inject._tracer import Form
 from se_inject.errors import LoadError, SurgeryError
+
+LONGEST = 8_000_000
+"""Letters of the JSON text of one forward."""
 
 _NAMESPACES: dict[str, Any] = {
     "torch": torch._C._VariableFunctions,
@@ -43,7 +49,7 @@ _FORBIDDEN_METHODS = frozenset(
     {
         "numpy", "storage", "untyped_storage", "typed_storage", "apply_", "map_", "map2_", "register_hook", "backward",
         "register_post_accumulate_grad_hook", "share_memory_", "module_load", "set_", "record_stream", "tolist",
-        "data_ptr",
+        "data_ptr", "as_subclass",
     }
 )  # fmt: skip
 _CONSTANTS = {
@@ -107,6 +113,36 @@ def _function_in(space: str, short: str) -> Any:
     return found if inspect.isbuiltin(found) and not short.startswith("_") else None
 
 
+def is_plain_name(name: Any) -> bool:
+    """Whether source text can hold this name: Python reads some letters as others (NFKC), and so another name."""
+    plain = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
+    return plain and unicodedata.normalize("NFKC", name) == name
+
+
+def checked_keywords(kwargs: Any, method: str | None = None) -> None:
+    """Look at the keywords of a call.
+
+    Raises:
+        LoadError: one is no name, or makes a call of what is passed.
+    """
+    if not all(map(is_plain_name, kwargs)) or "key" in kwargs or (method == "new" and kwargs):
+        raise LoadError("a forward in this file passes keywords that no operation has")
+
+
+BUILTINS = types.MappingProxyType(
+    {
+        "Ellipsis": ...,
+        "RuntimeError": RuntimeError,
+        "getattr": getattr,
+        "len": len,
+        "range": range,
+        "slice": slice,
+        "tuple": tuple,
+    }
+)
+"""All of Python that source text made from data can see."""
+
+
 def method_named(name: Any) -> str:
     """The name of a method, if a forward may call it.
 
@@ -127,7 +163,9 @@ def checked_path(name: Any) -> str:
         LoadError: it is none.
     """
     parts = name.split(".") if isinstance(name, str) else [""]
-    if any(not part.isprintable() or not part or part.startswith("__") or set(part) & set("\"'\\") for part in parts):
+    if any(part.isidentifier() and unicodedata.normalize("NFKC", part) != part for part in parts) or any(
+        not part.isprintable() or not part or part.startswith("__") or set(part) & set("\"'\\") for part in parts
+    ):
         raise LoadError(f"a forward in this file refers to `{name}`, which is no submodule")
     return name  # type: ignore[no-any-return]
 
@@ -138,7 +176,7 @@ def parameter_named(name: Any) -> str:
     Raises:
         LoadError: it is none.
     """
-    if not isinstance(name, str) or not name.lstrip("*").isidentifier():
+    if not isinstance(name, str) or not is_plain_name(name.lstrip("*")):
         raise LoadError(f"a forward in this file has a parameter `{name}`, which is no name")
     return name
 
@@ -202,7 +240,7 @@ def decoded(value: Any, nodes: dict[str, fx.Node]) -> Any:
     if kind == "tuple":
         return tuple(decoded(item, nodes) for item in content)
     if kind == "dict":
-        return {decoded(key, nodes): decoded(item, nodes) for key, item in content}
+        return {checked_key(key): decoded(item, nodes) for key, item in content}
     if kind == "slice":
         return slice(*(decoded(item, nodes) for item in content))
     if kind == "ellipsis":
@@ -217,13 +255,25 @@ def decoded(value: Any, nodes: dict[str, fx.Node]) -> Any:
     return constant
 
 
+def checked_key(key: Any) -> Any:
+    """A key of a dict in a forward.
+
+    Raises:
+        LoadError: it is neither text nor a small number, and many of them could have one hash.
+    """
+    if key is not None and type(key) not in (str, bool) and not (type(key) is int and abs(key) < 2**31):
+        raise LoadError("a forward in this file holds a dict whose keys are no names")
+    return key
+
+
 def value_at(module: Any, path: str) -> Any:
     """What a path leads to through submodules; a function, which nobody may read, if it leads elsewhere."""
     *through, last = path.split(".")
     for part in through:
-        module = vars(module)["_modules"].get(part)
+        module = None if hasattr(type(module), part) else vars(module)["_modules"].get(part)
         if not isinstance(module, nn.Module):
             return value_at
     state = vars(module)
-    tables = (state["_modules"], state["_parameters"], state["_buffers"], state)
-    return next((table[last] for table in tables if last in table), value_at)
+    tables = (state["_modules"], state["_parameters"], state["_buffers"])
+    own = next((table[last] for table in tables if last in table), value_at)
+    return state.get(last, value_at if hasattr(type(module), last) else own)

@@ -10,6 +10,7 @@ from torch import nn
 
 from se_inject._architectures import PREFIXES
 from se_inject._pickles import Inert
+from se_inject.errors import printable
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params")
 _AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_ema")
@@ -124,4 +125,4 @@ def listed(names: Iterable[str], most: int = 4) -> str:
     """The first names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"`{name}`" for name in names[:most]) + more
+    return ", ".join(f"`{printable(name)}`" for name in names[:most]) + more

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from se_inject._files import atomic, write_through
-from se_inject._names import NoSuchFile, fact, printable
+from se_inject._names import NoSuchFile, fact
 from se_inject.blocks import build_block
-from se_inject.errors import ExportError, InjectError, LoadError, OptionError, SurgeryError
+from se_inject.errors import ExportError, InjectError, LoadError, OptionError, SurgeryError, printable
 from se_inject.inputs import check_supported
 from se_inject.planning import plan_of
 from se_inject.plans import Plan
@@ -284,7 +284,7 @@ def _backbone(path: str | os.PathLike[str], data: Any) -> Fingerprint:
         found = {
             name: (list(map(int, shape)), str(dtype), str(digest)) for name, (shape, dtype, digest) in data.items()
         }
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise LoadError(
             f"`{path}` is a damaged adapter", seen=f"no fingerprint of its backbone: {fact(error)}"
         ) from error

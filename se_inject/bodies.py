@@ -22,11 +22,15 @@ from torch import fx, nn
 
 from se_inject._tracer import Untraceable
 from se_inject._vocabulary import (
+    BUILTINS,
+    LONGEST,
+    checked_keywords,
     checked_path,
     decoded,
     encoded,
     function_name,
     function_named,
+    is_plain_name,
     is_tensor_attribute,
     method_named,
     parameter_named,
@@ -69,13 +73,14 @@ def graph_from(rows: Any) -> fx.Graph:
     }
     try:
         for name, op, target, args, kwargs in rows:
-            if op not in checked or not str(name).isidentifier():
+            if op not in checked or not is_plain_name(name):
                 raise LoadError("a forward in this file is not a graph", seen=f"a node `{name}` of kind `{op}`")
             real = checked[op](target)
             arguments, keywords = decoded(args, nodes), decoded(kwargs, nodes)
             if real is getattr and not is_tensor_attribute(arguments[1:]):
                 raise LoadError("a forward in this file reads an attribute that tensors don't have")
-            if (op == "placeholder" and arguments) or not all(map(str.isidentifier, keywords)):
+            checked_keywords(keywords, real if op == "call_method" else None)
+            if op == "placeholder" and arguments:
                 raise LoadError("a forward in this file has arguments that are no names")
             nodes[name] = graph.create_node(op, real, arguments, keywords, name=name)
         graph.lint()
@@ -196,12 +201,14 @@ def rebuild(original: type, body: str) -> nn.Module:
     """
     if not (isinstance(original, type) and issubclass(original, nn.Module) and isinstance(body, str)):
         raise LoadError("a damaged file: an edited forward without its class")
+    if len(body) > LONGEST:
+        raise LoadError("an edited forward of absurd length", seen=f"{len(body):,} letters")
     try:
         data = json.loads(body)
         well_formed = set(data) == {"steps", "output", "eval", "train", "constants", "settings", "was_none"}
-        well_formed &= all(str(step["block_name"]).isidentifier() for step in data["steps"])
-        well_formed &= all(str(key).isidentifier() for key in (*data["constants"], *data["settings"]))
-    except (ValueError, TypeError, KeyError) as error:
+        names = [step["block_name"] for step in data["steps"]]
+        well_formed &= all(map(is_plain_name, (*names, *data["constants"], *data["settings"])))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise LoadError("a damaged file: an edited forward that is no JSON", seen=str(error)) from error
     if not well_formed:
         raise LoadError("a damaged file: an edited forward of an unknown form")
@@ -236,7 +243,11 @@ def check_targets(module: nn.Module) -> None:
 def _source(original: type, data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The text of the edited forward, and the names it uses."""
     signature = inspect.signature(original.forward)  # type: ignore[attr-defined]
-    scope: dict[str, Any] = {"torch": torch}
+    scope: dict[str, Any] = {"torch": torch, "__builtins__": dict(BUILTINS)}
+    inputs = [target for _, op, target, *_ in (*(data["eval"] or []), *(data["train"] or [])) if op == "placeholder"]
+    others = [*data["constants"], *(target.lstrip("*") for target in inputs)]
+    if not set(others) <= set(signature.parameters):
+        raise LoadError(f"a forward in this file has inputs that a {original.__name__} does not have")
     if data["output"]:
         names = []
         myself = next(iter(signature.parameters))

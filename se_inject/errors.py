@@ -23,6 +23,17 @@ fits, so that ``except LookupError`` works for a caller who doesn't want to know
 from __future__ import annotations
 
 
+def printable(text: str, most: int | None = 300, keep: str = "") -> str:
+    """Text that may come from a file as it may be shown on a terminal: what controls one is written out.
+
+    Args:
+        text: the text.
+        most: letters to take of it; None: all.
+        keep: others that may stay.
+    """
+    return "".join(letter if letter.isprintable() or letter in keep else repr(letter)[1:-1] for letter in text[:most])
+
+
 class InjectError(Exception):
     """What was asked and could not be done.
 
@@ -38,10 +49,10 @@ class InjectError(Exception):
     """What the command line returns for it: 1 could not be done, 2 was asked wrongly."""
 
     def __init__(self, message: str, *, seen: str | None = None, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.seen = seen
-        self.hint = hint or self.general_hint
+        self.message = printable(message, None)
+        self.seen = seen and printable(seen, None, keep="\n")
+        self.hint = printable(hint, None, keep="\n") if hint else self.general_hint
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         text = self.message

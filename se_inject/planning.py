@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import keyword
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from se_inject._vocabulary import is_plain_name
 from se_inject.blocks import build_block, check_block, check_options, has_identity_start, is_at_hand
 from se_inject.bodies import original_class
 from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError
@@ -72,7 +72,7 @@ def plan(
         raise OptionError(f"no position is called `{position}`", seen=", ".join(POSITIONS))
     check_options(block, block_options)
     block_options = _storable(block_options)
-    if name is not None and (not name.isidentifier() or keyword.iskeyword(name)):
+    if name is not None and not is_plain_name(name):
         raise OptionError(f"`{name}` can't be the name of an attribute")
     trace = observe_model(model, example_inputs, example_kwargs)
     if require_all:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
@@ -19,9 +20,18 @@ from se_inject import report
 from se_inject._files import atomic
 from se_inject._names import NoSuchFile
 from se_inject._schema import first_problem
+from se_inject._vocabulary import is_plain_name
 from se_inject.blocks import check_options
 from se_inject.cost import CostReport, cost_of_steps
-from se_inject.errors import AlreadyInjected, InjectError, LoadError, OptionError, SurgeryError, UntrustedGlobals
+from se_inject.errors import (
+    AlreadyInjected,
+    InjectError,
+    LoadError,
+    OptionError,
+    SurgeryError,
+    UntrustedGlobals,
+    printable,
+)
 from se_inject.finding import find_sites
 from se_inject.inputs import check_supported, inputs_from, observe_model, shapes_of
 from se_inject.positions import place_of
@@ -242,6 +252,8 @@ class Plan:
         for number, item in enumerate(data["steps"], 1):
             try:
                 steps.append(Step.from_data(item))
+                if not is_plain_name(steps[-1].block_name):
+                    raise LoadError(f"`{steps[-1].block_name}` can't be the name of an attribute")
                 check_trust(steps[-1].block, trust)
                 check_options(steps[-1].block, steps[-1].options)
             except InjectError as error:
@@ -318,11 +330,23 @@ def _in_one_line(items: re.Match[str]) -> str:
     return "[" + re.sub(r"\n\s*", " ", items[1].rstrip()) + "]"
 
 
+_LONGEST = 8_000_000
+_DEEPEST = 100
+
+
+def _depth(text: str) -> int:
+    """How deep the lists and objects of JSON text can be at most: brackets in its strings count as well."""
+    levels = itertools.accumulate((letter in "[{") - (letter in "]}") for letter in text if letter in "[]{}")
+    return max(levels, default=0)
+
+
 def _json(text: str) -> Any:
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no number of JSON")
 
     try:
+        if len(text) > _LONGEST or _depth(text) > _DEEPEST:
+            raise ValueError("it is longer or deeper than any plan")
         return json.loads(text, parse_constant=refuse)
     except (ValueError, TypeError, RecursionError) as error:
         raise LoadError("this is no plan", seen=f"{type(error).__name__}: {error}", hint=_FORM) from error
@@ -331,9 +355,9 @@ def _json(text: str) -> Any:
 def _told(place: Sequence[str | int], wrong: str) -> str:
     """A problem with the schema in words: steps are counted from 1."""
     if place[:1] == ("steps",) and len(place) > 1:
-        rest = ".".join(map(str, place[2:]))
+        rest = printable(".".join(map(str, place[2:])))
         return f"step {int(place[1]) + 1}: " + (f"`{rest}` {wrong}" if rest else f"it {wrong}")
-    return f"`{'.'.join(map(str, place))}` {wrong}" if place else f"it {wrong}"
+    return f"`{printable('.'.join(map(str, place)))}` {wrong}" if place else f"it {wrong}"
 
 
 def check_trust(block: str, trust: Sequence[str]) -> None:
@@ -341,7 +365,6 @@ def check_trust(block: str, trust: Sequence[str]) -> None:
     place = block.rpartition(":")[0]
     inside = place.split(".") if not place.endswith(".py") else [place]
     if place and not any(name in (place, inside[0]) for name in trust):
-        raise UntrustedGlobals(
-            f"block `{block}` is code that a file may not name",
-            hint=f"if you trust it: `--trust {place}`, in Python trust=[{place!r}]; its code is imported and run",
-        )
+        hint = f"if you trust it: `--trust {place}`, in Python trust=[{place!r}]; its code is imported and run"
+        is_plain = re.fullmatch(r"[\w./-]+", place, re.ASCII) is not None  # what one may copy into a shell
+        raise UntrustedGlobals(f"block `{block}` is code that a file may not name", hint=hint if is_plain else None)

@@ -224,6 +224,9 @@ RIDERS = {
     "no modules": lambda model: vars(model[0]).update(_modules=[model[1]]),
     "a name that ends": _later,
     "a module within itself": lambda model: model._modules.update(again=model),
+    "a part named like a method": lambda model: model._modules.update(register_buffer=nn.Identity()),
+    "a parameter named like a method": lambda model: model[0]._parameters.update(half=model[0].bias),
+    "a part with a hidden name": lambda model: model._modules.update(__init__=nn.Identity()),
     "attribute of a parameter": lambda model: setattr(model[0].weight, "__deepcopy__", nn.Identity),
     "private attribute of a parameter": lambda model: setattr(model[0].weight, "_is_mine", 1),
 }
@@ -293,6 +296,15 @@ BODIES = {
     "a constant": _body(constants={"input": {"dtype": "os"}}),
     "a form": _body(constants={"input": {"form": {"dtype": "serialization"}}}),
     "a device": _body(constants={"input": {"device": RUN}}),
+    "a placeholder that is a builtin": _body([["y", "placeholder", "exec", *NOTHING]]),
+    "a function to sort by": _body(
+        [X, ["y", "call_method", "sort", {"tuple": [[1]]}, {"dict": [["key", {"node": "input"}]]}]]
+    ),
+    "an address": _body([X, ["y", "call_method", "new", {"tuple": [{"node": "input"}]}, {"dict": [["cdata", 65]]}]]),
+    "letters that Python reads as underscores": _body([["y", "get_attr", "_\uff3fclass\uff3f\uff3f", *NOTHING]]),
+    "a block's name in other letters": _body(steps=[{"block_name": "\ufb01lter"}], output=True),
+    "keys of one hash": _body([_call("torch:relu", {"dict": [[i * (2**61 - 1), 0] for i in range(3)]})]),
+    "absurd length": _body(constants={"input": "long" * 2_000_000}),
     "no rows": _body(eval=3),
     "unknown parts": {**_body(), "more": RUN},
 }

@@ -258,6 +258,7 @@ HOSTILE = {
     "a later adapter": (recorded(version=2), LoadError, "adapter of version 2"),
     "no fingerprint": (recorded(backbone={}), SurgeryError, "another network"),
     "a damaged fingerprint": (recorded(backbone={"a": 3}), LoadError, "damaged adapter"),
+    "a shape without end": (recorded(backbone={"w": [[float("inf")], "f", "d"]}), LoadError, "damaged adapter"),
     "a list for a fingerprint": (recorded(backbone=[]), LoadError, "damaged adapter"),
     "code": (replanned(block="os:system"), UntrustedGlobals, "`os:system` is code"),
     "an unknown block": (replanned(block="eka"), InjectError, "step 1 of the plan: no block"),

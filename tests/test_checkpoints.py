@@ -615,6 +615,16 @@ def test_safetensors_under_any_name(tmp_path):
     assert_same(model, trained)
 
 
+def test_what_an_error_quotes_does_not_reach_the_terminal(tmp_path):
+    key = "\x1b[31mred\x1b]0;title\x07\nhint: run this"
+    torch.save({**small().state_dict(), key: torch.ones(1)}, tmp_path / "weights.pt")
+    with pytest.raises(LoadError) as caught:
+        load_weights_(small(), tmp_path / "weights.pt")
+    assert r"`\x1b[31mred\x1b]0;title\x07\nhint: run this`" in caught.value.seen
+    assert LoadError(key, hint=key).message.isprintable()
+    assert "\x1b" not in str(LoadError("", seen=key, hint=key))
+
+
 @pytest.mark.parametrize("found", [{"student": 1, "teacher": 2}, [1, 2]])
 def test_what_is_seen_instead_of_weights(found, tmp_path):
     path = tmp_path / "weights.pt"

@@ -212,12 +212,19 @@ def test_no_version(version):
         (stored(lambda data: data.update(steps=[])), "`steps` can't have 0 entries"),
         (stored(lambda data: data.pop("steps")), "`steps` is missing"),
         (stored(lambda data: data["inputs"][0].__setitem__(1, "load")), "`inputs.0.1` must be one of float32"),
-        ("[" * 100_000, "RecursionError"),
+        ("[" * 100_000, "longer or deeper than any plan"),
+        ('"' + "long" * 2_000_000 + '"', "longer or deeper than any plan"),
+        (
+            stored(lambda data: data["inputs"][0].__setitem__(0, [2**70])),
+            "`inputs.0.0.0` can't be 1180591620717411303424",
+        ),
+        (stored(lambda data: data["inputs"][0].__setitem__(0, [1] * 9)), "`inputs.0.0` can't have 9 entries"),
+        (stored(lambda data: data.update({"\x1b[1m\nhint": 1})), "`\\x1b[1m\\nhint` is not known here"),
         ('{"se_inject_plan": NaN}', "NaN is no number of JSON"),
         ("[]", "it must be object"),
         ("", "JSONDecodeError"),
     ],
-    ids=range(21),
+    ids=range(25),
 )
 def test_what_is_wrong_is_said(text, seen):
     with pytest.raises(LoadError, match="this is no plan") as caught:
@@ -233,9 +240,18 @@ def test_what_is_wrong_is_said(text, seen):
         (step(block="eka"), OptionError, "step 2 of the plan: no block is called `eka`", "`eca`"),
         (step(options={"reductoin": 4}), OptionError, "step 2 of the plan: block `se` has no option", "`reduction`"),
         (step(block="os:system"), UntrustedGlobals, "step 2 of the plan: block `os:system` is code", "--trust os"),
+        (
+            step(block="a; rm -r b:G"),
+            UntrustedGlobals,
+            "step 2 of the plan: block `a; rm -r b:G`",
+            "see `se-inject --help`",
+        ),
+        (step(block="a\n\x1b[1m:G"), UntrustedGlobals, "step 2 of the plan: block `a\\n\\x1b[1m:G`", "--help"),
+        (step(block_name="\ufb01lter"), LoadError, "step 2 of the plan: `\ufb01lter` can't be the name", ""),
+        (step(block_name="class"), LoadError, "step 2 of the plan: `class` can't be the name", ""),
         (step(block="gates.py:G"), UntrustedGlobals, "step 2 of the plan: block `gates.py:G`", "--trust gates.py"),
     ],
-    ids=["rank", "block", "option", "module", "file"],
+    ids=["rank", "block", "option", "module", "shell", "terminal", "letters", "keyword", "file"],
 )
 def test_what_is_not_known_here_names_its_step(text, error, message, more):
     with pytest.raises(error) as caught:
@@ -254,10 +270,9 @@ def test_what_is_not_known_here_names_its_step(text, error, message, more):
         (step(readers=["nobody"]), "step 2 of the plan puts a block at `layer3.0.bn2`"),
         (step(position="pre"), "step 2 of the plan puts a block at `layer3.0.bn2`"),
         (step(block_name="forward"), "`layer3.0.forward` is to become a block"),
-        (step(block_name="class"), "can be made"),
         (step(size=[4, 4, 4], rank=3), "step 2 of the plan expects 256 channels"),
     ],
-    ids=["site", "channels", "owner", "value", "readers", "position", "name", "keyword", "rank"],
+    ids=["site", "channels", "owner", "value", "readers", "position", "name", "rank"],
 )
 def test_what_does_not_fit_the_network_names_its_step(network, text, message):
     plan = Plan.from_json(text)

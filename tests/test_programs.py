@@ -708,6 +708,13 @@ HARMFUL = {
     "code as an index": ["loop", "i in [open('hit', 'w')]: pass #", 1, "x", []],
     "another line": ["exec", ["y"], "open('hit', 'w')"],
     "code as a condition": ["if", {"node": "open('hit', 'w')"}, [], []],
+    "a builtin under its own name": ["let", ["y"], {"node": "exec"}],
+    "a function to sort by": ["method", ["y"], "sort", [[1]], {"key": X}],
+    "an address": ["method", ["y"], "new", [X], {"cdata": 65}],
+    "a class of tensors": ["method", ["y"], "as_subclass", [X, X], {}],
+    "letters that Python reads as underscores": ["read", ["y"], "_\uff3finit\uff3f\uff3f.a"],
+    "letters that Python reads as others": ["set", ["y"], "torch:relu", [X], {"\ufb01lter": 1}],
+    "keys of one hash": ["let", ["y"], {"dict": [[i * (2**61 - 1), 0] for i in range(3)]}],
     "deep": ["let", ["y"], [[[[X]]]] if False else __import__("functools").reduce(lambda v, _: [v], range(500), X)],
 }
 
@@ -718,6 +725,13 @@ def test_harmful_programs(name, tmp_path, monkeypatch):
     with pytest.raises(LoadError):
         program_class(program(HARMFUL[name]))
     assert not list(tmp_path.iterdir())
+
+
+def test_absurdly_long_programs():
+    with pytest.raises(LoadError, match=r"more than 60,000 lines"):
+        program_class(program(*[["let", ["y"], 1]] * 60_001))
+    with pytest.raises(LoadError, match="absurd length"):
+        program_class(program(["let", ["y"], "long" * 2_000_000]))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"class": "A"}', program(inputs=(["x", 1, 2], 3)), program(["let"])])
