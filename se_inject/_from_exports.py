@@ -7,6 +7,7 @@ becomes the lines of a program (``_programs``), and layers of torch.nn come back
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -212,12 +213,29 @@ def _children(spec: TreeSpec) -> list[TreeSpec]:
 
 
 def _example(placeholders: list[fx.Node], spec: Any) -> Any:
-    """Shapes and dtypes of the inputs, if they are plain tensors; a size that may vary is 2 or more."""
-    args, kwargs = _children(spec)
+    """Shapes and dtypes of the inputs, as ``inputs.inputs_from`` reads them; a size that may vary is 2 or more.
+
+    None if a leaf is no tensor, or a structure none that it knows.
+    """
     values = [node.meta.get("val") for node in placeholders]
-    if len(values) != args.num_children + kwargs.num_children or not all(isinstance(v, Tensor) for v in values):
+    args, kwargs = _children(spec)
+    if not all(isinstance(value, Tensor) for value in values):
         return None
-    return [[list(map(_size, value.shape)), str(value.dtype).removeprefix("torch.")] for value in values]  # type: ignore[union-attr]
+    leaves = iter([[list(map(_size, v.shape)), str(v.dtype).removeprefix("torch.")] for v in values])  # type: ignore[union-attr]
+    parts = [_structured(part, leaves) for part in (*_children(args), *_children(kwargs))]
+    return None if any(part is None for part in parts) else parts
+
+
+def _structured(spec: Any, leaves: Iterator[Any]) -> Any:
+    """One input: a leaf, or what it is made of."""
+    if spec.is_leaf():
+        return next(leaves, None)
+    parts = [_structured(part, leaves) for part in _children(spec)]
+    if any(part is None for part in parts) or spec.type not in (tuple, list, dict, OrderedDict):
+        return None
+    if spec.type in (tuple, list):
+        return {spec.type.__name__: parts}
+    return {"dict": [[encoded(key), part] for key, part in zip(spec.context, parts, strict=True)]}
 
 
 def _size(size: Any) -> int:

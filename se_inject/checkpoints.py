@@ -36,6 +36,7 @@ from se_inject._weights import (
     other_classes,
     without_prefix,
 )
+from se_inject.bodies import original_class
 from se_inject.errors import LoadError, OptionError, UntrustedGlobals
 
 __all__ = ["NoSuchFile", "describe", "is_program", "load", "load_program", "load_weights_"]
@@ -216,7 +217,7 @@ def describe(source: str | os.PathLike[str], model: nn.Module, arch: str | None 
             writer += f", torch {torch_version(file)}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     what = _KINDS.get(form, "a pickled network") if arch is None else f"weights for {arch}"
-    return f"{os.fspath(source)}: {what} ({writer}), {type(model).__name__}, {parameters:,} parameters"
+    return f"{os.fspath(source)}: {what} ({writer}), {original_class(model).__name__}, {parameters:,} parameters"
 
 
 # -- files -------------------------------------------------------------------------------------------------

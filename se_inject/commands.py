@@ -18,6 +18,7 @@ from se_inject._block_texts import parsed_blocks
 from se_inject._stand_ins import preserved
 from se_inject.adapters import Adapter, read_adapter
 from se_inject.blocks import block_names, build_block, find_block, has_identity_start
+from se_inject.bodies import original_class
 from se_inject.checkpoints import describe, is_program, load, load_program
 from se_inject.cost import Latency, measure_latency
 from se_inject.errors import InjectError, OptionError
@@ -59,7 +60,7 @@ def inject(
         torch.manual_seed(seed)
     network = load(model, arch=arch, weights=weights, trust=_packages(trust), mmap=True)
     say = _Talk(as_json or style == "csv")
-    say(f"{type(network).__name__} from {model}")
+    say(f"{original_class(network).__name__} from {model}")
     planned = _plan(network, inputs, options) if stored is None else _replayed(stored, network, inputs)
     trained = isinstance(stored, Adapter)
     notes = [*planned.notes, *([] if trained else report.start_notes(start_factors(planned.steps)))]
@@ -67,7 +68,7 @@ def inject(
         say(f"note: {note}")
     cost = planned.cost()
     data: dict[str, Any] = {
-        "model": type(network).__name__,
+        "model": original_class(network).__name__,
         "plan": [step.to_data() for step in planned.steps],
         "notes": notes,
         "cost": report.cost_data(cost),
@@ -234,7 +235,7 @@ def eject(
     taken, entries = len(own_steps(network)), len(network.state_dict())
     eject_(network)
     click.echo(
-        f"{counted(taken, 'block')} taken out of {type(network).__name__} from {model}: {len(network.state_dict())} of "
+        f"{counted(taken, 'block')} taken out of {original_class(network).__name__} from {model}: {len(network.state_dict())} of "
         f"{entries} entries of the state dict left, as they were\n"
     )
     args, kwargs = example_of(network, _example(inputs, network))
@@ -258,7 +259,7 @@ def sites(
     trace = observe_model(network, _example(inputs, network))
     found = find_sites(trace)
     if as_json:
-        _print_json({"model": type(network).__name__, "notes": trace.notes, **report.sites_data(found)})
+        _print_json({"model": original_class(network).__name__, "notes": trace.notes, **report.sites_data(found)})
     else:
         for note in trace.notes:
             click.echo(note, err=True)

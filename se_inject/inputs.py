@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from se_inject._names import fact
 from se_inject._program_layers import FixedBatchNorm
 from se_inject._programs import Program, is_of_training, recorded_inputs
 from se_inject._reasons import describe
-from se_inject.errors import NoSites, OptionError, TraceError, UnsupportedModel
+from se_inject.errors import LoadError, NoSites, OptionError, TraceError, UnsupportedModel
 from se_inject.tables import counted
 from se_inject.tracing import Trace, observe
 
@@ -179,9 +180,30 @@ def shapes_of(args: Sequence[Any]) -> list[Any] | None:
     return [[list(argument.shape), str(argument.dtype).removeprefix("torch.")] for argument in args]
 
 
-def inputs_from(shapes: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Inputs on the meta device from what ``shapes_of`` gave."""
-    return tuple(torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape, dtype in shapes)
+def inputs_from(shapes: Sequence[Any]) -> tuple[Any, ...]:
+    """Inputs on the meta device.
+
+    Args:
+        shapes: of each input what ``shapes_of`` gives; or ``{"list": […]}``, ``{"tuple": […]}`` or
+            ``{"dict": [[key, …], …]}`` of such.
+
+    Raises:
+        LoadError: they are something else, out of a file.
+    """
+    try:
+        return tuple(map(_input_from, shapes))
+    except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
+        raise LoadError("the inputs that this file records are none", seen=fact(error)) from error
+
+
+def _input_from(shape: Any) -> Any:
+    if not isinstance(shape, dict):
+        sizes, dtype = shape
+        return torch.empty(sizes, dtype=getattr(torch, dtype), device="meta")
+    ((kind, parts),) = shape.items()
+    if kind == "dict":
+        return {key: _input_from(part) for key, part in parts}
+    return {"list": list, "tuple": tuple}[kind](map(_input_from, parts))
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -91,7 +91,7 @@ def plan(
     if trace.failures:
         failed = counted(len(trace.failures), "module")
         notes.append(f"left alone: {failed} that can't be traced; `se-inject sites MODEL -v` says why")
-    return Plan(steps, type(model).__name__, shapes, tuple(notes), trace)
+    return Plan(steps, original_class(model).__name__, shapes, tuple(notes), trace)
 
 
 def inject(model: nn.Module, example_inputs: Any = None, **options: Any) -> nn.Module:

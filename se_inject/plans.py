@@ -22,6 +22,7 @@ from se_inject._names import NoSuchFile
 from se_inject._schema import first_problem
 from se_inject._vocabulary import is_plain_name
 from se_inject.blocks import check_options
+from se_inject.bodies import original_class
 from se_inject.cost import CostReport, cost_of_steps
 from se_inject.errors import (
     AlreadyInjected,
@@ -306,7 +307,7 @@ def already(paths: Sequence[str], model: nn.Module) -> AlreadyInjected:
     """The error about sites that hold blocks of ours."""
     return AlreadyInjected(
         "the chosen sites hold blocks of ours already",
-        seen=f"{len(paths)} in {type(model).__name__}, `{paths[0]}` the first",
+        seen=f"{len(paths)} in {original_class(model).__name__}, `{paths[0]}` the first",
         hint="choose other sites, or take the blocks out first: `si.eject_(model)`; to chain blocks, add their plans up",
     )
 

@@ -36,7 +36,7 @@ LAYERS = [
     ["_pickles", "cli", "layers", "plotting", "tracing"],
     ["bodies", "operations", "squeeze_excitation"],
     ["_programs", "_staging", "_ways", "blocks", "editing"],
-    ["_block_texts", "_contents", "_program_layers", "_script_values", "_values", "freezing", "starts"],
+    ["_block_texts", "_contents", "_program_layers", "_script_values", "_values", "_weights", "freezing", "starts"],
     ["_chains", "_from_exports", "_script_lines", "_unpickling", "inputs", "surgery"],
     ["_exported", "_from_scripts", "_network", "_runs", "_scripted", "checkpoints", "cost", "finding", "training"],
     ["_onnx", "_torch_files", "positions", "verification"],

@@ -547,3 +547,22 @@ def test_a_unit_whose_values_have_shrunk_to_one_position_is_at_least_mentioned()
     found = si.find_sites(resnet(), torch.empty(1, 3, 32, 32, device="meta"))
     mentioned = [site.address for site in found.all_sites] + [item.address for item in found.refused]
     assert any(address.startswith("layer4") for address in mentioned)
+
+
+def test_a_network_that_is_a_unit_itself_keeps_its_name():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    residual = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.branch = network, residual
+
+        def forward(self, x):
+            x = self.stem(x)
+            return x + self.branch(x)
+
+    first = si.inject(Net(), torch.rand(2, 3, 8, 8))
+    assert type(first).__name__ == "InjectedNet"
+    assert si.plan_of(first).model == "Net"
+    assert si.plan(first, torch.rand(2, 3, 8, 8), at="stem.1").model == "Net"

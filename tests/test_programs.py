@@ -381,6 +381,32 @@ def test_an_exported_program_with_structures(path):
         assert same([wanted["map"], wanted["list"][0]], [got["map"], got["list"][0]])
 
 
+def test_structured_inputs_are_known(path):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, batch, more):
+            y = self.one(batch["image"]).relu()
+            return (self.other(y) + y) * more[0] + more[1]["mask"]
+
+    network = Network().eval()
+    given = ({"image": IMAGES}, [torch.rand(1), {"mask": torch.rand(2, 1, 64, 64)}])
+    loaded = si.load(write(network, path, "exported", given))
+    plan = si.plan(loaded)
+    assert "input as the program was made for: 3 inputs of 2×3×64×64, 1, 2×1×64×64" in plan.notes
+    assert [step.path for step in plan.steps] == ["se_other"]
+    assert same(plan.apply(loaded)(*given), network(*given))
+    assert check_against_file(loaded, load_program(path), plan.trace).passed
+
+
+@pytest.mark.parametrize("example", [[["x", "load"]], [3], 3, [{"set": []}], [{"dict": [1]}], [[[-1], "float32"]]])
+def test_recorded_inputs_that_are_none(example):
+    with pytest.raises(LoadError, match="the inputs that this file records are none"):
+        observe_model(program_module("Net", "nets", [["x"]], [["return", {"node": "x"}]], example))
+
+
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:test_convnext"])
 def test_a_program_of_core_operators(name, path):
     network = randomise(build(name)).eval()
