@@ -1,10 +1,14 @@
 """Networks in styles that the package was not written for: planned, verified and exported at the first try."""
 
+import argparse
+
 import onnxruntime
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from se_inject.checkpoints import load
+from se_inject.errors import UntrustedGlobals
 from se_inject.exporting import export
 from se_inject.finding import find_sites
 from se_inject.inputs import observe_model
@@ -42,6 +46,22 @@ def test_injection_is_verified_and_undone(name):
     eject_(after)
     assert list(after.state_dict()) == keys
     assert [type(module) for module in after.modules()] == classes
+
+
+@every(STRANGERS)
+def test_a_file_of_it_is_taken_by_who_trusts_its_package(name, tmp_path):
+    stranger = STRANGERS[name]
+    model = stranger.make().eval()
+    path = tmp_path / "last.pt"
+    torch.save({"epoch": 3, "model": model, "optimizer": {"state": {}}, "args": argparse.Namespace(lr=0.1)}, path)
+    with pytest.raises(UntrustedGlobals):
+        load(path)
+    loaded = load(path, trust=["tests"])
+    assert type(loaded) is type(model)
+    with torch.no_grad():
+        outputs = [tree_leaves(each(*stranger.call(2))) for each in (model, loaded)]
+    for one, other in zip(*outputs, strict=True):
+        assert torch.equal(one, other)
 
 
 @every(EXPORTED)
