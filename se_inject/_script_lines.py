@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import ChainMap
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -16,13 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from se_inject._programs import ATTRIBUTES, function_called, is_name, without_unused
+from se_inject._script_archive import CHANGING, DEEPEST, Archive, class_of, plain_class_of
 from se_inject._script_values import DTYPES, Constant, Function, Part, Scalar, computed, data
 from se_inject._vocabulary import encoded, function_name
 from se_inject.errors import LoadError, SurgeryError
 
-_MANGLED = re.compile(r"\.___torch_mangle_\d+")
-_MOST_STEPS = 60_000
-_DEEPEST = 50
 _LONGEST_UNROLLED = 1_000
 _FROM_PYTHON = {
     "aten::__getitem__": "operator:getitem", "aten::add": "operator:add", "aten::sub": "operator:sub",
@@ -35,7 +33,10 @@ _FROM_PYTHON = {
     "aten::__is__": "operator:is_", "aten::__isnot__": "operator:is_not", "aten::__contains__": "operator:contains",
     "aten::__range_length": "python:range_length", "aten::__derive_index": "python:derive_index",
     "aten::len": "python:len", "aten::list": "python:list", "aten::copy": "python:list", "aten::append": "python:append",
-    "aten::dict": "python:dict", "aten::extend": "python:extend", "aten::insert": "python:insert", "aten::reverse": "python:reverse", "aten::pop": "python:pop", "aten::_set_item": "operator:setitem", "prim::max": "python:max", "prim::min": "python:min", "prim::abs": "python:abs", "aten::sum": "python:sum", "aten::str": "python:str",
+    "aten::dict": "python:dict", "aten::extend": "python:extend", "aten::insert": "python:insert",
+    "aten::reverse": "python:reverse", "aten::pop": "python:pop", "aten::_set_item": "operator:setitem",
+    "prim::max": "python:max", "prim::min": "python:min", "prim::abs": "python:abs", "aten::sum": "python:sum",
+    "aten::str": "python:str",
     "aten::floor": "math:floor", "aten::ceil": "math:ceil", "aten::sqrt": "math:sqrt", "aten::log": "math:log",
     "aten::Int": "python:int", "aten::IntImplicit": "python:int", "aten::Float": "python:float",
     "aten::FloatImplicit": "python:float", "aten::Bool": "python:bool", "aten::ScalarImplicit": "python:float",
@@ -47,98 +48,6 @@ _CASTS = ("aten::Int", "aten::IntImplicit", "aten::Float", "aten::FloatImplicit"
 _OF_TENSORS = ("size", "dim", "numel", "stride", "is_floating_point")
 _THE_SAME = ("prim::unchecked_cast", "prim::unchecked_unwrap_optional", "aten::_unwrap_optional")
 _SILENT = ("prim::Print", "aten::warn", "prim::Guard")
-_READING = ("prim::ListUnpack", "prim::max", "prim::min", "prim::isinstance")
-_CHANGING = ("append", "extend", "insert", "pop", "clear", "reverse", "sort", "_set_item", "remove", "Delete")
-
-
-def class_of(script: Any) -> str:
-    """The qualified name of a module's class in its archive."""
-    return str(script._c._type().qualified_name())
-
-
-def plain_class_of(script: Any) -> str:
-    """That name without the number which tells classes of one name apart."""
-    return _MANGLED.sub("", class_of(script)).removeprefix("__torch__.")
-
-
-class Archive:
-    """What the forwards of one archive share.
-
-    Attributes:
-        function: the archive's function of a qualified name.
-        example: a module of each class.
-        same: whether a method of a class does what its forward does.
-        borrowing: classes whose forward gets modules from its callers, as tracing has it for those that several others
-            hold, and has been written so that it calls its own.
-        outlets: what the forward of a class returns besides its own values: for each part of the tuple the number of the
-            input that it hands back, or None. Tracing has it so where a value went through an identity.
-    """
-
-    def __init__(self, script: Any, function: Callable[[str], Any]) -> None:
-        self.function = function
-        self.same: dict[tuple[str, str], bool] = {}
-        self.borrowing: set[str] = set()
-        self.outlets: dict[str, list[int | None]] = {}
-        self._steps = 0
-        self._whole: set[str] = {class_of(script)}
-        """Classes whose tuples are used as tuples somewhere; the network's own too."""
-        self._called: dict[str, set[str]] = {}
-        """The methods of each class that are called."""
-        self._graphs: dict[tuple[str, str], Any] = {}
-        self.example = {class_of(module): module for module in script.modules()}
-        for kind, each in self.example.items():
-            for name in each._c._method_names():
-                self._graphs[kind, name] = each._c._get_method(name).graph
-                self._look_at(self._graphs[kind, name])
-
-    def _look_at(self, block: Any) -> None:
-        for node in block.nodes():
-            self.step()
-            if node.kind() == "prim::CallMethod":
-                kind = node.inputsAt(0).type().annotation_str
-                self._called.setdefault(kind, set()).add(node.s("name"))
-                uses = [use.user for output in node.outputs() for use in output.uses()]
-                if not node.s("name").startswith("forward") or any(user.kind() != "prim::TupleUnpack" for user in uses):
-                    self._whole.add(kind)
-            for inner in node.blocks():
-                self._look_at(inner)
-
-    def graph_called(self, node: Any) -> Any:
-        """The graph of what a node calls."""
-        if node.kind() == "prim::CallFunction":
-            return self.function(node.inputsAt(0).type().annotation_str).graph
-        return self._graphs[node.inputsAt(0).type().annotation_str, node.s("name")]
-
-    def forward_of(self, script: Any) -> str | None:
-        """The name of a module's forward, another one if it was overloaded; None if it has none, or several."""
-        names = script._c._method_names()
-        if "forward" in names:
-            return "forward"
-        overloads = [name for name in names if name.startswith("forward__")]
-        if len(overloads) > 1:
-            overloads = [name for name in overloads if name in self._called.get(class_of(script), ())]
-        return overloads[0] if len(overloads) == 1 else None
-
-    def hands_back(self, kind: str, inputs: list[Any], result: Any) -> Any:
-        """What a class's forward returns, without the inputs that its callers have already."""
-        parts = result.get("tuple") if isinstance(result, dict) else None
-        names = [{"node": name} for name, *_ in inputs]
-        if not parts or kind in self._whole or all(part in names for part in parts):
-            return result
-        if any(part in names for part in parts):
-            self.outlets[kind] = [names.index(part) if part in names else None for part in parts]
-            parts = [part for part in parts if part not in names]
-        return parts[0] if len(parts) == 1 and kind in self.outlets else {"tuple": parts}
-
-    def step(self) -> None:
-        """Count one operation that is translated.
-
-        Raises:
-            LoadError: that are more than any network has: functions that call each other many times over.
-        """
-        self._steps += 1
-        if self._steps > _MOST_STEPS:
-            raise LoadError(f"a TorchScript archive with more than {_MOST_STEPS:,} operations, written out")
 
 
 class Forward:
@@ -203,7 +112,7 @@ class Forward:
     def _inlined(self, graph: Any, entries: list[Any], lines: list[Any], reads: dict[str, Any]) -> list[Any]:
         """Write a graph's lines, and return what it returns."""
         self._depth += 1
-        if self._depth > _DEEPEST:
+        if self._depth > DEEPEST:
             raise LoadError("functions that call each other without end")
         env = dict(zip((value.debugName() for value in graph.inputs()), entries, strict=True))
         self._block(graph, env, lines, reads)
@@ -217,24 +126,9 @@ class Forward:
             results = self._node(node, inputs, env, lines, reads)
             for value, result in zip(node.outputs(), results, strict=True):
                 content, kinds = (result.value, list | dict) if isinstance(result, Constant) else (result, list)
-                if isinstance(content, kinds) and self._is_one_object(value):
+                if isinstance(content, kinds) and self.archive.is_one_object(value):
                     result = self._line(lines, "let", 1, data(result))
                 env[value.debugName()] = result
-
-    def _is_one_object(self, value: Any, depth: int = 0) -> bool:
-        """Whether a list must not be written anew where it is used: it is changed, or goes where that can't be followed."""
-        self.archive.step()
-        for use in value.uses():
-            node, kind = use.user, use.user.kind()
-            if kind in ("prim::CallFunction", "prim::CallMethod"):
-                graph = self.archive.graph_called(node)
-                offset = use.offset - (kind == "prim::CallFunction")
-                if depth > _DEEPEST or self._is_one_object(list(graph.inputs())[offset], depth + 1):
-                    return True
-            elif kind.rpartition("::")[2] in _CHANGING or (kind.startswith("prim::") and kind not in _READING):
-                return True
-        holds_others = re.search(r"\[.*(List|Dict)\[", value.type().annotation_str)
-        return holds_others is not None and any(True for _ in value.uses())
 
     def _node(
         self, node: Any, inputs: list[Any], env: MutableMapping[str, Any], lines: list[Any], reads: dict[str, Any]
@@ -301,7 +195,7 @@ class Forward:
             inputs = self._with_dtypes(inputs)
         if node.kind() in ("aten::eq", "aten::ne", "aten::add") and "[]" in node.schema():
             inputs = [self._as_list(value, lines) for value in inputs]
-        if node.kind().rpartition("::")[2] in _CHANGING:
+        if node.kind().rpartition("::")[2] in CHANGING:
             found = self._line(lines, "set", 1, name, [data(value) for value in inputs], {})
             return [found if name == "python:pop" else inputs[0] for _ in node.outputs()]
         is_power = name == "operator:pow" and node.output().type().kind() == "FloatType"
@@ -401,7 +295,7 @@ class Forward:
             return [reads[path]]
         if any(isinstance(leaf, Tensor | torch.ScriptObject) for leaf in tree_leaves(value)):
             raise LoadError(f"its `{name}` holds tensors or an object of C++")
-        if any(use.user.kind().rpartition("::")[2] in _CHANGING and not use.offset for use in node.output().uses()):
+        if any(use.user.kind().rpartition("::")[2] in CHANGING and not use.offset for use in node.output().uses()):
             raise LoadError(f"it changes its `{name}`")
         return [Constant(value)]
 

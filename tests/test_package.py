@@ -25,6 +25,7 @@ LAYERS = [
         "_formats",
         "_names",
         "_reasons",
+        "_script_archive",
         "_stand_ins",
         "_targets",
         "_vocabulary",
