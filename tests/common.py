@@ -3,12 +3,15 @@
 import dataclasses
 import inspect
 import random
+import warnings
 
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 TIMM_NAMES = {
     "cbam": {"fc1": "channel.fc1", "fc2": "channel.fc2", "conv": "spatial.conv.conv", "norm": "spatial.conv.bn"},
@@ -90,6 +93,34 @@ def difference(one, other, where="output"):
 def describe(value):
     return (
         f"{tuple(value.shape)} {value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+    )
+
+
+def write(network, path, how, args=(IMAGES,), **options):
+    """A network's program in a file: scripted, traced or exported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if how == "scripted":
+            torch.jit.save(torch.jit.script(network), path)
+        elif how == "traced":
+            torch.jit.save(torch.jit.trace(network, args, check_trace=False, strict=False), path)
+        else:
+            torch.export.save(torch.export.export(network, args, strict=False, **options), path)
+    return path
+
+
+def same(one, other):
+    """Whether two results have the same numbers, whatever holds them."""
+    leaves, others = tree_leaves(one), tree_leaves(other)
+    return len(leaves) == len(others) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(leaves, others, strict=True)
+    )
+
+
+def same_state(one, other):
+    states = one.state_dict(), other.state_dict()
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][key], states[1][key]) for key in states[0]
     )
 
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 import se_inject as si
 from se_inject._program_layers import FixedBatchNorm
@@ -20,21 +19,7 @@ from se_inject.cli import cli
 from se_inject.errors import LoadError
 from se_inject.inputs import observe_model
 from se_inject.verification import check_against_file
-from tests.common import build, randomise
-
-IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-
-def write(network, path, how, args=(IMAGES,), **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if how == "scripted":
-            torch.jit.save(torch.jit.script(network), path)
-        elif how == "traced":
-            torch.jit.save(torch.jit.trace(network, args, check_trace=False, strict=False), path)
-        else:
-            torch.export.save(torch.export.export(network, args, strict=False, **options), path)
-    return path
+from tests.common import IMAGES, build, randomise, same, same_state, write
 
 
 @pytest.fixture(params=["scripted", "traced", "exported"])
@@ -45,18 +30,6 @@ def how(request):
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "network.pt2"
-
-
-def same(one, other):
-    leaves, others = tree_leaves(one), tree_leaves(other)
-    return len(leaves) == len(others) and all(map(torch.equal, leaves, others))
-
-
-def same_state(one, other):
-    states = one.state_dict(), other.state_dict()
-    return states[0].keys() == states[1].keys() and all(
-        torch.equal(states[0][key], states[1][key]) for key in states[0]
-    )
 
 
 class Own(nn.Module):
