@@ -201,7 +201,9 @@ def _trains(operation: list[Any]) -> bool:
     if schema is None:
         return False
     given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
-    return given.get("p") != 0 and any(given.get(key) is True for key in ("train", "training"))
+    if given.get("p") == 0 or given.get("dropout") == 0 or given.get("running_mean", given) is None:
+        return False  # no dropout; no statistics but the batch's in any mode
+    return any(given.get(key) is True for key in ("train", "training"))
 
 
 def new_program(text: str) -> nn.Module:

@@ -50,6 +50,9 @@ class Archive:
         """Classes whose tuples are used as tuples somewhere; the network's own too."""
         self._called: dict[str, set[str]] = {}
         """The methods of each class that are called."""
+        self._changed: set[str] = set()
+        """The types of all lists and dicts that are changed somewhere."""
+        self._seen: set[str] = set()
         self._graphs: dict[tuple[str, str], Any] = {}
         self.example = {class_of(module): module for module in script.modules()}
         for kind, each in self.example.items():
@@ -66,6 +69,15 @@ class Archive:
                 uses = [use.user for output in node.outputs() for use in output.uses()]
                 if not node.s("name").startswith("forward") or any(user.kind() != "prim::TupleUnpack" for user in uses):
                     self._whole.add(kind)
+            elif node.kind() == "prim::CallFunction":
+                name = node.inputsAt(0).type().annotation_str
+                if name not in self._seen:
+                    self._seen.add(name)
+                    self._look_at(self.function(name).graph)
+            elif node.kind().rpartition("::")[2] in CHANGING:
+                changed = node.inputsAt(0).type()
+                if changed.kind() in ("ListType", "DictType"):  # tensors can be sorted too
+                    self._changed.add(changed.annotation_str)
             for inner in node.blocks():
                 self._look_at(inner)
 
@@ -120,3 +132,8 @@ class Archive:
                 return True
         holds_others = re.search(r"\[.*(List|Dict)\[", value.type().annotation_str)
         return holds_others is not None and any(True for _ in value.uses())
+
+    def may_change(self, value: Any) -> bool:
+        """Whether a list, or one in it, may be changed somewhere: it gets about, and others of its type are changed."""
+        kind = value.type().annotation_str
+        return any(changed in kind for changed in self._changed) and self.is_one_object(value)

@@ -100,7 +100,9 @@ class Forward:
             self.inputs.append([name, *default])
             entries.append({"node": name})
         lines: list[Any] = []
-        result = data(self._inlined(found.graph, entries, lines, {})[0])
+        returned = self._inlined(found.graph, entries, lines, {})[0]
+        kind = next(found.graph.outputs()).type().kind()
+        result = data(self._tensor(returned, lines) if kind == "TensorType" else returned)
         if method in (None, own) and isinstance(result, dict) and "tuple" in result:
             result = {"tuple": [self._origin(part) for part in result["tuple"]]}
             result = archive.hands_back(class_of(script), self.inputs, result)
@@ -242,15 +244,14 @@ class Forward:
             raise LoadError(f"it uses the operator `{schema.name}`", seen=str(error)) from error
         args, kwargs = [], {}
         for value, argument in zip(inputs, schema.arguments, strict=True):
-            if isinstance(value, dict) and value.get("node") in self._numbers and "Tensor" in str(argument.type):
-                if node.kind() not in _FROM_PYTHON:
-                    kwargs_of_it = {"dtype": {"dtype": self._numbers[value["node"]]}}
-                    value = self._line(lines, "set", 1, "ops:aten.scalar_tensor.default", [value], kwargs_of_it)
-            elif isinstance(value, Scalar):
-                as_number = "Tensor" not in str(argument.type) or (
-                    node.kind() in _WITH_NUMBERS and value.tensor.dtype in (torch.float64, torch.int64)
+            is_tensor = "Tensor" in str(argument.type)
+            if is_tensor:
+                as_number = (
+                    node.kind() in _WITH_NUMBERS and argument.name == "other" and schema.overload_name == "Tensor"
                 )
-                value = Constant(value.value) if as_number else self._constant(value.tensor, lines)
+                value = Constant(value.value) if as_number and isinstance(value, Scalar) else self._tensor(value, lines)
+            elif isinstance(value, Scalar):
+                value = Constant(value.value)
             if argument.kwarg_only:
                 kwargs[argument.name] = data(value)
             else:
@@ -258,6 +259,15 @@ class Forward:
         count = len(list(node.outputs()))
         found = self._line(lines, "set", count, name, args, kwargs)
         return found if count > 1 else [found] * count
+
+    def _tensor(self, value: Any, lines: list[Any]) -> Any:
+        """A value as a tensor, if TorchScript has it as one and it is written as a number."""
+        if isinstance(value, Scalar):
+            return self._constant(value.tensor, lines)
+        if isinstance(value, dict) and value.get("node") in self._numbers:
+            dtype = {"dtype": {"dtype": self._numbers[value["node"]]}}
+            return self._line(lines, "set", 1, "ops:aten.scalar_tensor.default", [value], dtype)
+        return value
 
     # -- what is no operator -------------------------------------------------------------------------------
 
@@ -295,8 +305,8 @@ class Forward:
             return [reads[path]]
         if any(isinstance(leaf, Tensor | torch.ScriptObject) for leaf in tree_leaves(value)):
             raise LoadError(f"its `{name}` holds tensors or an object of C++")
-        if any(use.user.kind().rpartition("::")[2] in CHANGING and not use.offset for use in node.output().uses()):
-            raise LoadError(f"it changes its `{name}`")
+        if isinstance(value, list | dict) and self.archive.may_change(node.output()):
+            raise LoadError(f"it may change its `{name}`, for this call and all others")
         return [Constant(value)]
 
     def _prim_SetAttr(self, node: Any, *_: Any) -> Any:
@@ -316,7 +326,7 @@ class Forward:
             args = [value for value in args if not isinstance(value, Part)]
         takes_modules = any(isinstance(value, Part) for value in args)
         if part.path and not takes_modules and self._is_forward(part.script, name):
-            given = [self._constant(v.tensor, lines) if isinstance(v, Scalar) else data(v) for v in args]
+            given = [data(self._tensor(value, lines)) for value in args]
             result = self._line(lines, "call", 1, part.path, given, {})
             if part.path in self._identities and len(given) == 1:
                 self._same_as[result["node"]] = given[0]
@@ -441,6 +451,10 @@ class Forward:
         return [[data(value) for value in inputs]]
 
     def _prim_TupleConstruct(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
+        inputs = [
+            self._tensor(value, lines) if given.type().kind() == "TensorType" else value
+            for value, given in zip(inputs, node.inputs(), strict=True)
+        ]
         if all(isinstance(value, Constant) for value in inputs):
             return [Constant(tuple(value.value for value in inputs))]
         return [{"tuple": [data(value) for value in inputs]}]
