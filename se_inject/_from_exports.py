@@ -73,6 +73,11 @@ class _Network:
             module.training = False
         return self._done[id(found)]
 
+    def _root_class(self) -> str:
+        """The qualified name of the network's class, which torch before 2.10 leaves to its nodes."""
+        stacks = (node.meta.get("nn_module_stack") or {} for node in self.program.graph.nodes)
+        return next((str(kind) for stack in stacks for place, kind in stack.values() if place == ""), "")
+
     def _children(self, found: Any) -> list[tuple[str, nn.Module]]:
         """The modules in a module, without those that are parts of a graph."""
         return [(name, child) for name, child in found.named_children() if not isinstance(child, fx.GraphModule)]
@@ -84,7 +89,8 @@ class _Network:
         graph = getattr(found, "graph", None)
         if graph is None or all(node.op != "output" for node in graph.nodes):
             return container("", tensors, children)
-        home, _, name = (getattr(found, "type_name", str)() or "").rpartition(".")
+        kind = getattr(found, "type_name", str)() or ("" if path else self._root_class())
+        home, _, name = kind.rpartition(".")
         try:
             forward = _Forward(found.graph, None if path else self.program)
         except LoadError as error:

@@ -9,7 +9,7 @@ from typing import Any
 from se_inject.errors import LoadError
 
 _MANGLED = re.compile(r"\.___torch_mangle_\d+")
-_MOST_STEPS = 60_000
+_MOST_STEPS = 40_000
 DEEPEST = 50
 """Calls within calls."""
 CHANGING = ("append", "extend", "insert", "pop", "clear", "reverse", "sort", "_set_item", "remove", "Delete")
