@@ -55,9 +55,15 @@ def check_modules(reading: Reading) -> None:
             seen.add((name, id(values), is_inert))
         if not is_inert:
             _check_names(state)
+    checked: set[tuple[type, int]] = set()
     for module in reading.modules:
-        if type(module) is not Inert and not within(type(module).__module__, reading.trust):
-            _check_attributes(module, vars(module))
+        kind, state = type(module), vars(module)
+        if kind is not Inert and not within(kind.__module__, reading.trust):
+            _check_attributes(module, state)
+            for table in (state[name] for name in _TABLES):
+                if (kind, id(table)) not in checked:
+                    checked.add((kind, id(table)))
+                    _check_parts(kind, table)
         if hasattr(type(module), "_se_inject_body"):
             check_targets(module)
         if isinstance(module, Program):
@@ -108,14 +114,18 @@ def _check_attributes(module: nn.Module, state: dict[str, Any]) -> None:
         is_own = is_own or type(state[name]) is _OVERWRITTEN.get(name)
         if name.startswith("__") or (callable(of_class) and not is_own) or isinstance(of_class, property):
             raise LoadError(f"a {kind.__name__} in this file has a `{name}` of its own", seen="its class defines that")
-    for name in (name for table in _TABLES for name in state[table]):
-        if name.startswith("__") or getattr(kind, name, None) is not None:
-            raise LoadError(f"a {kind.__name__} in this file has a part called `{name}`", seen="its class defines that")
     for name in _HOOKS:
         if state.get(name):
             raise LoadError(f"a {kind.__name__} in this file has hooks", hint="remove them and save it again")
     if state.get("_compiled_call_impl") is not None:
         raise LoadError(f"a {kind.__name__} in this file is compiled", hint="save it uncompiled")
+
+
+def _check_parts(kind: type, table: dict[str, Any]) -> None:
+    """Python would find what the class has, and not the part of that name."""
+    for name in table:
+        if name.startswith("__") or getattr(kind, name, None) is not None:
+            raise LoadError(f"a {kind.__name__} in this file has a part called `{name}`", seen="its class defines that")
 
 
 def _is_bound(value: Any, module: nn.Module) -> bool:

@@ -252,7 +252,7 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
     stack = metadata.get("nn_module_stack")
     if stack is None:
         return {}
-    if not isinstance(stack, str) or not stack.isprintable() or set(stack) & set("\"'\\"):
+    if not isinstance(stack, str) or not stack.isprintable() or re.search(r"[\"'\\]|\b__", stack):
         raise LoadError("an exported program with a module path that is no path")
     return {"nn_module_stack": stack}
 
@@ -332,8 +332,13 @@ def _is_small_power(parts: list[ast.expr]) -> bool:
     """A small number as exponent, and no power within the base: sympy would multiply it out."""
     if len(parts) != 2:
         return False
-    numbers = [node.value for node in ast.walk(parts[1]) if isinstance(node, ast.Constant)]
-    is_number = len(numbers) == 1 and isinstance(numbers[0], int) and abs(numbers[0]) <= _LARGEST_EXPONENT
+    exponent = parts[1]
+    if isinstance(exponent, ast.Call) and isinstance(exponent.func, ast.Name) and exponent.func.id == "Float":
+        exponent = exponent.args[0] if exponent.args else exponent  # its precision is beside it
+    numbers = [node.value for node in ast.walk(exponent) if isinstance(node, ast.Constant)]
+    if len(numbers) == 1 and isinstance(numbers[0], str) and _NUMBER.fullmatch(numbers[0]):
+        numbers = [float(numbers[0])]
+    is_number = len(numbers) == 1 and isinstance(numbers[0], int | float) and abs(numbers[0]) <= _LARGEST_EXPONENT
     return is_number and not any(
         isinstance(node, ast.Pow | ast.LShift) or (isinstance(node, ast.Name) and node.id in ("Pow", "LShift"))
         for node in ast.walk(parts[0])

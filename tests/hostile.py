@@ -635,6 +635,11 @@ PROGRAMS = {
         lambda program: program.update(range_constraints={"u9999999999": {"min_val": 0, "max_val": 9}})
     ),
     "a path": _program(lambda program: _everywhere(program, "parameter_name", 'weight"); x = ("')),
+    "a module in a function": _program(
+        lambda program: _node(program)["metadata"].update(
+            nn_module_stack="forward,forward.__func__.planted,torch.nn.modules.activation.ReLU"
+        )
+    ),
     "a large power": _program(lambda program: _everywhere(program, "expr_str", "9**9**9**9")),
     "compiled code": _compiled,
     "a weight beyond its record": _weight_beyond,
@@ -839,6 +844,14 @@ UNFOLDING = {
     ),
     "a list without end": _written(
         "def forward(self, x: Tensor) -> Tensor:\n    n = 1000000000000 * 1000\n    return x.view([1] * n)\n"
+    ),
+    "a list that doubles": _written(
+        "def forward(self, x: Tensor) -> Tensor:\n    a = [1]\n" + "    a = a + a\n" * 33 + "    return x.view(a)\n"
+    ),
+    "loops after loops": _written(
+        "def forward(self, x: Tensor) -> Tensor:\n    a = x.size(0)\n    b = x.size(1)\n"
+        + "    for i in range(1000):\n        a, b = b, a\n" * 300
+        + "    print(a)\n    return x + 1\n"
     ),
 }
 

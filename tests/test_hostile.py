@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import json
 import os
 import pickle
 import time
@@ -360,6 +361,14 @@ def test_a_script_that_unfolds(name, path):
     start = time.process_time()
     with pytest.raises(LoadError):
         load(path)
+    assert time.process_time() - start < SECONDS
+
+
+def test_a_long_chain_of_values_that_nobody_needs(path):
+    source = "def forward(self, x: Tensor) -> Tensor:\n    a = x.size(0)\n"
+    hostile._written(source + "    a = x.size(a)\n" * 3000 + "    print(a)\n    return x + 1\n")(path)
+    start = time.process_time()
+    assert json.loads(type(load(path)).program)["lines"][-1][0] == "return"
     assert time.process_time() - start < SECONDS
 
 

@@ -110,3 +110,15 @@ class Batchwise(Conv):
 def test_normalisation_without_statistics_is_no_training(how, path):  # noqa: F811
     loaded = si.load(write(Batchwise().eval(), path, how))
     assert "program of training mode" not in " ".join(observe_model(loaded, IMAGES).notes)
+
+
+def test_a_root_of_a_size_in_an_exported_program(path):  # noqa: F811
+    class Root(Conv):
+        def forward(self, x):
+            return self.conv(x) * x.shape[3] ** 0.5 * x.shape[3] ** -1.0
+
+    network = Root().eval()
+    shapes = ({3: torch.export.Dim("width", min=4, max=99)},)
+    loaded = si.load(write(network, path, "exported", (torch.rand(2, 3, 24, 24),), dynamic_shapes=shapes))
+    images = torch.rand(2, 3, 24, 17)
+    assert torch.equal(loaded(images), network(images))
