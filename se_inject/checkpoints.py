@@ -131,12 +131,16 @@ def _weights_in(path: Path) -> Mapping[str, Any]:
         form = form_of(file)
         if form not in ("safetensors", *PICKLES):
             raise unreadable(path, form)
-        found = _read(path, lambda: _contents_of(file, form, refused))
-    inner = network_or_weights(found)
-    if inner is None:
+        whole, found = _read(path, lambda: _looked_into(_contents_of(file, form, refused)))
+    if found is None:
         hint = next(_explanations(refused), _ONE_OF_THESE)
-        raise LoadError(f"`{path}` holds no state dict", seen=contents(found), hint=hint)
-    return inner.state_dict() if isinstance(inner, nn.Module) else inner  # type: ignore[no-any-return]
+        raise LoadError(f"`{path}` holds no state dict", seen=contents(whole), hint=hint)
+    return _read(path, lambda: found.state_dict() if isinstance(found, nn.Module) else found)
+
+
+def _looked_into(whole: Any) -> tuple[Any, Any]:
+    """What a file holds, and the network or weights in that."""
+    return whole, network_or_weights(whole)
 
 
 def _contents_of(file: IO[bytes], form: str, refused: dict[str, str | None]) -> Any:
@@ -254,12 +258,11 @@ def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
             raise unreadable(path, form)
         try:
             with importable(Path.cwd()) if trust else contextlib.nullcontext():
-                whole = _read(path, lambda: unpickle(file, form, trust, refused, mapped=mapped))
+                whole, found = _read(path, lambda: _looked_into(unpickle(file, form, trust, refused, mapped=mapped)))
         except LoadError:
             if not refused:
                 raise
-            whole = None  # something inert was in the way, and that is the better thing to say
-    found = network_or_weights(whole)
+            whole = found = None  # something inert was in the way, and that is the better thing to say
     if is_state_dict(found):
         raise _only_weights(path, "state dict", found)
     is_whole = isinstance(found, nn.Module) and not holds_inert(found)
