@@ -96,6 +96,11 @@ def form_of(file: IO[bytes]) -> str:
     return _text(head) if head else "empty"
 
 
+def described(form: str) -> str:
+    """What a file of a form is, in a few words."""
+    return _OTHER[form][0] if form in _OTHER else "a pickle of torch.save or pickle.dump"
+
+
 def unreadable(path: str | PathLike[str], form: str, seen: str | None = None, hint: str | None = None) -> LoadError:
     """The error that says why a file of this form gives no model.
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject._files import atomic, write_through
+from se_inject._formats import described, form_of
 from se_inject._names import NoSuchFile, fact
 from se_inject.blocks import build_block
 from se_inject.errors import ExportError, InjectError, LoadError, OptionError, SurgeryError, printable
@@ -180,10 +181,16 @@ def read_adapter(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> 
     if not Path(path).exists():
         raise NoSuchFile(f"no file `{path}`", hint=_FORM)
     try:
+        with open(path, "rb") as opened:
+            form = form_of(opened)
+        if form not in ("adapter", "safetensors"):
+            raise LoadError(f"`{path}` is no adapter", seen=described(form), hint=_FORM)
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
             names = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names} if _KEY in metadata else {}
+    except LoadError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise LoadError(f"`{path}` is no adapter", seen=fact(error), hint=_FORM) from error
     if _KEY not in metadata:
