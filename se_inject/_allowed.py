@@ -40,6 +40,8 @@ BUILDERS = frozenset(
         "se_inject.bodies.rebuild",
         "se_inject.freezing.rebuild_frozen",
         "torch.Size",
+        "torch.Tensor",
+        "torch._tensor._rebuild_from_type_v2",
         "torch.device",
         "torch.serialization._get_layout",
         "torch._utils._rebuild_meta_tensor_no_storage",

@@ -139,13 +139,29 @@ def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
 
 
 def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
-    parameter = _parameter(data, requires_grad, hooks)
+    return _with_attributes(_parameter(data, requires_grad, hooks), state)
+
+
+def _of_type(make: Any, kind: Any, args: Any, state: Any) -> Any:
+    """A plain tensor with attributes, as torch.compile leaves them on buffers."""
+    if make not in (_tensor, _tensor_v2, _tensor_v3) or kind is not _tensor_class or type(args) is not tuple:
+        raise Absurd("a tensor of another class")
+    return _with_attributes(make(*args), state)
+
+
+def _tensor_class(*_: Any) -> Any:
+    raise Absurd("a tensor made by its class")
+
+
+def _with_attributes(tensor: Any, state: Any) -> Any:
+    """The tensor with an author's attributes; of those that begin with an underscore, numbers and text alone."""
     for name, value in (state if type(state) is dict else {}).items():
-        is_free = type(name) is str and name.isidentifier() and not name.startswith("_")
-        if not is_free or hasattr(torch.Tensor, name):
-            raise Absurd("an attribute of a parameter that is none of the author's")
-        setattr(parameter, name, value)
-    return parameter
+        is_name = type(name) is str and name.isidentifier() and not name.startswith("__")
+        if not is_name or hasattr(torch.Tensor, name):
+            raise Absurd("an attribute of a tensor that is none of the author's")
+        if not name.startswith("_") or type(value) in (bool, int, float, str, type(None)):
+            setattr(tensor, name, value)
+    return tensor
 
 
 def check_view(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> None:
@@ -202,6 +218,8 @@ _CHECKED: dict[str, Callable[..., Any]] = {
     "builtins.slice": _plain(slice, int, type(None)),
     "collections.Counter": _container(collections.Counter, dict),
     "collections.OrderedDict": _ordered_dict,
+    "torch.Tensor": _tensor_class,
+    "torch._tensor._rebuild_from_type_v2": _of_type,
     "torch.Size": _container(torch.Size, tuple, list),
     "torch.device": _plain(torch.device, str, int),
     "torch.serialization._get_layout": _plain(torch.serialization._get_layout, str),

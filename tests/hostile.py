@@ -228,7 +228,7 @@ RIDERS = {
     "a parameter named like a method": lambda model: model[0]._parameters.update(half=model[0].bias),
     "a part with a hidden name": lambda model: model._modules.update(__init__=nn.Identity()),
     "attribute of a parameter": lambda model: setattr(model[0].weight, "__deepcopy__", nn.Identity),
-    "private attribute of a parameter": lambda model: setattr(model[0].weight, "_is_mine", 1),
+    "an interface of a parameter": lambda model: setattr(model[0].weight, "__array_interface__", {}),
 }
 
 STATES = {name: _relu_with(name) for name in ("__reduce_ex__", "__class__", "_compiled_call_impl", "train")}

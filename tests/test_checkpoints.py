@@ -689,6 +689,23 @@ def test_a_network_that_was_scripted_before_it_was_saved(tmp_path):
     assert_same(load(tmp_path / "model.pt"), network)
 
 
+def test_a_network_that_ran_compiled(tmp_path):
+    """torch.compile leaves attributes on parameters and buffers."""
+    network = small().eval()
+    images = torch.rand(2, 3, 8, 8)
+    torch.compile(network, backend="eager")(images)
+    assert hasattr(network[1].running_mean, "_dynamo_static_input_type")
+    network[0].weight._no_weight_decay, network[1].running_mean.note = True, {"by": "me"}
+    torch.save(network, tmp_path / "model.pt")
+    found = load(tmp_path / "model.pt")
+    assert found[0].weight._no_weight_decay is True
+    assert found[1].running_mean.note == {"by": "me"}
+    assert_same(found, network)
+    model = small()
+    load_weights_(model, tmp_path / "model.pt")
+    assert_same(model, network)
+
+
 def test_text_where_yolo_writes_it(tmp_path):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=2))
     for index, module in enumerate(network):

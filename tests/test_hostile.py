@@ -189,6 +189,27 @@ def test_what_no_network_brings_along(name, path):
     refused(path, hostile.saved(model))
 
 
+class Called:
+    def __init__(self, *args):
+        self.args = args
+
+    def __reduce__(self):
+        return torch._tensor._rebuild_from_type_v2, self.args
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (torch.Size, torch.Tensor, ((1,),), {}),
+        (torch._utils._rebuild_parameter, torch.Tensor, (torch.ones(1), True, None), {}),
+        (torch._utils._rebuild_tensor_v2, nn.ReLU, (), {}),
+        (torch._utils._rebuild_tensor_v2, torch.Tensor, 3, {}),
+    ],
+)
+def test_only_plain_tensors_have_attributes(args, path):
+    refused(path, hostile.saved({"model": small(), "more": Called(*args)}))
+
+
 @pytest.mark.parametrize("name", hostile.STATES)
 def test_what_torch_does_not_even_write(name, path):
     refused(path, hostile.STATES[name])
