@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 PREFIXES = ("module.", "model.", "_orig_mod.")
+MOST_PREFIXES = 4
+"""Of one key."""
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:
@@ -37,9 +39,10 @@ def architectures_of(state: Mapping[str, Any]) -> list[str]:
     their keys and shapes: all of them are named.
     """
     known = json.loads(resources.files("se_inject").joinpath("architectures.json").read_text())
-    while True:
+    for taken in range(MOST_PREFIXES + 1):
         found: list[str] = known.get(fingerprint(state), [])
         prefix = next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None)
-        if found or prefix is None:
-            return found
+        if found or prefix is None or taken == MOST_PREFIXES:
+            break
         state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return found

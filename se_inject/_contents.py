@@ -50,8 +50,7 @@ def check_modules(reading: Reading) -> None:
                 continue
             if not isinstance(values, dict) or not all(v is None or isinstance(v, kind) for v in values.values()):
                 raise pickle.UnpicklingError(f"a module whose {name} are none")
-            if not is_inert:
-                _check_names(values)
+            _check_names(values)
             seen.add((name, id(values), is_inert))
         if not is_inert:
             _check_names(state)
@@ -114,6 +113,8 @@ def _check_attributes(module: nn.Module, state: dict[str, Any]) -> None:
         is_own = is_own or type(state[name]) is _OVERWRITTEN.get(name)
         if name.startswith("__") or (callable(of_class) and not is_own) or isinstance(of_class, property):
             raise LoadError(f"a {kind.__name__} in this file has a `{name}` of its own", seen="its class defines that")
+    if isinstance(module, nn.DataParallel) and not isinstance(state["_modules"].get("module"), nn.Module):
+        raise LoadError("a DataParallel in this file has no network")
     for name in _HOOKS:
         if state.get(name):
             raise LoadError(f"a {kind.__name__} in this file has hooks", hint="remove them and save it again")

@@ -40,6 +40,7 @@ _SHARE_OF_JSON = 32
 """What of the file's size a record of JSON may have besides: in memory it may be forty times as much."""
 
 _SYMBOL = re.compile(r"[a-z]{1,4}\d{1,5}")
+_POWERS = ("Pow", "PowByNatural", "FloatPow", "LShift")
 _NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?(e[+-]?\d{1,2})?")
 _EXPRESSION_NODES = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Call, ast.Name, ast.Constant, ast.Load,
@@ -320,9 +321,10 @@ def _may_be_evaluated(node: ast.AST) -> bool:
     if isinstance(node, ast.keyword):
         return node.arg in _ASSUMPTIONS and isinstance(node.value, ast.Constant)
     if isinstance(node, ast.Call):
-        is_power = isinstance(node.func, ast.Name) and node.func.id in ("Pow", "PowByNatural", "FloatPow", "LShift")
+        is_power = isinstance(node.func, ast.Name) and node.func.id in _POWERS
         names = isinstance(node.func, ast.Name) and node.func.id in _EXPRESSION_FUNCTIONS
-        return names and (not is_power or _is_small_power(node.args))
+        is_float = isinstance(node.func, ast.Name) and node.func.id == "Float"  # a second argument would be its digits
+        return names and (not is_power or _is_small_power(node.args)) and not (is_float and len(node.args) != 1)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow | ast.LShift):
         return _is_small_power([node.left, node.right])
     return isinstance(node, _EXPRESSION_NODES)
@@ -340,7 +342,7 @@ def _is_small_power(parts: list[ast.expr]) -> bool:
         numbers = [float(numbers[0])]
     is_number = len(numbers) == 1 and isinstance(numbers[0], int | float) and abs(numbers[0]) <= _LARGEST_EXPONENT
     return is_number and not any(
-        isinstance(node, ast.Pow | ast.LShift) or (isinstance(node, ast.Name) and node.id in ("Pow", "LShift"))
+        isinstance(node, ast.Pow | ast.LShift) or (isinstance(node, ast.Name) and node.id in _POWERS)
         for node in ast.walk(parts[0])
     )
 

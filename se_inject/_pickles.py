@@ -106,6 +106,12 @@ class Reading:
             raise Absurd("it unfolds to far more than its own size")
 
 
+def _may_be_partial(function: Any) -> bool:
+    """Whether a file may give some of a function's arguments: not those of a module, a method, or another partial."""
+    is_bound = isinstance(function, nn.Module | functools.partial | types.MethodType)
+    return callable(function) and not is_bound
+
+
 class _Opcodes(dict[int, Callable[..., None]]):
     """The table of opcodes; it counts the look-ups."""
 
@@ -242,7 +248,7 @@ class Unpickler(pickle._Unpickler):
         if isinstance(function, enum.EnumMeta):
             may_call = may_call or (len(args) == 1 and checked_key(args[0]) is args[0])
         elif function is functools.partial:
-            may_call = len(args) == 1 and callable(args[0]) and not isinstance(args[0], functools.partial)
+            may_call = len(args) == 1 and _may_be_partial(args[0])
         if any(isinstance(part, Inert) for part in (function, *args)):
             return self._inert()
         if not may_call:
@@ -288,8 +294,8 @@ class Unpickler(pickle._Unpickler):
             _check_attributes(kind, state)
             vars(instance).update(state)
         elif kind is functools.partial:
-            if not (type(state) is tuple and state and not isinstance(state[0], functools.partial)):
-                raise Absurd("a functools.partial of itself")
+            if not (type(state) is tuple and state and _may_be_partial(state[0])):
+                raise Absurd("a functools.partial of what is no function")
             instance.__setstate__(state)
         elif isinstance(instance, nn.Module) and type(state) is dict:
             layers = state.get("num_layers", 0)

@@ -37,6 +37,7 @@ from se_inject._vocabulary import (
     decoded,
     function_named,
     method_named,
+    plain,
     value_at,
 )
 from se_inject.bodies import original_class
@@ -290,7 +291,11 @@ class _Writer:
     """Writes lines as Python. What is not plain goes into ``scope``, under names that no line can use."""
 
     def __init__(self) -> None:
-        self.scope: dict[str, Any] = {"__name__": "se_inject.generated", "__builtins__": dict(BUILTINS)}
+        self.scope: dict[str, Any] = {
+            "__name__": "se_inject.generated",
+            "__builtins__": dict(BUILTINS),
+            "_plain": plain,
+        }
         self._set: set[str] = set()
         self._read: set[str] = set()
         self._count = 0
@@ -362,7 +367,7 @@ class _Writer:
         if kind == "method":
             return f"{arguments[0]}.{method_named(name)}({', '.join(arguments[1:])})"
         if kind == "call":
-            return f"{_path(name)}({', '.join(arguments)})"
+            return f"_plain({_path(name)}({', '.join(arguments)}))"
         raise LoadError(f"a program in this file has a line of kind `{kind}`")
 
     def _value(self, value: Any) -> str:

@@ -42,14 +42,24 @@ _OWN_MODULES = {
 }
 _BUILTINS: dict[str, Callable[..., Any]] = {"getattr": getattr, "round": round, "assert": torch._assert}
 _FORBIDDEN = frozenset(
-    {"from_file", "save", "load", "call", "attrgetter", "itemgetter", "methodcaller", "handle_torch_function"}
+    {
+        "from_file",
+        "save",
+        "load",
+        "call",
+        "attrgetter",
+        "itemgetter",
+        "methodcaller",
+        "handle_torch_function",
+        "triplet_margin_with_distance_loss",
+    }
 )
 _OPERATOR_NAMESPACES = frozenset({"aten", "prims", "torchvision"})
 _FORBIDDEN_METHODS = frozenset(
     {
         "numpy", "storage", "untyped_storage", "typed_storage", "apply_", "map_", "map2_", "register_hook", "backward",
         "register_post_accumulate_grad_hook", "share_memory_", "module_load", "set_", "record_stream", "tolist",
-        "data_ptr", "as_subclass",
+        "data_ptr", "as_subclass", "update", "setdefault",
     }
 )  # fmt: skip
 _CONSTANTS = {
@@ -129,6 +139,10 @@ def checked_keywords(kwargs: Any, method: str | None = None) -> None:
         raise LoadError("a forward in this file passes keywords that no operation has")
 
 
+_PLAIN = (
+    torch.Tensor, fx.Proxy, int, float, complex, str, type(None), torch.dtype, torch.device, torch.SymInt, torch.SymFloat,
+    torch.SymBool, slice, type(...),
+)  # fmt: skip
 BUILTINS = types.MappingProxyType(
     {
         "Ellipsis": ...,
@@ -185,7 +199,32 @@ def is_tensor_attribute(names: Any) -> bool:
     """One name, as text: a node's value would only be known when the forward runs."""
     if len(names) != 1 or type(names[0]) is not str:
         return False
-    return not names[0].startswith("_") and hasattr(torch.Tensor, names[0])
+    return not names[0].startswith("_") and names[0] not in _FORBIDDEN_METHODS and hasattr(torch.Tensor, names[0])
+
+
+def plain(value: Any) -> Any:
+    """A value, if it is one that flows through a network: a tensor, a number, text, or a list, tuple or dict of such.
+
+    What a file's modules give could also be a module, its tables, or a function, which a forward could change or call.
+
+    Raises:
+        LoadError: it is something else.
+    """
+    todo = [value]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, dict):
+            todo += part.values()
+        elif isinstance(part, list | tuple):
+            todo += part
+        elif not isinstance(part, _PLAIN):
+            raise LoadError(f"a forward in this file handles a {type(part).__name__} as a value")
+    return value
+
+
+def set_item(container: Any, key: Any, value: Any) -> None:
+    """``operator.setitem`` with nothing but values."""
+    operator.setitem(container, key, plain(value))
 
 
 def encoded(value: Any) -> Any:

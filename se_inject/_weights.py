@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject._architectures import PREFIXES
+from se_inject._architectures import MOST_PREFIXES, PREFIXES
 from se_inject._pickles import Inert
 from se_inject.errors import printable
 
@@ -19,18 +19,29 @@ _LONGEST = 8
 _PLAIN = (type(None), bool, int, float, str)
 
 
-def network_or_weights(found: Any, depth: int = 0) -> Any:
+def network_or_weights(found: Any) -> Any:
     """The network or state dict in what a file holds: under the names that trainers use, else the only one there is.
 
     Args:
         found: what the file holds: that itself, or dicts, lists and tuples around it.
-        depth: of ``found`` in those.
 
     Returns:
         a module, a mapping of tensors by name, or None if there is neither, or several.
     """
+    return _inner(found, 0, {})
+
+
+def _inner(found: Any, depth: int, known: dict[tuple[int, int], Any]) -> Any:
+    key = (id(found), depth)
+    if key not in known:
+        known[key] = None  # while it is looked into, it holds itself
+        known[key] = _looked_for(found, depth, known)
+    return known[key]
+
+
+def _looked_for(found: Any, depth: int, known: dict[tuple[int, int], Any]) -> Any:
     if isinstance(found, nn.DataParallel):
-        return found.module
+        found = found._modules.get("module")
     if isinstance(found, nn.Module) and not (type(found) is Inert and not found.state_dict()):
         return found
     if is_state_dict(found):
@@ -38,14 +49,14 @@ def network_or_weights(found: Any, depth: int = 0) -> Any:
     if depth == _DEEPEST:
         return None
     if isinstance(found, Mapping):
-        named = (network_or_weights(found.get(key), depth + 1) for key in (*_WRAPPERS, *_AVERAGES))
+        named = (_inner(found[key], depth + 1, known) for key in (*_WRAPPERS, *_AVERAGES) if key in found)
         inner = next((each for each in named if each is not None), None)
         if inner is not None:
             return inner
         parts = [value for key, value in found.items() if key not in (*_WRAPPERS, *_AVERAGES)]
     else:
         parts = list(found) if isinstance(found, list | tuple) and len(found) <= _LONGEST else []
-    whole = [each for part in parts if (each := network_or_weights(part, depth + 1)) is not None and _is_large(each)]
+    whole = [each for part in parts if (each := _inner(part, depth + 1, known)) is not None and _is_large(each)]
     return whole[0] if len(whole) == 1 else None
 
 
@@ -81,7 +92,9 @@ def without_prefix(state: Mapping[str, Any], current: Mapping[str, Any]) -> Mapp
     """The state dict without those prefixes of all its keys that keep them from fitting."""
     candidates = [state]
     keys = [key for key in state if key != "n_averaged"]  # torch's AveragedModel has it beside `module.`
-    while prefix := next((p for p in PREFIXES if keys and all(key.startswith(p) for key in keys)), None):
+    while len(candidates) <= MOST_PREFIXES and (
+        prefix := next((p for p in PREFIXES if keys and all(key.startswith(p) for key in keys)), None)
+    ):
         candidates.append({key.removeprefix(prefix): candidates[-1][key] for key in keys})
         keys = list(candidates[-1])
     return max(candidates, key=lambda candidate: len(candidate.keys() & current.keys()))
@@ -90,11 +103,13 @@ def without_prefix(state: Mapping[str, Any], current: Mapping[str, Any]) -> Mapp
 def other_classes(current: Mapping[str, Any], state: Mapping[str, Any]) -> int | None:
     """The number of classes that weights were trained with, if that is all in which they don't fit a network.
 
+    Only weights that the file really holds count: others could ask for a network of any size.
+
     Args:
         current: the network's state dict.
         state: the weights, by the same names.
     """
-    if current.keys() != state.keys():
+    if current.keys() != state.keys() or not all(map(_is_there, current.values(), (state[key] for key in current))):
         return None
     pairs = {
         (mine.shape[:1], theirs.shape[:1], mine.shape[1:] == theirs.shape[1:])
@@ -105,6 +120,13 @@ def other_classes(current: Mapping[str, Any], state: Mapping[str, Any]) -> int |
         return None
     ((mine, theirs, rest_is_equal),) = pairs
     return int(theirs[0]) if rest_is_equal and mine and theirs else None
+
+
+def _is_there(mine: Any, theirs: Any) -> bool:
+    """Whether as many bytes are in memory for weights as a network's would take."""
+    if not isinstance(theirs, torch.Tensor) or not isinstance(mine, torch.Tensor):
+        return True
+    return not theirs.is_meta and theirs.numel() * mine.element_size() <= 8 * theirs.untyped_storage().nbytes()
 
 
 def differences(current: Mapping[str, Any], state: Mapping[str, Any]) -> str:
@@ -125,4 +147,4 @@ def listed(names: Iterable[str], most: int = 4) -> str:
     """The first names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"`{printable(name)}`" for name in names[:most]) + more
+    return ", ".join(f"`{printable(name, 100)}`" for name in names[:most]) + more

@@ -12,6 +12,7 @@ import functools
 import inspect
 import json
 import linecache
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from se_inject._vocabulary import (
     is_tensor_attribute,
     method_named,
     parameter_named,
+    set_item,
     value_at,
 )
 from se_inject.errors import LoadError, SurgeryError
@@ -235,8 +237,7 @@ def check_targets(module: nn.Module) -> None:
         if not isinstance(value_at(module, path), nn.Module):
             raise LoadError(f"a forward in this file calls `{path}`, which is no submodule")
     for path in reads:
-        value = value_at(module, path)
-        if callable(value) and not isinstance(value, nn.Module):
+        if not isinstance(value_at(module, path), torch.Tensor | None):
             raise LoadError(f"a forward in this file reads `{path}`, which is no value")
 
 
@@ -246,7 +247,7 @@ def _source(original: type, data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     scope: dict[str, Any] = {"torch": torch, "__builtins__": dict(BUILTINS)}
     inputs = [target for _, op, target, *_ in (*(data["eval"] or []), *(data["train"] or [])) if op == "placeholder"]
     others = [*data["constants"], *(target.lstrip("*") for target in inputs)]
-    if not set(others) <= set(signature.parameters):
+    if not set(others) <= set(list(signature.parameters)[1:]):
         raise LoadError(f"a forward in this file has inputs that a {original.__name__} does not have")
     if data["output"]:
         names = []
@@ -306,7 +307,11 @@ def _head(signature: inspect.Signature, scope: dict[str, Any]) -> str:
 
 def _lines(rows: Any, scope: dict[str, Any], myself: str) -> list[str]:
     """The statements that compute a graph; the globals they need go into ``scope``."""
-    code = graph_from(rows).python_code(myself)
+    graph = graph_from(rows)
+    for node in graph.nodes:
+        if node.target is operator.setitem:
+            node.target = set_item
+    code = graph.python_code(myself)
     scope.update(code.globals)
     lines = code.src.splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("def forward("))

@@ -211,6 +211,12 @@ def _later(model):
     model._modules["x') or exec('"] = None
 
 
+def _emptied_wrapper(model):
+    model.append(nn.DataParallel(nn.Identity()))
+    del model[-1]._modules["module"]
+    vars(model[-1])["module"] = nn.functional.relu
+
+
 RIDERS = {
     "forward": _own("forward", nn.functional.relu),
     "forward of another": lambda model: vars(model[0]).update(forward=model[1].forward),
@@ -224,6 +230,9 @@ RIDERS = {
     "no modules": lambda model: vars(model[0]).update(_modules=[model[1]]),
     "a name that ends": _later,
     "a module within itself": lambda model: model._modules.update(again=model),
+    "an attribute that is called": lambda model: vars(model).update(gives=functools.partial(nn.Identity(), [])),
+    "items that are attributes": lambda model: model.append(nn.ParameterDict()),
+    "a wrapper of nothing": _emptied_wrapper,
     "a part named like a method": lambda model: model._modules.update(register_buffer=nn.Identity()),
     "a parameter named like a method": lambda model: model[0]._parameters.update(half=model[0].bias),
     "a part with a hidden name": lambda model: model._modules.update(__init__=nn.Identity()),
@@ -303,6 +312,13 @@ BODIES = {
     "an address": _body([X, ["y", "call_method", "new", {"tuple": [{"node": "input"}]}, {"dict": [["cdata", 65]]}]]),
     "letters that Python reads as underscores": _body([["y", "get_attr", "_\uff3fclass\uff3f\uff3f", *NOTHING]]),
     "a block's name in other letters": _body(steps=[{"block_name": "\ufb01lter"}], output=True),
+    "a table of modules": _body([["y", "get_attr", "_modules", *NOTHING]]),
+    "itself": _body([["y", "placeholder", "self", *NOTHING]]),
+    "a method as attribute": _body([X, _call("getattr", {"node": "input"}, "share_memory_")]),
+    "a dict that is changed": _body([X, ["y", "call_method", "update", {"tuple": [{"node": "input"}]}, {"dict": []}]]),
+    "a function that calls": _body(
+        [X, _call("torch.nn.functional:triplet_margin_with_distance_loss", *[{"node": "input"}] * 3)]
+    ),
     "keys of one hash": _body([_call("torch:relu", {"dict": [[i * (2**61 - 1), 0] for i in range(3)]})]),
     "absurd length": _body(constants={"input": "long" * 2_000_000}),
     "no rows": _body(eval=3),
@@ -639,6 +655,10 @@ PROGRAMS = {
         lambda program: _node(program)["metadata"].update(
             nn_module_stack="forward,forward.__func__.planted,torch.nn.modules.activation.ReLU"
         )
+    ),
+    "many digits": _program(lambda program: _everywhere(program, "expr_str", "Max(2, Float('0.1', 300000000))")),
+    "powers in powers": _program(
+        lambda program: _everywhere(program, "expr_str", "PowByNatural(PowByNatural(Mul(2, Symbol('s0')), 8), 8)")
     ),
     "a large power": _program(lambda program: _everywhere(program, "expr_str", "9**9**9**9")),
     "compiled code": _compiled,

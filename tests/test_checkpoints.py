@@ -701,7 +701,7 @@ def test_a_network_that_ran_compiled(tmp_path):
     assert found[0].weight._no_weight_decay is True
     assert found[1].running_mean.note == {"by": "me"}
     assert_same(found, network)
-    model = small()
+    model = small().eval()
     load_weights_(model, tmp_path / "model.pt")
     assert_same(model, network)
 
