@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from .errors import ExportError
+from .errors import ExportError, OptionError
 
 
 def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
@@ -44,12 +44,13 @@ def check_all_writable(paths: Sequence[str | os.PathLike[str]], force: bool = Fa
     """Ask whether all these files may be written here, and are different ones.
 
     Raises:
-        ExportError: one of them can't, or two are the same.
+        ExportError: one of them can't.
+        OptionError: two are the same.
     """
     for path in paths:
         check_writable(path, force)
     if len({Path(path).resolve() for path in paths}) < len(paths):
-        raise ExportError(
+        raise OptionError(
             "two of the files to write are the same",
             seen=", ".join(map(str, paths)),
             hint="name every file once",

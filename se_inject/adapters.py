@@ -28,7 +28,7 @@ from se_inject.errors import ExportError, InjectError, LoadError, OptionError, S
 from se_inject.inputs import check_supported
 from se_inject.planning import plan_of
 from se_inject.plans import Plan
-from se_inject.surgery import injected_blocks, steps_of
+from se_inject.surgery import injected_blocks
 
 VERSION = 1
 _KEY = "se_inject_adapter"  # one entry: of several, safetensors 0.8 writes the order anew each time
@@ -250,7 +250,9 @@ def _checked(model: nn.Module, path: str | os.PathLike[str], strict: bool, trust
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Name, shape, dtype and digest of every tensor in a network's state dict that is not one of our blocks'."""
-    ours = tuple(f"{step.path}." for step in steps_of(model))
+    blocks = {id(block) for _, block in injected_blocks(model)}
+    named = model.named_modules(remove_duplicate=False)  # a module may have several names, and a block in it too
+    ours = tuple(f"{name}." for name, module in named if id(module) in blocks)
     return {
         name: (list(tensor.shape), str(tensor.dtype).removeprefix("torch."), _digest(tensor))
         for name, tensor in model.state_dict().items()

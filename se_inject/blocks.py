@@ -179,6 +179,37 @@ def check_options(name: str, options: dict[str, Any]) -> None:
             )
 
 
+def check_values(name: str, options: dict[str, Any]) -> None:
+    """Whether a block's options are of the types that it says, as far as those are numbers, flags and text.
+
+    Raises:
+        OptionError: an option that it doesn't know, or one of another type: ``"no"`` is no flag.
+    """
+    check_options(name, options)
+    known = block_options(name)
+    for key, value in options.items():
+        if key in known and not _fits(value, known[key]):
+            raise OptionError(
+                f"option `{key}` of block `{name}` can't be {value!r}", seen=f"it is of type {known[key].annotation}"
+            )
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "None": (type(None),),
+}  # fmt: skip
+
+
+def _fits(value: Any, parameter: inspect.Parameter) -> bool:
+    told = (
+        parameter.annotation if isinstance(parameter.annotation, str) else getattr(parameter.annotation, "__name__", "")
+    )
+    words = told.replace(" ", "").split("|")
+    if not set(words) <= _TYPES.keys():
+        return True
+    kinds = [kind for word in words for kind in _TYPES[word]]
+    return type(value) in kinds or (not isinstance(value, bool) and isinstance(value, tuple(kinds)))
+
+
 def build_block(name: str, channels: int, size: Sequence[int], options: dict[str, Any], init: str) -> nn.Module:
     """One new block.
 

@@ -226,12 +226,12 @@ def _print_json(data: Any) -> None:
 
 
 def eject(
-    *, model: str, weights: Path | None, trust: tuple[str, ...], inputs: tuple[str, ...], outputs: tuple[Path, ...],
-    force: bool, **options: Any,
+    *, model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
+    outputs: tuple[Path, ...], force: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Take the blocks out of a network, and write what is left."""
     exporting.check_targets(outputs, force=force, **_conversion(options))
-    network = load(model, weights=weights, trust=_packages(trust))
+    network = load(model, arch=arch, weights=weights, trust=_packages(trust))
     taken, entries = len(own_steps(network)), len(network.state_dict())
     eject_(network)
     click.echo(

@@ -110,15 +110,40 @@ def export_all(
         OptionError: an unknown suffix, device, dtype or memory format.
         ExportError: a file can't be written, or no road leads to one that computes what the network computes.
     """
-    check_targets(paths, device=device, dtype=dtype, memory_format=memory_format, force=force)
-    conversion = Conversion.asked(device, dtype, memory_format)
+    conversion: dict[str, Any] = {"device": device, "dtype": dtype, "memory_format": memory_format}
+    check_targets(paths, **conversion, force=force)
     targets = [Path(path) for path in paths]
-    with (
-        atomic_all(targets, force) as temporary,
-        _quiet(),
-        torch.no_grad(),
-        torch.random.fork_rng(devices=[]),
-    ):
+    with atomic_all(targets, force) as temporary:
+        return write_networks(
+            model, targets, temporary, example_inputs, example_kwargs=example_kwargs, opset=opset, **conversion
+        )
+
+
+def write_networks(
+    model: nn.Module,
+    targets: Sequence[Path],
+    temporary: Sequence[Path],
+    example_inputs: tuple[Any, ...],
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    memory_format: str | torch.memory_format | None = None,
+    opset: int | None = None,
+) -> list[Exported]:
+    """Write the network to files under other names, and check each; ``export_all`` then moves them.
+
+    Args:
+        model: as for ``export_all``, and so is the rest.
+        targets: the files that are to appear.
+        temporary: where each is written.
+
+    Raises:
+        OptionError: as for ``export_all``.
+        ExportError: no road leads to a file that computes what the network computes.
+    """
+    conversion = Conversion.asked(device, dtype, memory_format)
+    with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         model = conversion.model(model)
 
         @functools.cache

@@ -258,6 +258,12 @@ _QUANTISED = ("quantised", "inject first, then quantise")
 _UNSUPPORTED = {
     "torch.nn.parallel.data_parallel.DataParallel": ("wrapped in DataParallel", "pass `model.module`"),
     "torch.nn.parallel.distributed.": ("wrapped in DistributedDataParallel", "pass `model.module`"),
+    "torch.optim.swa_utils.AveragedModel": ("an average of weights", "pass `model.module`"),
+    "torch.distributed.fsdp._fully_shard.": (
+        "sharded by FSDP",
+        "inject before `fully_shard`; to save, load torch.distributed.checkpoint.state_dict.get_model_state_dict "
+        "with full_state_dict=True into an injected network that is not sharded",
+    ),
     "torch.distributed.fsdp.fully_sharded_data_parallel.": ("wrapped in FSDP", "inject first, then wrap"),
     "torch._dynamo.eval_frame.OptimizedModule": ("compiled", "pass `model._orig_mod`, compile what you get"),
     "torch.jit._script.ScriptModule": (

@@ -59,18 +59,18 @@ def write_all(
         ExportError: a file can't be written, or is not right.
     """
     targets = [Path(path) for path in paths]
-    ours = [path for path in targets if _writer(path) is not None]
-    others = [path for path in targets if path not in ours]
     written: dict[Path, Exported] = {}
-    with atomic_all(ours, force) as temporary:
-        for target, path in zip(ours, temporary, strict=True):
-            write = _writer(target)
-            assert write is not None
-            written[target] = dataclasses.replace(write(model, plan, path), path=target)
+    with atomic_all(targets, force) as temporary:
+        places = dict(zip(targets, temporary, strict=True))
+        for target, path in places.items():
+            if (write := _writer(target)) is not None:
+                written[target] = dataclasses.replace(write(model, plan, path), path=target)
+        others = [target for target in targets if target not in written]
         if others:
-            exported = exporting.export_all(
-                model, others, example_inputs, example_kwargs=example_kwargs, force=force, **options
-            )
+            exported = exporting.write_networks(
+                model, others, [places[target] for target in others], example_inputs,
+                example_kwargs=example_kwargs, **options,
+            )  # fmt: skip
             written |= dict(zip(others, exported, strict=True))
     return [written[target] for target in targets]
 

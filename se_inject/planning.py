@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from se_inject._vocabulary import is_plain_name
-from se_inject.blocks import build_block, check_block, check_options, has_identity_start, is_at_hand
+from se_inject.blocks import build_block, check_block, check_values, has_identity_start, is_at_hand
 from se_inject.bodies import original_class
 from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError
 from se_inject.finding import find_sites
@@ -70,8 +70,8 @@ def plan(
     """
     if position not in POSITIONS:
         raise OptionError(f"no position is called `{position}`", seen=", ".join(POSITIONS))
-    check_options(block, block_options)
     block_options = _storable(block_options)
+    check_values(block, block_options)
     if name is not None and not is_plain_name(name):
         raise OptionError(f"`{name}` can't be the name of an attribute")
     trace = observe_model(model, example_inputs, example_kwargs)

@@ -21,7 +21,7 @@ from se_inject._files import atomic
 from se_inject._names import NoSuchFile
 from se_inject._schema import first_problem
 from se_inject._vocabulary import is_plain_name
-from se_inject.blocks import check_options
+from se_inject.blocks import check_values
 from se_inject.bodies import original_class
 from se_inject.cost import CostReport, cost_of_steps
 from se_inject.errors import (
@@ -256,7 +256,7 @@ class Plan:
                 if not is_plain_name(steps[-1].block_name):
                     raise LoadError(f"`{steps[-1].block_name}` can't be the name of an attribute")
                 check_trust(steps[-1].block, trust)
-                check_options(steps[-1].block, steps[-1].options)
+                check_values(steps[-1].block, steps[-1].options)
             except InjectError as error:
                 raise type(error)(
                     f"step {number} of the plan: {error.message}", seen=error.seen, hint=error.hint
@@ -290,7 +290,7 @@ class Plan:
             LoadError: no plan, or one of a later version.
         """
         try:
-            text = Path(path).read_text("utf-8")
+            text = Path(path).read_text("utf-8-sig")
         except FileNotFoundError as error:
             raise NoSuchFile(f"no file `{path}`", hint="`-o plan.json` writes one") from error
         except OSError as error:

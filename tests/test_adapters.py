@@ -226,6 +226,34 @@ def test_the_same_numbers_in_another_layout_are_the_same_weights(network, path):
     si.load_adapter(network.to(memory_format=torch.channels_last), path, strict=True)
 
 
+def test_a_network_that_holds_a_module_under_two_names(path):
+    class UNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = resnet()
+            self.encoder, self.head = self.base.layer3, nn.Conv2d(256, 3, 1)
+
+        def forward(self, x):
+            base = self.base
+            x = base.layer2(base.layer1(base.maxpool(base.relu(base.bn1(base.conv1(x))))))
+            return self.head(self.encoder(x))
+
+    network = UNet().eval()
+    injected = trained(network, stages=None)
+    si.save_adapter(injected, path)
+    again = si.load_adapter(network, path, strict=True)
+    assert same_state(state(again), state(injected))
+
+
+def test_networks_that_are_wrapped_have_no_adapter(network, path):
+    average = torch.optim.swa_utils.AveragedModel(trained(network))
+    with pytest.raises(UnsupportedModel, match="an average of weights") as caught:
+        si.save_adapter(average, path)
+    assert "`model.module`" in caught.value.hint
+    assert not path.exists()
+    si.save_adapter(average.module, path)
+
+
 # -- files that are none, or hostile -----------------------------------------------------------------------
 
 

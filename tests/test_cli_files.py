@@ -310,7 +310,7 @@ def test_plans_and_adapters_appear_with_all_other_files_or_not_at_all(se_inject,
     for output in ("old.safetensors", "missing/x.onnx"):
         se_inject("tiny.pt", *SMALL, "-o", "x.json", "-o", output, "-o", "x.pt", code=1)
     se_inject("tiny.pt", *SMALL, "-o", "x.json", "-o", "x.onnx", "--opset", "1", code=1)
-    se_inject("tiny.pt", *SMALL, "-o", "x.json", "-o", "./x.json", code=1)
+    se_inject("tiny.pt", *SMALL, "-o", "x.json", "-o", "./x.json", code=2)
     assert files() == {"tiny.pt", "old.safetensors"}
     se_inject("tiny.pt", *SMALL, "-o", "x.json", "-o", "old.safetensors", "-o", "x.pt", "--force")
     assert load_file("old.safetensors")

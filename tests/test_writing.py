@@ -239,3 +239,24 @@ def test_an_adapter_that_does_not_give_back_what_was_written_does_not_appear(tmp
     with pytest.raises(ExportError, match="does not give back"):
         si.save_adapter(network, path, force=True)
     assert contents(tmp_path) == {"x.safetensors": "old"}
+
+
+def test_files_of_every_kind_appear_together_or_not_at_all(tmp_path, monkeypatch):
+    from se_inject import outputs
+
+    network, images = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.rand(2, 3, 8, 8)
+    plan = si.plan(network, images, at="*")
+    paths = [tmp_path / name for name in ("x.pt", "x.json", "x.safetensors")]
+    real = _files._move_into_place
+
+    def somebody_is_first(*arguments):
+        paths[1].write_text("somebody's")
+        real(*arguments)
+
+    monkeypatch.setattr(_files, "_move_into_place", somebody_is_first)
+    with pytest.raises(ExportError, match="exists"):
+        outputs.write_all(plan.apply(network), plan, paths, (images,))
+    assert contents(tmp_path) == {"x.json": "somebody's"}
+    monkeypatch.undo()
+    paths[1].unlink()
+    assert [item.path for item in outputs.write_all(plan.apply(network), plan, paths, (images,))] == paths
