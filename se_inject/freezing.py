@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from se_inject._programs import Program
+from se_inject.bodies import rebuild
 
 
 @functools.cache
@@ -20,7 +21,9 @@ def _frozen_class(original: Any) -> Any:
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         getstate = getattr(self, "__getstate__", None)
-        return rebuild_frozen, (original,), getstate() if getstate else self.__dict__
+        body = vars(original).get("_se_inject_body")  # it holds a block itself
+        made_of = (original,) if body is None else (original._se_inject_original, body)
+        return rebuild_frozen, made_of, getstate() if getstate else self.__dict__
 
     attributes = {
         "__module__": original.__module__,
@@ -33,11 +36,11 @@ def _frozen_class(original: Any) -> Any:
     return type(original)(f"Frozen{original.__name__}", (original,), attributes)
 
 
-def rebuild_frozen(original: Any) -> nn.Module:
-    """What a pickle calls: an empty module of the frozen class."""
+def rebuild_frozen(original: Any, body: Any = None) -> nn.Module:
+    """What a pickle calls: an empty module of the frozen class, with an edited forward if there is one."""
     if not (isinstance(original, type) and issubclass(original, (_BatchNorm, Program))):
         raise TypeError("only a batch normalisation can be frozen")
-    kind: Any = original  # mypy has narrowed it to something without a hash
+    kind: Any = original if body is None else type(rebuild(original, body))
     frozen = _frozen_class(kind)
     return frozen.__new__(frozen)  # type: ignore[no-any-return]
 
@@ -56,6 +59,11 @@ def thaw_statistics_(module: nn.Module, mode: bool) -> None:
     if is_frozen(module):
         module.__class__ = type(module).__dict__["_se_inject_thawed"]
         module.train(mode)
+
+
+def class_when_thawed(module: nn.Module) -> Any:
+    """The class that a module has, or will have again."""
+    return vars(type(module)).get("_se_inject_thawed", type(module))
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from se_inject.blocks import build_block
 from se_inject.bodies import generated_class, original_class
 from se_inject.editing import edited_graphs
 from se_inject.errors import InjectError, PluginError, SurgeryError
-from se_inject.freezing import thaw_statistics_
+from se_inject.freezing import class_when_thawed, thaw_statistics_
 from se_inject.steps import Step
 from se_inject.tracing import Trace
 
@@ -77,17 +77,17 @@ def eject_(model: nn.Module) -> nn.Module:
     Statistics of batch normalisation that were frozen are so no longer. A model without blocks is returned as it is.
     """
     for path, module in model.named_modules():
-        if body_of(module) is not None and "_se_inject_body" not in type(module).__dict__:
+        if body_of(module) is not None and "_se_inject_body" not in vars(class_when_thawed(module)):
             raise SurgeryError(
                 f"`{path}` has become a {type(module).__name__} since blocks were put into it",
                 hint="undo that first: remove its parametrizations, or eject before wrapping",
             )
     for module in list(model.modules()):
+        thaw_statistics_(module, model.training)
         body = body_of(module)
         if body is not None:
             names = [step["block_name"] for step in body["steps"]]
             _restore(module, type(module)._se_inject_original, names, body["was_none"])  # type: ignore[attr-defined]
-        thaw_statistics_(module, model.training)
     return model
 
 

@@ -347,3 +347,24 @@ def test_a_distributed_checkpoint_of_one_process_gives_the_same_network(tmp_path
     other = injected()
     other.load_state_dict(loaded)
     assert changed(state(network), other) == set()
+
+
+class NormActivation(nn.BatchNorm2d):
+    """A normalisation that is an owner itself."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_frozen_statistics_of_a_module_that_holds_a_block(tmp_path):
+    network = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), NormActivation(8), nn.Conv2d(8, 8, 3), NormActivation(8)))
+    images = torch.rand(2, 3, 12, 12)
+    injected = si.freeze_backbone_(si.inject(network, images), batch_norm=True).train()
+    again = pickle.loads(pickle.dumps(injected))
+    assert torch.equal(again(images), injected(images))
+    assert again.state_dict().keys() == injected.state_dict().keys()
+    assert torch.equal(again[1].running_mean, network[1].running_mean)
+    for each in (injected, again):
+        si.eject_(each)
+        assert [type(module) for module in each.modules()] == [type(module) for module in network.modules()]
+        assert torch.equal(each.eval()(images), network.eval()(images))
