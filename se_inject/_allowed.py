@@ -27,7 +27,6 @@ NETWORKS = (
 NOT_NETWORKS = (
     nn.parallel.DistributedDataParallel,  # its __setstate__ talks to a process group
     torch.fx.GraphModule,  # is source code
-    nn.ParameterDict,  # its items are its attributes, whatever their names
     torch.jit.ScriptModule,
 )
 BUILDERS = frozenset(

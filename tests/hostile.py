@@ -19,6 +19,7 @@ import zipfile
 import zlib
 
 import torch
+import torchvision
 from torch import nn
 
 from se_inject import bodies
@@ -231,7 +232,9 @@ RIDERS = {
     "a name that ends": _later,
     "a module within itself": lambda model: model._modules.update(again=model),
     "an attribute that is called": lambda model: vars(model).update(gives=functools.partial(nn.Identity(), [])),
-    "items that are attributes": lambda model: model.append(nn.ParameterDict()),
+    "a function that hands on what it is given": lambda model: vars(model).update(
+        gives=functools.partial(torchvision.models.optical_flow.raft._pass_through_h, [])
+    ),
     "a wrapper of nothing": _emptied_wrapper,
     "a part named like a method": lambda model: model._modules.update(register_buffer=nn.Identity()),
     "a parameter named like a method": lambda model: model[0]._parameters.update(half=model[0].bias),

@@ -433,7 +433,7 @@ def test_an_option_given_twice(se_inject):
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(("-o", "x.tflite"), 2), (("-o", "x.pt", "-o", "x.pt"), 1), (("-o", "x.pt", "--device", "abacus"), 2)],
+    [(("-o", "x.tflite"), 2), (("-o", "x.pt", "-o", "x.pt"), 2), (("-o", "x.pt", "--device", "abacus"), 2)],
 )
 def test_wrong_outputs_are_refused_before_any_work(se_inject, arguments, code, monkeypatch):
     def planning(*_):
@@ -816,7 +816,7 @@ BAD = {
     "no directory": (nothing, (*TINY, "-o", "no/where.onnx"), 1, "does not exist"),
     "a file for a directory": (nothing, (*TINY, "-o", "nets.py/x.onnx"), 1, "is not a directory"),
     "a directory for a file": (folder, (*TINY, "-o", "bad.pt"), 1, "it is a directory"),
-    "the same file twice": (nothing, (*TINY, "-o", "x.pt", "-o", "x.pt"), 1, "x.pt, x.pt"),
+    "the same file twice": (nothing, (*TINY, "-o", "x.pt", "-o", "x.pt"), 2, "x.pt, x.pt"),
     "unknown suffix": (nothing, (*TINY, "-o", "x.tflite"), 2, ".onnx"),
     "no GPU": (nothing, (*TINY, "-o", "x.pt", "--device", "cuda"), 1, "torch finds none here"),
     "no device": (nothing, (*TINY, "-o", "x.pt", "--device", "abacus"), 2, "abacus"),
@@ -913,7 +913,7 @@ def test_an_interrupt_is_exit_code_1(se_inject, tiny, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exporting, "export_all", interrupted)
+    monkeypatch.setattr(exporting, "write_networks", interrupted)
     done = se_inject("tiny.pt", *SMALL, code=1)
     assert done.err.strip() == "interrupted"
     assert files() == {"tiny.pt"}
