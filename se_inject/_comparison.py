@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .errors import ExportError
+from se_inject.errors import ExportError
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """The relative error allowed; the coarsest type among weights, inputs and outputs decides.

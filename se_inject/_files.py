@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from .errors import ExportError, OptionError
+from se_inject.errors import ExportError, OptionError
 
 
 def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:

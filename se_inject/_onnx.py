@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._comparison import Rejected, tensors
-from ._network import Network, Written
-from .errors import ExportError
+from se_inject._comparison import Rejected, tensors
+from se_inject._network import Network, Written
+from se_inject.errors import ExportError
 
 
 def write_onnx(network: Network, path: Path, dynamic: bool) -> Written:

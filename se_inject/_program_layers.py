@@ -8,26 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from se_inject._programs import function_called, program_module
+from se_inject._programs import FixedBatchNorm, function_called, program_module
 from se_inject._vocabulary import decoded
-
-
-class FixedBatchNorm(_BatchNorm):
-    """Batch normalisation of a value of any rank by the statistics it has, in training too: what a program of eval does."""
-
-    @property
-    def training(self) -> bool:  # type: ignore[override]
-        """Never, whatever mode is asked for."""
-        return False
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        pass
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
 
 
 def assembled(

@@ -26,7 +26,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from se_inject._vocabulary import (
     BUILTINS,
@@ -411,3 +412,19 @@ def _path(path: Any) -> str:
         plain = part.isascii() and part.isidentifier() and not keyword.iskeyword(part)
         text = f"{text}.{part}" if plain else f"getattr({text}, {part!r})"
     return text
+
+
+class FixedBatchNorm(_BatchNorm):
+    """Batch normalisation of a value of any rank by the statistics it has, in training too: what a program of eval does."""
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """Never, whatever mode is asked for."""
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        pass
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import ExportError, OptionError
+from se_inject.errors import ExportError, OptionError
 
 FORMATS = {
     ".onnx": "onnx",

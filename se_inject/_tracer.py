@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Scope, TracerBase
 
+from se_inject._vocabulary import Form
+
 if TYPE_CHECKING:
     from se_inject.tracing import Observer
 
@@ -245,13 +247,6 @@ class _WatchedChildren(dict[str, Any]):
 
     def items(self) -> Any:
         return self._all("items")
-
-
-class Form:
-    """The length of ``*args``, or the names in ``**kwargs``."""
-
-    def __init__(self, form: int | tuple[str, ...]) -> None:
-        self.form = form
 
 
 class OwnerTracer(TracerBase):

@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from se_inject._graphs import function_name_of
 from se_inject._tracer import Untraceable
 from se_inject._ways import IN_PLACE, lineage, reaches_output
-from se_inject.bodies import check_editable
-from se_inject.errors import SurgeryError
+from se_inject._vocabulary import encoded
+from se_inject.bodies import graph_data, graph_from
+from se_inject.errors import LoadError, SurgeryError
 from se_inject.operations import convolutions, is_data, means_the_same, operation, passed_through, returned
 from se_inject.tracing import OwnerGraph, Trace, is_leaf
 
@@ -203,3 +204,21 @@ class Values:
         """The steps of ours that an owner's forward was edited by."""
         body = getattr(type(self.trace.model.get_submodule(path)), "_se_inject_body", None)
         return json.loads(body)["steps"] if body else []
+
+
+def check_editable(trace: Trace, owner: OwnerGraph) -> None:
+    """Whether an owner's forward can be written down, for eval and, if it looks at its mode, for training.
+
+    Raises:
+        SurgeryError: it can't.
+    """
+    try:
+        graph_from(graph_data(owner.graph))
+        for value in (*owner.constants.values(), *owner.settings.values()):
+            encoded(value)
+        if owner.reads_training:
+            graph_from(graph_data(trace.training_graph(owner)[0]))
+    except Untraceable as error:
+        raise SurgeryError(str(error)) from error
+    except LoadError as error:
+        raise SurgeryError(f"{error.message.replace('a forward in this file', 'its forward')}") from error

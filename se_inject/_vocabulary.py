@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from se_inject._tracer import Form
 from se_inject.errors import LoadError, SurgeryError
 
 LONGEST = 8_000_000
@@ -67,6 +66,13 @@ _CONSTANTS = {
     "memory_format": torch.memory_format,
     "layout": torch.layout,
 }
+
+
+class Form:
+    """The length of ``*args``, or the names in ``**kwargs``."""
+
+    def __init__(self, form: int | tuple[str, ...]) -> None:
+        self.form = form
 
 
 def function_name(function: Any) -> str:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from se_inject._tracer import Untraceable
 from se_inject._vocabulary import (
     BUILTINS,
     LONGEST,
@@ -39,7 +38,6 @@ from se_inject._vocabulary import (
     value_at,
 )
 from se_inject.errors import LoadError, SurgeryError
-from se_inject.tracing import OwnerGraph, Trace
 
 # -- graphs ------------------------------------------------------------------------------------------------
 
@@ -91,24 +89,6 @@ def graph_from(rows: Any) -> fx.Graph:
     except Exception as error:
         raise LoadError("a forward in this file is damaged", seen=f"{type(error).__name__}: {error}") from error
     return graph
-
-
-def check_editable(trace: Trace, owner: OwnerGraph) -> None:
-    """Whether an owner's forward can be written down, for eval and, if it looks at its mode, for training.
-
-    Raises:
-        SurgeryError: it can't.
-    """
-    try:
-        graph_from(graph_data(owner.graph))
-        for value in (*owner.constants.values(), *owner.settings.values()):
-            encoded(value)
-        if owner.reads_training:
-            graph_from(graph_data(trace.training_graph(owner)[0]))
-    except Untraceable as error:
-        raise SurgeryError(str(error)) from error
-    except LoadError as error:
-        raise SurgeryError(f"{error.message.replace('a forward in this file', 'its forward')}") from error
 
 
 # -- classes -----------------------------------------------------------------------------------------------

@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ._comparison import Check, reason
-from ._files import atomic_all, check_all_writable, no_space
-from ._network import Network, Written, untouched
-from ._onnx import write_onnx
-from ._programs import Program
-from ._reasons import describe
-from ._targets import FORMATS, Conversion, format_of
-from ._torch_files import write_module, write_pt2, write_scripted, write_traced
-from .errors import ExportError
+from se_inject._comparison import Check, reason
+from se_inject._files import atomic_all, check_all_writable, no_space
+from se_inject._network import Network, Written, untouched
+from se_inject._onnx import write_onnx
+from se_inject._programs import Program
+from se_inject._reasons import describe
+from se_inject._targets import FORMATS, Conversion, format_of
+from se_inject._torch_files import write_module, write_pt2, write_scripted, write_traced
+from se_inject.errors import ExportError
 
 
 @dataclasses.dataclass(frozen=True)
