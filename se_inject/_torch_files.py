@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from se_inject._comparison import Rejected, same_value
-from se_inject._files import write_through
+from se_inject.atomic_files import write_through
 from se_inject._network import Network, Written
 from se_inject._programs import Program
 from se_inject.bodies import original_class

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject._files import atomic, write_through
+from se_inject.atomic_files import atomic, write_through
 from se_inject._formats import described, form_of
 from se_inject._names import NoSuchFile, fact
 from se_inject.blocks import build_block

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from se_inject import exporting
-from se_inject._files import atomic_all, check_all_writable
+from se_inject.atomic_files import atomic_all, check_all_writable
 from se_inject.adapters import write_adapter
 from se_inject.exporting import Exported
 from se_inject.plans import Plan

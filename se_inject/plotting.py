@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from se_inject._files import atomic, check_writable
+from se_inject.atomic_files import atomic, check_writable
 from se_inject.errors import ExportError, OptionError
 from se_inject.report import FIGURES
 

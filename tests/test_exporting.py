@@ -18,7 +18,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from se_inject import _files, _onnx, exporting
+from se_inject import _onnx, exporting
+
+from se_inject import atomic_files as _files
 from se_inject._comparison import TOLERANCES, difference
 from se_inject._network import _at_batch
 from se_inject.errors import ExportError, OptionError

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import se_inject as si
-from se_inject import _files
+from se_inject import atomic_files as _files
 from se_inject.errors import ExportError
 
 ROOT = Path(_files.__file__).parent.parent
@@ -21,7 +21,7 @@ import os, resource, signal, sys
 import torch
 from torch import nn
 import se_inject as si
-from se_inject import _files
+from se_inject import atomic_files as _files
 
 torch.set_num_threads(1)
 kind, path = sys.argv[1], sys.argv[2]
