@@ -37,7 +37,7 @@ from torch import nn
 from se_inject._allowed import ACTIVATIONS, BUILDERS, is_data, is_harmless, is_network, may_be_looked_up, within
 from se_inject._archives import SLACK_BYTES
 from se_inject._builders import Absurd, builder, checked_key
-from se_inject._names import printable
+from se_inject.user_code import printable
 
 MOST_OPCODES = 1_000_000
 """The largest network of timm has a quarter of a million."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject._names import did_you_mean, fact, named
+from se_inject.user_code import did_you_mean, fact, named
 from se_inject.errors import InjectError, OptionError, PluginError
 from se_inject.squeeze_excitation import SqueezeExcitation
 

@@ -25,7 +25,7 @@ from se_inject._allowed import NETWORKS, within
 from se_inject._architectures import architectures_of
 from se_inject._contents import holds_inert
 from se_inject._formats import PICKLES, PROGRAMS, form_of, unreadable
-from se_inject._names import ZOOS, NoSuchFile, did_you_mean, fact, from_code, from_zoo, importable
+from se_inject.user_code import ZOOS, NoSuchFile, did_you_mean, fact, from_code, from_zoo, importable
 from se_inject._unpickling import unpickle
 from se_inject._weights import (
     contents,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from se_inject import report
 from se_inject.atomic_files import atomic
-from se_inject._names import NoSuchFile
+from se_inject.user_code import NoSuchFile
 from se_inject._schema import first_problem
 from se_inject._vocabulary import is_plain_name
 from se_inject.blocks import check_values
