@@ -16,8 +16,8 @@ from torch import nn
 
 from se_inject._allowed import within
 from se_inject._pickles import Inert, Reading
-from se_inject._programs import Program, check_program
-from se_inject.bodies import check_targets
+from se_inject.forwards.programs import Program, check_program
+from se_inject.forwards.edited import check_targets
 from se_inject.errors import LoadError
 
 MOST_PATHS = 100_000

@@ -31,7 +31,7 @@ from torch.export import ExportedProgram
 from se_inject._archives import Archive
 from se_inject._builders import check_view
 from se_inject._unpickling import unpickle
-from se_inject._vocabulary import checked_path, function_named
+from se_inject.forwards.vocabulary import checked_path, function_named
 from se_inject.errors import LoadError
 
 _COMPILED = "data/aotinductor/"

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject._programs import FixedBatchNorm, function_called, program_module
-from se_inject._vocabulary import decoded
+from se_inject.forwards.programs import FixedBatchNorm, function_called, program_module
+from se_inject.forwards.vocabulary import decoded
 
 
 def assembled(

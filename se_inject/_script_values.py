@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from se_inject._programs import function_called
-from se_inject._vocabulary import encoded
+from se_inject.forwards.programs import function_called
+from se_inject.forwards.vocabulary import encoded
 from se_inject.errors import LoadError, SurgeryError
 
 _LARGEST = 2**63

@@ -11,8 +11,8 @@ import torch
 from se_inject._comparison import Rejected, same_value
 from se_inject.atomic_files import write_through
 from se_inject._network import Network, Written
-from se_inject._programs import Program
-from se_inject.bodies import original_class
+from se_inject.forwards.programs import Program
+from se_inject.forwards.edited import original_class
 
 
 def write_scripted(network: Network, path: Path, dynamic: bool) -> Written:

@@ -36,7 +36,7 @@ from se_inject._weights import (
     other_classes,
     without_prefix,
 )
-from se_inject.bodies import original_class
+from se_inject.forwards.edited import original_class
 from se_inject.errors import LoadError, OptionError, UntrustedGlobals
 
 __all__ = ["NoSuchFile", "describe", "is_program", "load", "load_program", "load_weights_"]

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from se_inject._tracer import Untraceable
-from se_inject._vocabulary import encoded
-from se_inject.bodies import graph_data
+from se_inject.forwards.vocabulary import encoded
+from se_inject.forwards.edited import graph_data
 from se_inject.errors import SurgeryError
 from se_inject.operations import labels, returned
 from se_inject.steps import Step

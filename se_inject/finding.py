@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from se_inject._chains import Chains
 from se_inject._graphs import is_gating, sources
-from se_inject._programs import class_of
+from se_inject.forwards.programs import class_of
 from se_inject._staging import staged
 from se_inject._values import Values
 from se_inject._ways import Depths, lineage, shared_lineage

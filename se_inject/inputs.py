@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_inject.user_code import fact
-from se_inject._programs import FixedBatchNorm, Program, is_of_training, recorded_inputs
+from se_inject.forwards.programs import FixedBatchNorm, Program, is_of_training, recorded_inputs
 from se_inject._reasons import describe
 from se_inject.errors import LoadError, NoSites, OptionError, TraceError, UnsupportedModel
 from se_inject.tables import counted

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject._vocabulary import is_plain_name
+from se_inject.forwards.vocabulary import is_plain_name
 from se_inject.blocks import build_block, check_block, check_values, has_identity_start, is_at_hand
-from se_inject.bodies import original_class
+from se_inject.forwards.edited import original_class
 from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError
 from se_inject.finding import find_sites
 from se_inject.inputs import observe_model, shapes_of

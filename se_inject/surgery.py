@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.blocks import build_block
-from se_inject.bodies import generated_class, original_class
+from se_inject.forwards.edited import generated_class, original_class
 from se_inject.editing import edited_graphs
 from se_inject.errors import InjectError, PluginError, SurgeryError
 from se_inject.freezing import class_when_thawed, thaw_statistics_

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from se_inject._comparison import same_value
 from se_inject._reasons import describe
 from se_inject._runs import Seen, difference, first_line, observed_in_eval, observed_in_training, run, run_awake, seeded
-from se_inject.bodies import original_class
+from se_inject.forwards.edited import original_class
 from se_inject.errors import VerificationError
 from se_inject.inputs import check_has_numbers, copied, observe_model, real_inputs
 from se_inject.steps import Step

@@ -22,7 +22,7 @@ import torch
 import torchvision
 from torch import nn
 
-from se_inject import bodies
+from se_inject.forwards import edited as bodies
 from tests.common import randomise
 
 HIT = "hit"

@@ -16,7 +16,10 @@ import torchvision
 from torch import nn
 
 import se_inject as si
-from se_inject import _formats, _programs, _scripted, _vocabulary, bodies
+from se_inject import _formats, _scripted
+from se_inject.forwards import programs as _programs
+from se_inject.forwards import vocabulary as _vocabulary
+from se_inject.forwards import edited as bodies
 from se_inject.checkpoints import load, load_program, load_weights_
 from se_inject.errors import LoadError, UntrustedGlobals
 from tests import hostile

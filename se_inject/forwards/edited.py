@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from se_inject._vocabulary import (
+from se_inject.forwards.vocabulary import (
     BUILTINS,
     LONGEST,
     checked_keywords,

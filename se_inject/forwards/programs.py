@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from se_inject._vocabulary import (
+from se_inject.forwards.vocabulary import (
     BUILTINS,
     LONGEST,
     checked_key,
@@ -41,7 +41,7 @@ from se_inject._vocabulary import (
     plain,
     value_at,
 )
-from se_inject.bodies import original_class
+from se_inject.forwards.edited import original_class
 from se_inject.errors import LoadError
 
 _PYTHON: dict[str, Callable[..., Any]] = {
