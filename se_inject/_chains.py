@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from se_inject._values import Values
 from se_inject.operations import is_data, returned
-from se_inject.tracing import OwnerGraph
+from se_inject.tracing.observer import OwnerGraph
 
 
 class Chains:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from se_inject._comparison import TOLERANCES, Check, Rejected, difference, reason, tensors
-from se_inject._reasons import describe
-from se_inject._stand_ins import preserved
+from se_inject.tracing.failures import describe
+from se_inject.tracing.substitutes import preserved
 from se_inject._targets import Conversion
 from se_inject.errors import ExportError
-from se_inject.inputs import SMALL_SIDE, copied, cropped
+from se_inject.tracing.inputs import SMALL_SIDE, copied, cropped
 
 BATCHES = (1, 2, 5)
 """The batch sizes a file is run at, unless its batch is fixed."""

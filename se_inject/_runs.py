@@ -13,10 +13,10 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_flatten
 
 from se_inject._comparison import same_numbers
-from se_inject._stand_ins import preserved
-from se_inject._tracer import random_state, set_random_state
-from se_inject.inputs import SMALL_SIDE, copied, cropped, real_inputs
-from se_inject.tracing import Trace
+from se_inject.tracing.substitutes import preserved
+from se_inject.tracing.tracer import random_state, set_random_state
+from se_inject.tracing.inputs import SMALL_SIDE, copied, cropped, real_inputs
+from se_inject.tracing.observer import Trace
 
 LARGE = 500_000_000
 """MACs of convolutions in the observed call from which on the numeric checks use a smaller input."""

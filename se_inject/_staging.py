@@ -14,11 +14,11 @@ from dataclasses import replace
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from se_inject._graphs import ancestors
-from se_inject._tracer import holds_tensor
+from se_inject.tracing.nodes import ancestors
+from se_inject.tracing.tracer import holds_tensor
 from se_inject.operations import any_prefix, convolutions, parent, prefixes
 from se_inject.sites import NECK, NESTED, STAGELESS, Site
-from se_inject.tracing import Trace
+from se_inject.tracing.observer import Trace
 
 
 def staged(trace: Trace, sites: list[Site]) -> tuple[Site, ...]:

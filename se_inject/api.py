@@ -15,7 +15,7 @@ from se_inject.exporting import Exported
 from se_inject.exporting import export as _export
 from se_inject.finding import find_sites as _find_sites
 from se_inject.grid import CostGrid, cost_grid
-from se_inject.inputs import example_of, observe_model
+from se_inject.tracing.inputs import example_of, observe_model
 from se_inject.planning import inject, plan, plan_of
 from se_inject.plans import Plan
 from se_inject.sites import Site, Sites

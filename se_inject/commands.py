@@ -15,7 +15,7 @@ from torch import nn
 
 from se_inject import exporting, report, verification
 from se_inject._block_texts import parsed_blocks
-from se_inject._stand_ins import preserved
+from se_inject.tracing.substitutes import preserved
 from se_inject.adapters import Adapter, read_adapter
 from se_inject.blocks import block_names, build_block, find_block, has_identity_start
 from se_inject.forwards.edited import original_class
@@ -24,7 +24,7 @@ from se_inject.cost import Latency, measure_latency
 from se_inject.errors import InjectError, OptionError
 from se_inject.finding import find_sites
 from se_inject.grid import EACH, block_costs, cost_grid
-from se_inject.inputs import example_of, observe_model, parse_shape, real_inputs
+from se_inject.tracing.inputs import example_of, observe_model, parse_shape, real_inputs
 from se_inject.outputs import check_outputs, write_all
 from se_inject.planning import plan
 from se_inject.plans import Plan

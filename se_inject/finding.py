@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from se_inject._chains import Chains
-from se_inject._graphs import is_gating, sources
+from se_inject.tracing.nodes import is_gating, sources
 from se_inject.forwards.programs import class_of
 from se_inject._staging import staged
 from se_inject._values import Values
@@ -44,7 +44,7 @@ from se_inject.operations import (
     slices_channels,
 )
 from se_inject.sites import ATTENDED, DENSE, HEAD, INJECTED, NESTED, OUTSIDE, Refusal, Site, Sites
-from se_inject.tracing import OwnerGraph, Trace
+from se_inject.tracing.observer import OwnerGraph, Trace
 
 
 def find_sites(trace: Trace) -> Sites:

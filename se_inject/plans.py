@@ -34,11 +34,11 @@ from se_inject.errors import (
     printable,
 )
 from se_inject.finding import find_sites
-from se_inject.inputs import check_supported, inputs_from, observe_model, shapes_of
+from se_inject.tracing.inputs import check_supported, inputs_from, observe_model, shapes_of
 from se_inject.positions import place_of
 from se_inject.steps import Step
 from se_inject.surgery import inject_, steps_of
-from se_inject.tracing import Trace
+from se_inject.tracing.observer import Trace
 
 LARGEST = 2**32
 """Numbers in an input that a stored plan may ask for."""

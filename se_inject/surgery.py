@@ -21,7 +21,7 @@ from se_inject.editing import edited_graphs
 from se_inject.errors import InjectError, PluginError, SurgeryError
 from se_inject.freezing import class_when_thawed, thaw_statistics_
 from se_inject.steps import Step
-from se_inject.tracing import Trace
+from se_inject.tracing.observer import Trace
 
 
 @dataclass

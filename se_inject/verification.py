@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from se_inject._comparison import same_value
-from se_inject._reasons import describe
+from se_inject.tracing.failures import describe
 from se_inject._runs import Seen, difference, first_line, observed_in_eval, observed_in_training, run, run_awake, seeded
 from se_inject.forwards.edited import original_class
 from se_inject.errors import VerificationError
-from se_inject.inputs import check_has_numbers, copied, observe_model, real_inputs
+from se_inject.tracing.inputs import check_has_numbers, copied, observe_model, real_inputs
 from se_inject.steps import Step
 from se_inject.surgery import injected_blocks, steps_of
 from se_inject.tables import counted
-from se_inject.tracing import Trace
+from se_inject.tracing.observer import Trace
 
 _OF_THE_BLOCKS = {"same output as before", "blocks trainable"}
 """Checks that a block can fail by its own fault."""

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 import se_inject.errors
 from se_inject.finding import find_sites
-from se_inject.inputs import observe_model
+from se_inject.tracing.inputs import observe_model
 from se_inject.planning import plan, plan_of
 from se_inject.plans import Plan
 from se_inject.surgery import eject_, injected_blocks

@@ -7,7 +7,7 @@ import torch
 
 import se_inject as si
 from se_inject.errors import LoadError
-from se_inject.inputs import observe_model
+from se_inject.tracing.inputs import observe_model
 from tests.common import IMAGES, difference, write
 from tests.test_program_details import Conv, Lambda, path, run_by_torch  # noqa: F401
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from se_inject.errors import AlreadyInjected, InjectError, OptionError
 from se_inject.finding import find_sites
-from se_inject.inputs import observe_model
+from se_inject.tracing.inputs import observe_model
 from se_inject.planning import plan, plan_of
 from se_inject.plans import Plan
 from se_inject.positions import POSITIONS

@@ -11,7 +11,7 @@ from se_inject.checkpoints import load
 from se_inject.errors import UntrustedGlobals
 from se_inject.exporting import export
 from se_inject.finding import find_sites
-from se_inject.inputs import observe_model
+from se_inject.tracing.inputs import observe_model
 from se_inject.planning import plan
 from se_inject.surgery import eject_, injected_blocks
 from se_inject.verification import verify

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_map_only
 
-from se_inject._tracer import restore, snapshot
+from se_inject.tracing.tracer import restore, snapshot
 
 
 @contextlib.contextmanager

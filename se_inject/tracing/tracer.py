@@ -27,7 +27,7 @@ from torch.fx.proxy import Scope, TracerBase
 from se_inject.forwards.vocabulary import Form
 
 if TYPE_CHECKING:
-    from se_inject.tracing import Observer
+    from se_inject.tracing.observer import Observer
 
 
 class Untraceable(Exception):

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from se_inject._graphs import CONVOLUTIONS, function_name_of, gates_in
-from se_inject._reasons import describe, location, reason_of
-from se_inject._stand_ins import forget_modes, preserved, shapes_only, standing_in, swapped
-from se_inject._tracer import (
+from se_inject.tracing.nodes import CONVOLUTIONS, function_name_of, gates_in
+from se_inject.tracing.failures import describe, location, reason_of
+from se_inject.tracing.substitutes import forget_modes, preserved, shapes_only, standing_in, swapped
+from se_inject.tracing.tracer import (
     OwnerTracer,
     Untraceable,
     ValueProxy,
