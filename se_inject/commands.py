@@ -22,14 +22,14 @@ from se_inject.forwards.edited import original_class
 from se_inject.checkpoints import describe, is_program, load, load_program
 from se_inject.cost import Latency, measure_latency
 from se_inject.errors import InjectError, OptionError
-from se_inject.finding import find_sites
+from se_inject.sites.finder import find_sites
 from se_inject.grid import EACH, block_costs, cost_grid
 from se_inject.tracing.inputs import example_of, observe_model, parse_shape, real_inputs
 from se_inject.outputs import check_outputs, write_all
 from se_inject.planning import plan
 from se_inject.plans import Plan
 from se_inject.plotting import check_plot, plot_grid
-from se_inject.sites import ATTENDED
+from se_inject.sites.selection import ATTENDED
 from se_inject.starts import start_factors
 from se_inject.surgery import eject_, own_steps
 from se_inject.tables import as_json, counted, table

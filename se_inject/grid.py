@@ -12,10 +12,10 @@ from torch import nn
 from se_inject.blocks import block_names, block_options, build_block, check_block, check_options, has_identity_start
 from se_inject.cost import Cost, CostRow, cost_of_steps, rows_of_steps
 from se_inject.errors import InjectError, NoSites, OptionError, SiteNotFound
-from se_inject.finding import find_sites
+from se_inject.sites.finder import find_sites
 from se_inject.planning import plan
 from se_inject.plans import Plan
-from se_inject.sites import ALL, ALL_BUT_LAST, Sites
+from se_inject.sites.selection import ALL, ALL_BUT_LAST, Sites
 from se_inject.starts import start_factors
 from se_inject.steps import Step
 

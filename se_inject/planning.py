@@ -15,11 +15,11 @@ from se_inject.forwards.vocabulary import is_plain_name
 from se_inject.blocks import build_block, check_block, check_values, has_identity_start, is_at_hand
 from se_inject.forwards.edited import original_class
 from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError
-from se_inject.finding import find_sites
+from se_inject.sites.finder import find_sites
 from se_inject.tracing.inputs import observe_model, shapes_of
 from se_inject.plans import Plan, already, check_trust
-from se_inject.positions import POSITIONS, Place, place_of
-from se_inject.sites import ATTENDED, NECK, Site, Sites
+from se_inject.sites.positions import POSITIONS, Place, place_of
+from se_inject.sites.selection import ATTENDED, NECK, Site, Sites
 from se_inject.steps import Step
 from se_inject.surgery import own_steps
 from se_inject.tables import counted

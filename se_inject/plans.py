@@ -33,9 +33,9 @@ from se_inject.errors import (
     UntrustedGlobals,
     printable,
 )
-from se_inject.finding import find_sites
+from se_inject.sites.finder import find_sites
 from se_inject.tracing.inputs import check_supported, inputs_from, observe_model, shapes_of
-from se_inject.positions import place_of
+from se_inject.sites.positions import place_of
 from se_inject.steps import Step
 from se_inject.surgery import inject_, steps_of
 from se_inject.tracing.observer import Trace

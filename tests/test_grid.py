@@ -14,7 +14,7 @@ from se_inject.errors import ExportError, NoSites, OptionError, PluginError, Sit
 from se_inject.grid import block_costs
 from se_inject.plotting import plot_grid
 from se_inject.report import grid_data, grid_text
-from se_inject.sites import NECK, Site, Sites
+from se_inject.sites.selection import NECK, Site, Sites
 from se_inject.starts import start_factor, start_factors
 from se_inject.tables import counted, percent
 from tests.common import build

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import se_inject.errors
-from se_inject.finding import find_sites
+from se_inject.sites.finder import find_sites
 from se_inject.tracing.inputs import observe_model
 from se_inject.planning import plan, plan_of
 from se_inject.plans import Plan

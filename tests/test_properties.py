@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from se_inject.errors import AlreadyInjected, InjectError, OptionError
-from se_inject.finding import find_sites
+from se_inject.sites.finder import find_sites
 from se_inject.tracing.inputs import observe_model
 from se_inject.planning import plan, plan_of
 from se_inject.plans import Plan
-from se_inject.positions import POSITIONS
+from se_inject.sites.positions import POSITIONS
 from se_inject.surgery import eject_, injected_blocks
 from tests.common import difference, portrait, same_portrait
 from tests.random_nets import networks

@@ -5,7 +5,7 @@ import torch
 
 import se_inject as si
 from se_inject.errors import NoSites, SiteNotFound
-from se_inject.sites import ATTENDED, DENSE, NECK, NESTED, OUTSIDE
+from se_inject.sites.selection import ATTENDED, DENSE, NECK, NESTED, OUTSIDE
 from tests.common import build
 
 STAGES = {

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from se_inject.checkpoints import load
 from se_inject.errors import UntrustedGlobals
 from se_inject.exporting import export
-from se_inject.finding import find_sites
+from se_inject.sites.finder import find_sites
 from se_inject.tracing.inputs import observe_model
 from se_inject.planning import plan
 from se_inject.surgery import eject_, injected_blocks

@@ -39,7 +39,7 @@ from torch.fx.passes.shape_prop import ShapeProp  # noqa: E402
 import se_inject as si  # noqa: E402
 from se_inject.tracing.substitutes import standing_in  # noqa: E402
 from se_inject.errors import InjectError, NoSites  # noqa: E402
-from se_inject.finding import find_sites  # noqa: E402
+from se_inject.sites.finder import find_sites  # noqa: E402
 from se_inject.tracing.inputs import observe_model, real_inputs  # noqa: E402
 from se_inject.tables import table  # noqa: E402
 from tests.common import build, randomise  # noqa: E402

@@ -7,7 +7,7 @@ import math
 from torch import fx
 
 from se_inject.tracing.nodes import function_name_of, sources
-from se_inject.operations import convolutions, is_bundle, is_data, operation, parent, prefixes
+from se_inject.sites.operations import convolutions, is_bundle, is_data, operation, parent, prefixes
 from se_inject.tracing.observer import OwnerGraph, Trace
 
 IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "setitem"})

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from se_inject.tracing.nodes import ancestors
 from se_inject.tracing.tracer import holds_tensor
-from se_inject.operations import any_prefix, convolutions, parent, prefixes
-from se_inject.sites import NECK, NESTED, STAGELESS, Site
+from se_inject.sites.operations import any_prefix, convolutions, parent, prefixes
+from se_inject.sites.selection import NECK, NESTED, STAGELESS, Site
 from se_inject.tracing.observer import Trace
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from se_inject.errors import OptionError
-from se_inject.finding import Finder
-from se_inject.operations import is_data, labels, returned
-from se_inject.sites import Site
+from se_inject.sites.finder import Finder
+from se_inject.sites.operations import is_data, labels, returned
+from se_inject.sites.selection import Site
 from se_inject.tracing.observer import OwnerGraph, Trace
 
 POSITIONS = ("standard", "pre", "post", "identity", "conv3x3")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from se_inject._values import Values
-from se_inject.operations import is_data, returned
+from se_inject.sites.editability import Values
+from se_inject.sites.operations import is_data, returned
 from se_inject.tracing.observer import OwnerGraph
 
 

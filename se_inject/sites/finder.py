@@ -24,13 +24,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from se_inject._chains import Chains
+from se_inject.sites.chains import Chains
 from se_inject.tracing.nodes import is_gating, sources
 from se_inject.forwards.programs import class_of
-from se_inject._staging import staged
-from se_inject._values import Values
-from se_inject._ways import Depths, lineage, shared_lineage
-from se_inject.operations import (
+from se_inject.sites.stages import staged
+from se_inject.sites.editability import Values
+from se_inject.sites.dataflow import Depths, lineage, shared_lineage
+from se_inject.sites.operations import (
     any_prefix,
     child_path,
     convolutions,
@@ -43,7 +43,7 @@ from se_inject.operations import (
     slice_origins,
     slices_channels,
 )
-from se_inject.sites import ATTENDED, DENSE, HEAD, INJECTED, NESTED, OUTSIDE, Refusal, Site, Sites
+from se_inject.sites.selection import ATTENDED, DENSE, HEAD, INJECTED, NESTED, OUTSIDE, Refusal, Site, Sites
 from se_inject.tracing.observer import OwnerGraph, Trace
 
 
