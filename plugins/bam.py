@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.layers import batch_norm, chosen, convolution, squeeze_width, zero_
+from se_inject.blocks.layers import batch_norm, chosen, convolution, squeeze_width, zero_
 
 
 class BottleneckAttention(nn.Module):

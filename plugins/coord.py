@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from se_inject.layers import squeeze_width, zero_
+from se_inject.blocks.layers import squeeze_width, zero_
 
 
 def _width(channels: int, reduction: float, divisor: int | None, least: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.errors import OptionError
-from se_inject.layers import convolution
+from se_inject.blocks.layers import convolution
 
 from ._layers import odd_kernel
 

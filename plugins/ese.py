@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from se_inject.layers import convolution, zero_
+from se_inject.blocks.layers import convolution, zero_
 
 
 class EffectiveSqueezeExcitation(nn.Module):

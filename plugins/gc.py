@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.layers import chosen, convolution, squeeze_width, zero_
+from se_inject.blocks.layers import chosen, convolution, squeeze_width, zero_
 
 
 class GlobalContext(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from se_inject.errors import OptionError
-from se_inject.layers import chosen, squeeze_width, zero_
+from se_inject.blocks.layers import chosen, squeeze_width, zero_
 
 
 class GatherExcite(nn.Module):

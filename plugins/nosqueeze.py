@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from se_inject.layers import Bottleneck, zero_
+from se_inject.blocks.layers import Bottleneck, zero_
 
 
 class NoSqueeze(Bottleneck):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from se_inject.layers import Bottleneck, chosen, convolution, zero_
+from se_inject.blocks.layers import Bottleneck, chosen, convolution, zero_
 
 
 class ConcurrentSqueezeExcitation(Bottleneck):

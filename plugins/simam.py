@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.layers import convolution, widened
+from se_inject.blocks.layers import convolution, widened
 
 
 class SimAM(nn.Module):

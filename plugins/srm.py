@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.layers import convolution, mean_and_deviation, zero_
+from se_inject.blocks.layers import convolution, mean_and_deviation, zero_
 
 
 class StyleRecalibration(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from se_inject.layers import zero_
+from se_inject.blocks.layers import zero_
 
 from ._layers import odd_kernel
 

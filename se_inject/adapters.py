@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from se_inject.atomic_files import atomic, write_through
 from se_inject._formats import described, form_of
 from se_inject.user_code import NoSuchFile, fact
-from se_inject.blocks import build_block
+from se_inject.blocks.registry import build_block
 from se_inject.errors import ExportError, InjectError, LoadError, OptionError, SurgeryError, printable
 from se_inject.tracing.inputs import check_supported
 from se_inject.planning import plan_of

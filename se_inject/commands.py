@@ -17,7 +17,7 @@ from se_inject import exporting, report, verification
 from se_inject._block_texts import parsed_blocks
 from se_inject.tracing.substitutes import preserved
 from se_inject.adapters import Adapter, read_adapter
-from se_inject.blocks import block_names, build_block, find_block, has_identity_start
+from se_inject.blocks.registry import block_names, build_block, find_block, has_identity_start
 from se_inject.forwards.edited import original_class
 from se_inject.checkpoints import describe, is_program, load, load_program
 from se_inject.cost import Latency, measure_latency

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from se_inject.forwards.vocabulary import is_plain_name
-from se_inject.blocks import build_block, check_block, check_values, has_identity_start, is_at_hand
+from se_inject.blocks.registry import build_block, check_block, check_values, has_identity_start, is_at_hand
 from se_inject.forwards.edited import original_class
 from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError
 from se_inject.sites.finder import find_sites

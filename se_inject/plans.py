@@ -21,7 +21,7 @@ from se_inject.atomic_files import atomic
 from se_inject.user_code import NoSuchFile
 from se_inject._schema import first_problem
 from se_inject.forwards.vocabulary import is_plain_name
-from se_inject.blocks import check_values
+from se_inject.blocks.registry import check_values
 from se_inject.forwards.edited import original_class
 from se_inject.cost import CostReport, cost_of_steps
 from se_inject.errors import (

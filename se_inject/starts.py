@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from se_inject.blocks import build_block
+from se_inject.blocks.registry import build_block
 from se_inject.errors import PluginError
 from se_inject.steps import Step
 

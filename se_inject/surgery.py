@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.blocks import build_block
+from se_inject.blocks.registry import build_block
 from se_inject.forwards.edited import generated_class, original_class
 from se_inject.editing import edited_graphs
 from se_inject.errors import InjectError, PluginError, SurgeryError

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from se_inject._comparison import TOLERANCES
 from se_inject._network import BATCHES
-from se_inject.blocks import Factory, find_block, has_identity_start
+from se_inject.blocks.registry import Factory, find_block, has_identity_start
 from se_inject.errors import InjectError, OptionError
 from se_inject.exporting import export
 

@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import se_inject as si
-from se_inject import blocks
+from se_inject.blocks import registry as blocks
 from se_inject.adapters import BackboneWarning, fingerprint, read_adapter
 from se_inject.errors import (
     AlreadyInjected,
@@ -384,7 +384,7 @@ def test_what_can_not_be_saved(network, path):
 
 def test_trust_reaches_the_plan(network, path, tmp_path):
     (tmp_path / "adapted_gates.py").write_text(
-        "from se_inject.blocks import SqueezeExcitation\nclass Gate(SqueezeExcitation):\n    pass\n"
+        "from se_inject.blocks.registry import SqueezeExcitation\nclass Gate(SqueezeExcitation):\n    pass\n"
     )
     place = f"{tmp_path}/adapted_gates.py"
     si.save_adapter(trained(network, block=f"{place}:Gate"), path)

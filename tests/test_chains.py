@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 import se_inject as si
-from se_inject import blocks
+from se_inject.blocks import registry as blocks
 from se_inject.errors import AlreadyInjected, OptionError, SurgeryError
 from se_inject.plans import Plan
 from tests.common import randomise

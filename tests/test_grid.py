@@ -140,7 +140,7 @@ def test_equal_blocks_are_measured_once(tmp_path):
         type(self).count += 1
         return x * 1
 """
-    from se_inject.blocks import find_block
+    from se_inject.blocks.registry import find_block
 
     name, counts = block_file(tmp_path, body), []
     for units in (1, 6):

@@ -364,7 +364,7 @@ def test_files_that_are_none(case, tmp_path):
 
 GATE = """
 import pathlib
-from se_inject.blocks import SqueezeExcitation
+from se_inject.blocks.registry import SqueezeExcitation
 
 pathlib.Path(__file__).with_name("ran").touch()
 

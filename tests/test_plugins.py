@@ -18,7 +18,7 @@ from timm.layers.coord_attn import CoordAttn
 from torch import nn
 
 import se_inject as si
-from se_inject.blocks import GROUP, block_names, block_options, find_block, has_identity_start
+from se_inject.blocks.registry import GROUP, block_names, block_options, find_block, has_identity_start
 from se_inject.errors import OptionError, PluginError
 from se_inject.testing import check_block
 from tests.common import TIMM_NAMES, build, outputs, randomise
@@ -647,7 +647,7 @@ STRANGER = """
 import sys
 import torch, torchvision
 import se_inject as si
-from se_inject.blocks import block_names
+from se_inject.blocks.registry import block_names
 
 torch.set_num_threads(1)
 assert block_names()["loudness"] == "my-gates"

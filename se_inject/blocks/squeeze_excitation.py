@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from se_inject.layers import Bottleneck, chosen, mean_and_deviation, zero_
+from se_inject.blocks.layers import Bottleneck, chosen, mean_and_deviation, zero_
 
 SQUEEZES = ("avg", "max", "avg+max", "std")
 GATES = ("sigmoid", "hard_sigmoid", "tanh", "relu")
