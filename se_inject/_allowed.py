@@ -38,7 +38,7 @@ BUILDERS = frozenset(
         "se_inject.forwards.programs.new_program",
         "se_inject.forwards.programs.program_class",
         "se_inject.forwards.edited.rebuild",
-        "se_inject.freezing.rebuild_frozen",
+        "se_inject.surgery.freeze.rebuild_frozen",
         "torch.Size",
         "torch.Tensor",
         "torch._tensor._rebuild_from_type_v2",

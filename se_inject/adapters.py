@@ -28,7 +28,7 @@ from se_inject.errors import ExportError, InjectError, LoadError, OptionError, S
 from se_inject.tracing.inputs import check_supported
 from se_inject.planning import plan_of
 from se_inject.plans import Plan
-from se_inject.surgery import injected_blocks
+from se_inject.surgery.swap import injected_blocks
 
 VERSION = 1
 _KEY = "se_inject_adapter"  # one entry: of several, safetensors 0.8 writes the order anew each time

@@ -19,7 +19,7 @@ from se_inject.tracing.inputs import example_of, observe_model
 from se_inject.planning import inject, plan, plan_of
 from se_inject.plans import Plan
 from se_inject.sites.selection import Site, Sites
-from se_inject.surgery import eject_
+from se_inject.surgery.swap import eject_
 from se_inject.training import Trainable, add_to_optimizer, freeze_backbone_, injected_parameters, trainable
 from se_inject.verification import Verdict, verify
 

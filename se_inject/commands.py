@@ -31,7 +31,7 @@ from se_inject.plans import Plan
 from se_inject.plotting import check_plot, plot_grid
 from se_inject.sites.selection import ATTENDED
 from se_inject.starts import start_factors
-from se_inject.surgery import eject_, own_steps
+from se_inject.surgery.swap import eject_, own_steps
 from se_inject.tables import as_json, counted, table
 
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from se_inject.tracing.substitutes import standing_in
 from se_inject.blocks.registry import build_block
 from se_inject.tracing.inputs import batch_of, real_inputs
-from se_inject.steps import Step
+from se_inject.surgery.step import Step
 from se_inject.tracing.observer import Trace
 
 _FREE = frozenset(

@@ -17,7 +17,7 @@ from se_inject.planning import plan
 from se_inject.plans import Plan
 from se_inject.sites.selection import ALL, ALL_BUT_LAST, Sites
 from se_inject.starts import start_factors
-from se_inject.steps import Step
+from se_inject.surgery.step import Step
 
 PAPER_RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0)
 """The reduction ratios of the paper's Table 10."""

@@ -20,8 +20,8 @@ from se_inject.tracing.inputs import observe_model, shapes_of
 from se_inject.plans import Plan, already, check_trust
 from se_inject.sites.positions import POSITIONS, Place, place_of
 from se_inject.sites.selection import ATTENDED, NECK, Site, Sites
-from se_inject.steps import Step
-from se_inject.surgery import own_steps
+from se_inject.surgery.step import Step
+from se_inject.surgery.swap import own_steps
 from se_inject.tables import counted
 from se_inject.tracing.observer import Trace
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from se_inject import report
 from se_inject.atomic_files import atomic
 from se_inject.user_code import NoSuchFile
-from se_inject._schema import first_problem
+from se_inject.surgery.schema import first_problem
 from se_inject.forwards.vocabulary import is_plain_name
 from se_inject.blocks.registry import check_values
 from se_inject.forwards.edited import original_class
@@ -36,8 +36,8 @@ from se_inject.errors import (
 from se_inject.sites.finder import find_sites
 from se_inject.tracing.inputs import check_supported, inputs_from, observe_model, shapes_of
 from se_inject.sites.positions import place_of
-from se_inject.steps import Step
-from se_inject.surgery import inject_, steps_of
+from se_inject.surgery.step import Step
+from se_inject.surgery.swap import inject_, steps_of
 from se_inject.tracing.observer import Trace
 
 LARGEST = 2**32

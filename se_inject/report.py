@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from se_inject.grid import BlockCost, CostGrid
     from se_inject.plans import Plan
     from se_inject.sites.selection import Sites
-    from se_inject.steps import Step
+    from se_inject.surgery.step import Step
     from se_inject.training import Trainable
     from se_inject.verification import Verdict
 

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from se_inject import report
 from se_inject.errors import OptionError, SurgeryError
-from se_inject.freezing import freeze_statistics_, thaw_statistics_
-from se_inject.surgery import injected_blocks
+from se_inject.surgery.freeze import freeze_statistics_, thaw_statistics_
+from se_inject.surgery.swap import injected_blocks
 
 
 @dataclass(frozen=True)

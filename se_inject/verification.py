@@ -19,8 +19,8 @@ from se_inject._runs import Seen, difference, first_line, observed_in_eval, obse
 from se_inject.forwards.edited import original_class
 from se_inject.errors import VerificationError
 from se_inject.tracing.inputs import check_has_numbers, copied, observe_model, real_inputs
-from se_inject.steps import Step
-from se_inject.surgery import injected_blocks, steps_of
+from se_inject.surgery.step import Step
+from se_inject.surgery.swap import injected_blocks, steps_of
 from se_inject.tables import counted
 from se_inject.tracing.observer import Trace
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import se_inject as si
-from se_inject import _schema
+from se_inject.surgery import schema as _schema
 from tests.test_cli import SITES, SMALL, document, files, same, se_inject, tiny  # noqa: F401
 
 GATES = '''

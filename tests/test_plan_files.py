@@ -14,7 +14,7 @@ import torchvision
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import se_inject as si
-from se_inject import _schema
+from se_inject.surgery import schema as _schema
 from se_inject.errors import (
     ExportError,
     InjectError,

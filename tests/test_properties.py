@@ -23,7 +23,7 @@ from se_inject.tracing.inputs import observe_model
 from se_inject.planning import plan, plan_of
 from se_inject.plans import Plan
 from se_inject.sites.positions import POSITIONS
-from se_inject.surgery import eject_, injected_blocks
+from se_inject.surgery.swap import eject_, injected_blocks
 from tests.common import difference, portrait, same_portrait
 from tests.random_nets import networks
 from tests.random_parts import Dense, Hourglass, Joined, Partial, Residual, Shuffled

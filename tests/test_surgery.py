@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import se_inject as si
-from se_inject import surgery
+from se_inject.surgery import swap as surgery
 from se_inject.errors import SurgeryError
 from tests.common import build, outputs, randomise
 

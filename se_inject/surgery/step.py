@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from se_inject._schema import first_problem
+from se_inject.surgery.schema import first_problem
 from se_inject.errors import LoadError
 
 

@@ -13,7 +13,7 @@ from se_inject.forwards.vocabulary import encoded
 from se_inject.forwards.edited import graph_data
 from se_inject.errors import SurgeryError
 from se_inject.sites.operations import labels, returned
-from se_inject.steps import Step
+from se_inject.surgery.step import Step
 from se_inject.tracing.observer import Trace
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from se_inject.blocks.registry import build_block
 from se_inject.forwards.edited import generated_class, original_class
-from se_inject.editing import edited_graphs
+from se_inject.surgery.edit import edited_graphs
 from se_inject.errors import InjectError, PluginError, SurgeryError
-from se_inject.freezing import class_when_thawed, thaw_statistics_
-from se_inject.steps import Step
+from se_inject.surgery.freeze import class_when_thawed, thaw_statistics_
+from se_inject.surgery.step import Step
 from se_inject.tracing.observer import Trace
 
 
