@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from se_inject.blocks.registry import block_names, block_options, build_block, check_block, check_options, has_identity_start
-from se_inject.cost import Cost, CostRow, cost_of_steps, rows_of_steps
+from se_inject.cost.counting import Cost, CostRow, cost_of_steps, rows_of_steps
 from se_inject.errors import InjectError, NoSites, OptionError, SiteNotFound
 from se_inject.sites.finder import find_sites
 from se_inject.planning import plan

@@ -23,7 +23,7 @@ from se_inject.surgery.schema import first_problem
 from se_inject.forwards.vocabulary import is_plain_name
 from se_inject.blocks.registry import check_values
 from se_inject.forwards.edited import original_class
-from se_inject.cost import CostReport, cost_of_steps
+from se_inject.cost.counting import CostReport, cost_of_steps
 from se_inject.errors import (
     AlreadyInjected,
     InjectError,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from se_inject.tables import counted, percent, short, table
 
 if TYPE_CHECKING:
-    from se_inject.cost import Cost, CostReport, CostRow, Latency
+    from se_inject.cost.counting import Cost, CostReport, CostRow, Latency
     from se_inject.exporting import Exported
     from se_inject.grid import BlockCost, CostGrid
     from se_inject.plans import Plan

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 import se_inject as si
-from se_inject.cost import Cost, CostReport, CostRow, Latency, measure_latency
+from se_inject.cost.counting import Cost, CostReport, CostRow, Latency, measure_latency
 from se_inject.report import cost_lines
 
 SIZES = {1: (50,), 2: (10, 6), 3: (4, 6, 5)}
@@ -199,7 +199,7 @@ def test_a_network_against_itself_is_timed_twice():
 
 def test_latency_sees_which_of_the_two_is_slower(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("se_inject.cost.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("se_inject.cost.counting.time.perf_counter", lambda: clock[0])
     calls = []
 
     def takes(name, seconds):
@@ -217,7 +217,7 @@ def test_latency_sees_which_of_the_two_is_slower(monkeypatch):
 
 def test_a_slow_network_is_timed_at_least_eight_times(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("se_inject.cost.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("se_inject.cost.counting.time.perf_counter", lambda: clock[0])
 
     def slow():
         clock[0] += 100

@@ -102,7 +102,7 @@ def plan_one(name):
     if detection or convolutions <= 2:  # two: a patch embedding
         row["conv_share"] = 1.0 if detection else 0.0
     else:
-        from se_inject.cost import cost_of_model
+        from se_inject.cost.counting import cost_of_model
 
         total = cost_of_model(network, trace)[0].macs
         batch = next(t.shape[0] for t in torch.utils._pytree.tree_leaves(trace.inputs) if isinstance(t, torch.Tensor))
