@@ -26,8 +26,8 @@ from se_inject.user_code import NoSuchFile, fact
 from se_inject.blocks.registry import build_block
 from se_inject.errors import ExportError, InjectError, LoadError, OptionError, SurgeryError, printable
 from se_inject.tracing.inputs import check_supported
-from se_inject.planning import plan_of
-from se_inject.plans import Plan
+from se_inject.plans.planner import plan_of
+from se_inject.plans.value import Plan
 from se_inject.surgery.swap import injected_blocks
 
 VERSION = 1

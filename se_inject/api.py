@@ -14,10 +14,10 @@ from se_inject.errors import InjectError
 from se_inject.exporting import Exported
 from se_inject.exporting import export as _export
 from se_inject.sites.finder import find_sites as _find_sites
-from se_inject.grid import CostGrid, cost_grid
+from se_inject.plans.grid import CostGrid, cost_grid
 from se_inject.tracing.inputs import example_of, observe_model
-from se_inject.planning import inject, plan, plan_of
-from se_inject.plans import Plan
+from se_inject.plans.planner import inject, plan, plan_of
+from se_inject.plans.value import Plan
 from se_inject.sites.selection import Site, Sites
 from se_inject.surgery.swap import eject_
 from se_inject.training import Trainable, add_to_optimizer, freeze_backbone_, injected_parameters, trainable

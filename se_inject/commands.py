@@ -13,7 +13,9 @@ import click
 import torch
 from torch import nn
 
-from se_inject import exporting, report, verification
+from se_inject import exporting, verification
+
+from se_inject.plans import text as report
 from se_inject._block_texts import parsed_blocks
 from se_inject.tracing.substitutes import preserved
 from se_inject.adapters import Adapter, read_adapter
@@ -23,14 +25,14 @@ from se_inject.checkpoints import describe, is_program, load, load_program
 from se_inject.cost.counting import Latency, measure_latency
 from se_inject.errors import InjectError, OptionError
 from se_inject.sites.finder import find_sites
-from se_inject.grid import EACH, block_costs, cost_grid
+from se_inject.plans.grid import EACH, block_costs, cost_grid
 from se_inject.tracing.inputs import example_of, observe_model, parse_shape, real_inputs
 from se_inject.outputs import check_outputs, write_all
-from se_inject.planning import plan
-from se_inject.plans import Plan
-from se_inject.plotting import check_plot, plot_grid
+from se_inject.plans.planner import plan
+from se_inject.plans.value import Plan
+from se_inject.plans.plot import check_plot, plot_grid
 from se_inject.sites.selection import ATTENDED
-from se_inject.starts import start_factors
+from se_inject.plans.starts import start_factors
 from se_inject.surgery.swap import eject_, own_steps
 from se_inject.tables import as_json, counted, table
 

@@ -14,7 +14,7 @@ from se_inject import exporting
 from se_inject.atomic_files import atomic_all, check_all_writable
 from se_inject.adapters import write_adapter
 from se_inject.exporting import Exported
-from se_inject.plans import Plan
+from se_inject.plans.value import Plan
 
 
 def check_outputs(paths: Sequence[str | os.PathLike[str]], *, force: bool = False, **options: Any) -> None:

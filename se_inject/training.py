@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from se_inject import report
+from se_inject.plans import text as report
 from se_inject.errors import OptionError, SurgeryError
 from se_inject.surgery.freeze import freeze_statistics_, thaw_statistics_
 from se_inject.surgery.swap import injected_blocks

@@ -11,7 +11,7 @@ from torchvision.models.resnet import BasicBlock
 import se_inject as si
 from se_inject.blocks import registry as blocks
 from se_inject.errors import AlreadyInjected, OptionError, SurgeryError
-from se_inject.plans import Plan
+from se_inject.plans.value import Plan
 from tests.common import randomise
 
 POSITIONS = ["standard", "pre", "post", "identity", "conv3x3"]

@@ -11,11 +11,11 @@ from torchvision.models.resnet import BasicBlock
 
 import se_inject as si
 from se_inject.errors import ExportError, NoSites, OptionError, PluginError, SiteNotFound
-from se_inject.grid import block_costs
-from se_inject.plotting import plot_grid
-from se_inject.report import grid_data, grid_text
+from se_inject.plans.grid import block_costs
+from se_inject.plans.plot import plot_grid
+from se_inject.plans.text import grid_data, grid_text
 from se_inject.sites.selection import NECK, Site, Sites
-from se_inject.starts import start_factor, start_factors
+from se_inject.plans.starts import start_factor, start_factors
 from se_inject.tables import counted, percent
 from tests.common import build
 
@@ -314,7 +314,7 @@ def test_a_picture_of_the_grid(tmp_path, block, suffix, start):
 def test_a_picture_shows_what_the_grid_says(tmp_path):
     from matplotlib.figure import Figure
 
-    from se_inject.plotting import _draw
+    from se_inject.plans.plot import _draw
 
     grid = si.cost_grid(Net(), X, reductions=[2, 8])
     axes = Figure().subplots()

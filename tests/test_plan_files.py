@@ -23,7 +23,7 @@ from se_inject.errors import (
     SurgeryError,
     UntrustedGlobals,
 )
-from se_inject.plans import Plan
+from se_inject.plans.value import Plan
 from tests.common import randomise
 
 STORED = Path(__file__).parent / "data" / "plan_v1.json"

@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import se_inject as si
 from se_inject.errors import AlreadyInjected, LoadError, OptionError, SurgeryError, TraceError, UnsupportedModel
-from se_inject.plans import Plan
+from se_inject.plans.value import Plan
 from tests.common import build, randomise
 
 POSITIONS = ["standard", "pre", "post", "identity", "conv3x3"]

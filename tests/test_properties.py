@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from se_inject.errors import AlreadyInjected, InjectError, OptionError
 from se_inject.sites.finder import find_sites
 from se_inject.tracing.inputs import observe_model
-from se_inject.planning import plan, plan_of
-from se_inject.plans import Plan
+from se_inject.plans.planner import plan, plan_of
+from se_inject.plans.value import Plan
 from se_inject.sites.positions import POSITIONS
 from se_inject.surgery.swap import eject_, injected_blocks
 from tests.common import difference, portrait, same_portrait

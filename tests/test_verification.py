@@ -10,7 +10,7 @@ from torchvision.ops import StochasticDepth
 import se_inject as si
 from se_inject import verification
 from se_inject.errors import VerificationError
-from se_inject.planning import plan
+from se_inject.plans.planner import plan
 from se_inject.verification import Check, Verdict
 from tests.common import randomise
 

@@ -13,10 +13,10 @@ from se_inject.blocks.registry import block_names, block_options, build_block, c
 from se_inject.cost.counting import Cost, CostRow, cost_of_steps, rows_of_steps
 from se_inject.errors import InjectError, NoSites, OptionError, SiteNotFound
 from se_inject.sites.finder import find_sites
-from se_inject.planning import plan
-from se_inject.plans import Plan
+from se_inject.plans.planner import plan
+from se_inject.plans.value import Plan
 from se_inject.sites.selection import ALL, ALL_BUT_LAST, Sites
-from se_inject.starts import start_factors
+from se_inject.plans.starts import start_factors
 from se_inject.surgery.step import Step
 
 PAPER_RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0)

@@ -17,7 +17,7 @@ from se_inject.forwards.edited import original_class
 from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError
 from se_inject.sites.finder import find_sites
 from se_inject.tracing.inputs import observe_model, shapes_of
-from se_inject.plans import Plan, already, check_trust
+from se_inject.plans.value import Plan, already, check_trust
 from se_inject.sites.positions import POSITIONS, Place, place_of
 from se_inject.sites.selection import ATTENDED, NECK, Site, Sites
 from se_inject.surgery.step import Step

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from se_inject.atomic_files import atomic, check_writable
 from se_inject.errors import ExportError, OptionError
-from se_inject.report import FIGURES
+from se_inject.plans.text import FIGURES
 
 if TYPE_CHECKING:
-    from se_inject.grid import CostGrid
+    from se_inject.plans.grid import CostGrid
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from se_inject import report
+from se_inject.plans import text as report
 from se_inject.atomic_files import atomic
 from se_inject.user_code import NoSuchFile
 from se_inject.surgery.schema import first_problem
