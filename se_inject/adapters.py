@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.atomic_files import atomic, write_through
-from se_inject._formats import described, form_of
+from se_inject.loading.formats import described, form_of
 from se_inject.user_code import NoSuchFile, fact
 from se_inject.blocks.registry import build_block
 from se_inject.errors import ExportError, InjectError, LoadError, OptionError, SurgeryError, printable

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from se_inject.adapters import BackboneWarning, load_adapter, load_adapter_, save_adapter
-from se_inject.checkpoints import load, load_weights_
+from se_inject.loading.models import load, load_weights_
 from se_inject.cost.counting import CostReport
 from se_inject.errors import InjectError
 from se_inject.exporting import Exported

@@ -21,7 +21,7 @@ from se_inject.tracing.substitutes import preserved
 from se_inject.adapters import Adapter, read_adapter
 from se_inject.blocks.registry import block_names, build_block, find_block, has_identity_start
 from se_inject.forwards.edited import original_class
-from se_inject.checkpoints import describe, is_program, load, load_program
+from se_inject.loading.models import describe, is_program, load, load_program
 from se_inject.cost.counting import Latency, measure_latency
 from se_inject.errors import InjectError, OptionError
 from se_inject.sites.finder import find_sites

@@ -114,7 +114,7 @@ def check_against_file(network: nn.Module, program: Any, trace: Trace) -> Check:
         program: what ``load_program`` gave for the same file.
         trace: an observed call of the network.
     """
-    from se_inject._from_exports import arguments_of
+    from se_inject.loading.exported.network import arguments_of
 
     name = "same output as the file"
     is_exported = isinstance(program, torch.export.ExportedProgram)

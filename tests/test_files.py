@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import se_inject as si
-from se_inject._architectures import architectures_of
-from se_inject.checkpoints import NoSuchFile, describe, load, load_program, load_weights_
+from se_inject.loading.architectures import architectures_of
+from se_inject.loading.models import NoSuchFile, describe, load, load_program, load_weights_
 from se_inject.cli import cli
 from se_inject.errors import LoadError, OptionError
 from tests.common import build, outputs, randomise

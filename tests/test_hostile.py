@@ -16,11 +16,12 @@ import torchvision
 from torch import nn
 
 import se_inject as si
-from se_inject import _formats, _scripted
+from se_inject.loading import formats as _formats
+from se_inject.loading.torchscript import reader as _scripted
 from se_inject.forwards import programs as _programs
 from se_inject.forwards import vocabulary as _vocabulary
 from se_inject.forwards import edited as bodies
-from se_inject.checkpoints import load, load_program, load_weights_
+from se_inject.loading.models import load, load_program, load_weights_
 from se_inject.errors import LoadError, UntrustedGlobals
 from tests import hostile
 from tests.fuzz.run import peak_bytes

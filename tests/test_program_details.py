@@ -15,7 +15,7 @@ from torch import nn
 
 import se_inject as si
 from se_inject import cli
-from se_inject.checkpoints import load_program
+from se_inject.loading.models import load_program
 from se_inject.errors import LoadError, NoSites, UnsupportedModel
 from se_inject.tracing.inputs import inferred_shapes, observe_model
 from se_inject.verification import check_against_file

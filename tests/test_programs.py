@@ -12,9 +12,9 @@ import torchvision
 from torch import nn
 
 import se_inject as si
-from se_inject._program_layers import FixedBatchNorm
+from se_inject.loading.layers import FixedBatchNorm
 from se_inject.forwards.programs import Program, new_program, program_class, program_module
-from se_inject.checkpoints import load_program
+from se_inject.loading.models import load_program
 from se_inject.cli import cli
 from se_inject.errors import LoadError
 from se_inject.tracing.inputs import observe_model

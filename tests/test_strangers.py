@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from se_inject.checkpoints import load
+from se_inject.loading.models import load
 from se_inject.errors import UntrustedGlobals
 from se_inject.exporting import export
 from se_inject.sites.finder import find_sites

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject._archives import SLACK_BYTES
+from se_inject.loading.zip_archive import SLACK_BYTES
 
 _LARGEST = 2**63
 _LARGEST_KEY = 2**61 - 1  # from here on, integers can be chosen to share one hash

@@ -28,9 +28,9 @@ from typing import IO, Any
 import torch
 from torch.export import ExportedProgram
 
-from se_inject._archives import Archive
-from se_inject._builders import check_view
-from se_inject._unpickling import unpickle
+from se_inject.loading.zip_archive import Archive
+from se_inject.loading.pickles.constructors import check_view
+from se_inject.loading.pickles.containers import unpickle
 from se_inject.forwards.vocabulary import checked_path, function_named
 from se_inject.errors import LoadError
 

@@ -21,13 +21,13 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from se_inject._allowed import NETWORKS, within
-from se_inject._architectures import architectures_of
-from se_inject._contents import holds_inert
-from se_inject._formats import PICKLES, PROGRAMS, form_of, unreadable
+from se_inject.loading.pickles.allowlist import NETWORKS, within
+from se_inject.loading.architectures import architectures_of
+from se_inject.loading.pickles.module_checks import holds_inert
+from se_inject.loading.formats import PICKLES, PROGRAMS, form_of, unreadable
 from se_inject.user_code import ZOOS, NoSuchFile, did_you_mean, fact, from_code, from_zoo, importable
-from se_inject._unpickling import unpickle
-from se_inject._weights import (
+from se_inject.loading.pickles.containers import unpickle
+from se_inject.loading.weights import (
     contents,
     differences,
     is_state_dict,
@@ -186,8 +186,8 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram | torch.jit.Sc
         form = form_of(file)
         if form not in PROGRAMS:
             raise LoadError(f"`{path}` is neither an exported program nor a TorchScript archive")
-        from se_inject._exported import exported_program
-        from se_inject._scripted import script_module
+        from se_inject.loading.exported.reader import exported_program
+        from se_inject.loading.torchscript.reader import script_module
 
         return _read(path, lambda: exported_program(file) if form == "pt2" else script_module(file)[0])
 
@@ -216,7 +216,7 @@ def describe(source: str | os.PathLike[str], model: nn.Module, arch: str | None 
         form = form_of(file)
         writer = _WRITERS[form]
         if form == "pt2":
-            from se_inject._exported import torch_version
+            from se_inject.loading.exported.reader import torch_version
 
             writer += f", torch {torch_version(file)}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -275,10 +275,10 @@ def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
 
 def _network(path: Path, file: IO[bytes], form: str) -> nn.Module:
     """The program in an archive, as an ordinary network."""
-    from se_inject._exported import exported_program
-    from se_inject._from_exports import network_from_export
-    from se_inject._from_scripts import network_from_script
-    from se_inject._scripted import script_module
+    from se_inject.loading.exported.reader import exported_program
+    from se_inject.loading.exported.network import network_from_export
+    from se_inject.loading.torchscript.network import network_from_script
+    from se_inject.loading.torchscript.reader import script_module
 
     program: tuple[Any, ...] = _read(path, lambda: (exported_program(file),) if form == "pt2" else script_module(file))
     try:

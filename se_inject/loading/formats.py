@@ -9,7 +9,7 @@ import struct
 from os import PathLike, fspath
 from typing import IO
 
-from se_inject._archives import Archive
+from se_inject.loading.zip_archive import Archive
 from se_inject.errors import LoadError
 
 PICKLES = ("zip", "legacy", "plain")

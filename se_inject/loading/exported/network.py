@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, unflatten
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from se_inject._program_layers import assembled, container
+from se_inject.loading.layers import assembled, container
 from se_inject.forwards.programs import is_name
 from se_inject.forwards.vocabulary import encoded, function_name
 from se_inject.errors import LoadError, SurgeryError

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject._allowed import within
-from se_inject._pickles import Inert, Reading
+from se_inject.loading.pickles.allowlist import within
+from se_inject.loading.pickles.unpickler import Inert, Reading
 from se_inject.forwards.programs import Program, check_program
 from se_inject.forwards.edited import check_targets
 from se_inject.errors import LoadError
