@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from se_inject._comparison import TOLERANCES, Check, Rejected, difference, reason, tensors
+from se_inject.verification.comparison import TOLERANCES, Check, Rejected, difference, reason, tensors
 from se_inject.tracing.failures import describe
 from se_inject.tracing.substitutes import preserved
 from se_inject._targets import Conversion

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from se_inject._comparison import Rejected, tensors
+from se_inject.verification.comparison import Rejected, tensors
 from se_inject._network import Network, Written
 from se_inject.errors import ExportError
 

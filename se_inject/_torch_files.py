@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from se_inject._comparison import Rejected, same_value
+from se_inject.verification.comparison import Rejected, same_value
 from se_inject.atomic_files import write_through
 from se_inject._network import Network, Written
 from se_inject.forwards.programs import Program

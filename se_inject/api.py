@@ -21,7 +21,7 @@ from se_inject.plans.value import Plan
 from se_inject.sites.selection import Site, Sites
 from se_inject.surgery.swap import eject_
 from se_inject.training import Trainable, add_to_optimizer, freeze_backbone_, injected_parameters, trainable
-from se_inject.verification import Verdict, verify
+from se_inject.verification.checks import Verdict, verify
 
 
 def find_sites(model: nn.Module, example_inputs: Any = None, example_kwargs: dict[str, Any] | None = None) -> Sites:

@@ -13,7 +13,9 @@ import click
 import torch
 from torch import nn
 
-from se_inject import exporting, verification
+from se_inject import exporting
+
+from se_inject.verification import checks as verification
 
 from se_inject.plans import text as report
 from se_inject._block_texts import parsed_blocks

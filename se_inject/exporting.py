@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from se_inject._comparison import Check, reason
+from se_inject.verification.comparison import Check, reason
 from se_inject.atomic_files import atomic_all, check_all_writable, no_space
 from se_inject._network import Network, Written, untouched
 from se_inject._onnx import write_onnx

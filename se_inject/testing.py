@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from se_inject._comparison import TOLERANCES
+from se_inject.verification.comparison import TOLERANCES
 from se_inject._network import BATCHES
 from se_inject.blocks.registry import Factory, find_block, has_identity_start
 from se_inject.errors import InjectError, OptionError

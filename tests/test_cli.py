@@ -482,7 +482,7 @@ def test_help_and_version(se_inject, arguments):
 
 
 def test_a_check_that_fails_is_exit_code_1_and_no_file(se_inject, tiny, monkeypatch):
-    from se_inject import verification
+    from se_inject.verification import checks as verification
 
     def failing(*_, **__):
         return verification.Verdict((verification.Check("weights kept", False, "one is gone"),))
@@ -496,7 +496,7 @@ def test_a_check_that_fails_is_exit_code_1_and_no_file(se_inject, tiny, monkeypa
 
 
 def test_a_check_that_fails_is_in_the_json(se_inject, tiny, monkeypatch):
-    from se_inject import verification
+    from se_inject.verification import checks as verification
 
     verdict = verification.Verdict((verification.Check("weights kept", False, "one is gone"),))
     monkeypatch.setattr(verification, "verify", lambda *_, **__: verdict)

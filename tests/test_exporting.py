@@ -21,7 +21,7 @@ from torch import nn
 from se_inject import _onnx, exporting
 
 from se_inject import atomic_files as _files
-from se_inject._comparison import TOLERANCES, difference
+from se_inject.verification.comparison import TOLERANCES, difference
 from se_inject._network import _at_batch
 from se_inject.errors import ExportError, OptionError
 from se_inject.exporting import export, export_all

@@ -16,7 +16,7 @@ from se_inject.tracing.inputs import observe_model
 from se_inject.plans.planner import plan, plan_of
 from se_inject.plans.value import Plan
 from se_inject.surgery.swap import eject_, injected_blocks
-from se_inject.verification import verify
+from se_inject.verification.checks import verify
 from tests.common import difference, portrait, same_portrait
 from tests.hazards import HAZARDS
 

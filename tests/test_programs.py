@@ -18,7 +18,7 @@ from se_inject.loading.models import load_program
 from se_inject.cli import cli
 from se_inject.errors import LoadError
 from se_inject.tracing.inputs import observe_model
-from se_inject.verification import check_against_file
+from se_inject.verification.checks import check_against_file
 from tests.common import IMAGES, build, randomise, same, same_state, write
 
 

@@ -14,7 +14,7 @@ from se_inject.sites.finder import find_sites
 from se_inject.tracing.inputs import observe_model
 from se_inject.plans.planner import plan
 from se_inject.surgery.swap import eject_, injected_blocks
-from se_inject.verification import verify
+from se_inject.verification.checks import verify
 from tests.strangers import STRANGERS
 
 EXPORTED = ("WaveNet", "VNet", "RowsDetector", "ChangeDetector", "CRNN", "SuperResolution", "SpeechSeparation")

@@ -8,10 +8,10 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import StochasticDepth
 
 import se_inject as si
-from se_inject import verification
+from se_inject.verification import checks as verification
 from se_inject.errors import VerificationError
 from se_inject.plans.planner import plan
-from se_inject.verification import Check, Verdict
+from se_inject.verification.checks import Check, Verdict
 from tests.common import randomise
 
 CHECKS = [
@@ -240,7 +240,7 @@ def test_sabotage_is_found_by_the_checks_that_look_at_it(sabotage, expected, det
 
 def fresh(network, injected):
     """As the command line asks: right after the injection."""
-    from se_inject.verification import verify
+    from se_inject.verification.checks import verify
 
     return verify(network, injected, trace=plan(network, X).trace, fresh=True)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from se_inject.sites.selection import Sites
     from se_inject.surgery.step import Step
     from se_inject.training import Trainable
-    from se_inject.verification import Verdict
+    from se_inject.verification.checks import Verdict
 
 # -- sites -------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from se_inject._comparison import same_value
+from se_inject.verification.comparison import same_value
 from se_inject.tracing.failures import describe
-from se_inject._runs import Seen, difference, first_line, observed_in_eval, observed_in_training, run, run_awake, seeded
+from se_inject.verification.calls import Seen, difference, first_line, observed_in_eval, observed_in_training, run, run_awake, seeded
 from se_inject.forwards.edited import original_class
 from se_inject.errors import VerificationError
 from se_inject.tracing.inputs import check_has_numbers, copied, observe_model, real_inputs

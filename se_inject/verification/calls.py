@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_flatten
 
-from se_inject._comparison import same_numbers
+from se_inject.verification.comparison import same_numbers
 from se_inject.tracing.substitutes import preserved
 from se_inject.tracing.tracer import random_state, set_random_state
 from se_inject.tracing.inputs import SMALL_SIDE, copied, cropped, real_inputs
