@@ -11,8 +11,8 @@ from se_inject.adapters import BackboneWarning, load_adapter, load_adapter_, sav
 from se_inject.loading.models import load, load_weights_
 from se_inject.cost.counting import CostReport
 from se_inject.errors import InjectError
-from se_inject.exporting import Exported
-from se_inject.exporting import export as _export
+from se_inject.exporting.exporter import Exported
+from se_inject.exporting.exporter import export as _export
 from se_inject.sites.finder import find_sites as _find_sites
 from se_inject.plans.grid import CostGrid, cost_grid
 from se_inject.tracing.inputs import example_of, observe_model

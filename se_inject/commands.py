@@ -13,7 +13,7 @@ import click
 import torch
 from torch import nn
 
-from se_inject import exporting
+from se_inject.exporting import exporter as exporting
 
 from se_inject.verification import checks as verification
 
@@ -29,7 +29,7 @@ from se_inject.errors import InjectError, OptionError
 from se_inject.sites.finder import find_sites
 from se_inject.plans.grid import EACH, block_costs, cost_grid
 from se_inject.tracing.inputs import example_of, observe_model, parse_shape, real_inputs
-from se_inject.outputs import check_outputs, write_all
+from se_inject.exporting.outputs import check_outputs, write_all
 from se_inject.plans.planner import plan
 from se_inject.plans.value import Plan
 from se_inject.plans.plot import check_plot, plot_grid

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.verification.comparison import TOLERANCES
-from se_inject._network import BATCHES
+from se_inject.exporting.reference import BATCHES
 from se_inject.blocks.registry import Factory, find_block, has_identity_start
 from se_inject.errors import InjectError, OptionError
-from se_inject.exporting import export
+from se_inject.exporting.exporter import export
 
 SIZES = {1: (12,), 2: (9, 8), 3: (5, 6, 4)}
 """The spatial size of the values, by rank; sides differ so that a swap of two is seen."""

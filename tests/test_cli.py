@@ -909,7 +909,7 @@ def test_a_full_disk_leaves_nothing_behind(se_inject, tiny, name, monkeypatch):
 
 
 def test_an_interrupt_is_exit_code_1(se_inject, tiny, monkeypatch):
-    from se_inject import exporting
+    from se_inject.exporting import exporter as exporting
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt

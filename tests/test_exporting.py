@@ -18,13 +18,15 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from se_inject import _onnx, exporting
+from se_inject.exporting import onnx as _onnx
+
+from se_inject.exporting import exporter as exporting
 
 from se_inject import atomic_files as _files
 from se_inject.verification.comparison import TOLERANCES, difference
-from se_inject._network import _at_batch
+from se_inject.exporting.reference import _at_batch
 from se_inject.errors import ExportError, OptionError
-from se_inject.exporting import export, export_all
+from se_inject.exporting.exporter import export, export_all
 from tests.common import randomise
 
 SUFFIXES = [".onnx", ".ts", ".torchscript", ".pt2", ".pt", ".pth"]
@@ -473,7 +475,7 @@ def test_nothing_is_printed_or_logged(out, capfd, caplog):
 
 @pytest.mark.parametrize(
     ("suffix", "loader"),
-    [(".onnx", "se_inject._onnx._in_onnxruntime"), (".ts", "torch.jit.load"), (".pt", "torch.load")],
+    [(".onnx", "se_inject.exporting.onnx._in_onnxruntime"), (".ts", "torch.jit.load"), (".pt", "torch.load")],
 )
 def test_a_mismatch_leaves_no_file(suffix, loader, out, monkeypatch):
     wrong = net().eval()

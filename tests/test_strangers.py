@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from se_inject.loading.models import load
 from se_inject.errors import UntrustedGlobals
-from se_inject.exporting import export
+from se_inject.exporting.exporter import export
 from se_inject.sites.finder import find_sites
 from se_inject.tracing.inputs import observe_model
 from se_inject.plans.planner import plan

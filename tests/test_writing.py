@@ -242,7 +242,7 @@ def test_an_adapter_that_does_not_give_back_what_was_written_does_not_appear(tmp
 
 
 def test_files_of_every_kind_appear_together_or_not_at_all(tmp_path, monkeypatch):
-    from se_inject import outputs
+    from se_inject.exporting import outputs
 
     network, images = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.rand(2, 3, 8, 8)
     plan = si.plan(network, images, at="*")

@@ -10,7 +10,7 @@ from se_inject.tables import counted, percent, short, table
 
 if TYPE_CHECKING:
     from se_inject.cost.counting import Cost, CostReport, CostRow, Latency
-    from se_inject.exporting import Exported
+    from se_inject.exporting.exporter import Exported
     from se_inject.plans.grid import BlockCost, CostGrid
     from se_inject.plans.value import Plan
     from se_inject.sites.selection import Sites

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from se_inject import exporting
+from se_inject.exporting import exporter as exporting
 from se_inject.atomic_files import atomic_all, check_all_writable
 from se_inject.adapters import write_adapter
-from se_inject.exporting import Exported
+from se_inject.exporting.exporter import Exported
 from se_inject.plans.value import Plan
 
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from se_inject.verification.comparison import TOLERANCES, Check, Rejected, difference, reason, tensors
 from se_inject.tracing.failures import describe
 from se_inject.tracing.substitutes import preserved
-from se_inject._targets import Conversion
+from se_inject.exporting.conversion import Conversion
 from se_inject.errors import ExportError
 from se_inject.tracing.inputs import SMALL_SIDE, copied, cropped
 

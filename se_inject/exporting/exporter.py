@@ -24,12 +24,12 @@ from torch import nn
 
 from se_inject.verification.comparison import Check, reason
 from se_inject.atomic_files import atomic_all, check_all_writable, no_space
-from se_inject._network import Network, Written, untouched
-from se_inject._onnx import write_onnx
+from se_inject.exporting.reference import Network, Written, untouched
+from se_inject.exporting.onnx import write_onnx
 from se_inject.forwards.programs import Program
 from se_inject.tracing.failures import describe
-from se_inject._targets import FORMATS, Conversion, format_of
-from se_inject._torch_files import write_module, write_pt2, write_scripted, write_traced
+from se_inject.exporting.conversion import FORMATS, Conversion, format_of
+from se_inject.exporting.torch_formats import write_module, write_pt2, write_scripted, write_traced
 from se_inject.errors import ExportError
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from se_inject.verification.comparison import Rejected, tensors
-from se_inject._network import Network, Written
+from se_inject.exporting.reference import Network, Written
 from se_inject.errors import ExportError
 
 

@@ -10,7 +10,7 @@ import torch
 
 from se_inject.verification.comparison import Rejected, same_value
 from se_inject.atomic_files import write_through
-from se_inject._network import Network, Written
+from se_inject.exporting.reference import Network, Written
 from se_inject.forwards.programs import Program
 from se_inject.forwards.edited import original_class
 
