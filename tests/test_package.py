@@ -194,7 +194,7 @@ import se_inject
 heavy = {"torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "onnxscript", "safetensors"}
 assert se_inject.__version__
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
-from se_inject import cli
+from se_inject.cli import entry as cli
 for arguments in (["--help"], ["--version"], ["inject", "--help"], ["sites", "--help"], ["cost", "--help"], ["blocks", "--help"]):
     sys.argv = ["se-inject", *arguments]
     try:

@@ -14,7 +14,7 @@ import torchvision
 from torch import nn
 
 import se_inject as si
-from se_inject import cli
+from se_inject.cli import entry as cli
 from se_inject.loading.models import load_program
 from se_inject.errors import LoadError, NoSites, UnsupportedModel
 from se_inject.tracing.inputs import inferred_shapes, observe_model

@@ -18,7 +18,7 @@ from se_inject.exporting import exporter as exporting
 from se_inject.verification import checks as verification
 
 from se_inject.plans import text as report
-from se_inject._block_texts import parsed_blocks
+from se_inject.cli.block_texts import parsed_blocks
 from se_inject.tracing.substitutes import preserved
 from se_inject.adapters import Adapter, read_adapter
 from se_inject.blocks.registry import block_names, build_block, find_block, has_identity_start

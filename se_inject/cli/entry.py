@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from se_inject import options
+from se_inject.cli import options
 from se_inject._version import __version__
 from se_inject.errors import InjectError
 
@@ -99,7 +99,7 @@ def cli() -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Every site, not only every stage.")
 def inject(**given: Any) -> None:
     """Put blocks into MODEL, verify the result, and write it."""
-    from se_inject import commands
+    from se_inject.cli import commands
 
     commands.inject(**given)
 
@@ -119,7 +119,7 @@ def inject(**given: Any) -> None:
 @options.targets
 def eject(**given: Any) -> None:
     """Take the blocks out of MODEL and write the original, bit for bit."""
-    from se_inject import commands
+    from se_inject.cli import commands
 
     commands.eject(**given)
 
@@ -130,7 +130,7 @@ def eject(**given: Any) -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Every site, and every refusal with its reason.")
 def sites(**given: Any) -> None:
     """List the stages of MODEL, where blocks can go. Nothing is changed or written."""
-    from se_inject import commands
+    from se_inject.cli import commands
 
     commands.sites(**given)
 
@@ -161,7 +161,7 @@ def cost(**given: Any) -> None:
 
     Nothing is computed or changed. MODEL is called once, without numbers, however many ratios and stages there are.
     """
-    from se_inject import commands
+    from se_inject.cli import commands
 
     commands.cost(**given)
 
@@ -176,7 +176,7 @@ def blocks(**given: Any) -> None:
 
     With --on, list what each block (or the one of that NAME) with its defaults adds to a network, and how it starts.
     """
-    from se_inject import commands
+    from se_inject.cli import commands
 
     commands.blocks(**given)
 

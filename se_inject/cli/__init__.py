@@ -1,0 +1,1 @@
+from se_inject.cli.entry import main as main
