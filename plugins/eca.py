@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.errors import OptionError
 from se_inject.blocks.layers import convolution
+from se_inject.errors import OptionError
 
 from ._layers import odd_kernel
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from se_inject.errors import OptionError
 from se_inject.blocks.layers import Bottleneck, zero_
+from se_inject.errors import OptionError
 
 # (u along the height, v along the width) of a transform of 7 × 7 points: the best sixteen of the 49, by the paper's
 # experiments with one frequency at a time

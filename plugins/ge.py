@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from se_inject.errors import OptionError
 from se_inject.blocks.layers import chosen, squeeze_width, zero_
+from se_inject.errors import OptionError
 
 
 class GatherExcite(nn.Module):

@@ -7,82 +7,80 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from se_inject._version import __version__
 
 if TYPE_CHECKING:
-    from se_inject.api import (
-        BackboneWarning,
-        CostGrid,
-        CostReport,
-        Exported,
-        InjectError,
-        Plan,
-        Site,
-        Sites,
-        Trainable,
-        Verdict,
-        add_to_optimizer,
-        cost_grid,
-        eject_,
-        export,
-        find_sites,
-        freeze_backbone_,
-        inject,
-        injected_parameters,
-        load,
-        load_adapter,
-        load_adapter_,
-        load_weights_,
-        plan,
-        plan_of,
-        save_adapter,
-        trainable,
-        verify,
-    )
+    from se_inject.adapters import BackboneWarning as BackboneWarning
+    from se_inject.adapters import load_adapter as load_adapter
+    from se_inject.adapters import load_adapter_ as load_adapter_
+    from se_inject.adapters import save_adapter as save_adapter
+    from se_inject.cost import CostReport as CostReport
+    from se_inject.errors import InjectError as InjectError
+    from se_inject.exporting import Exported as Exported
+    from se_inject.exporting import export as export
+    from se_inject.loading import load as load
+    from se_inject.loading import load_weights_ as load_weights_
+    from se_inject.plans import CostGrid as CostGrid
+    from se_inject.plans import Plan as Plan
+    from se_inject.plans import cost_grid as cost_grid
+    from se_inject.plans import inject as inject
+    from se_inject.plans import plan as plan
+    from se_inject.plans import plan_of as plan_of
+    from se_inject.sites import Site as Site
+    from se_inject.sites import Sites as Sites
+    from se_inject.sites import find_sites as find_sites
+    from se_inject.surgery import eject_ as eject_
+    from se_inject.training import Trainable as Trainable
+    from se_inject.training import add_to_optimizer as add_to_optimizer
+    from se_inject.training import freeze_backbone_ as freeze_backbone_
+    from se_inject.training import injected_parameters as injected_parameters
+    from se_inject.training import trainable as trainable
+    from se_inject.verification import Verdict as Verdict
+    from se_inject.verification import verify as verify
 
-__all__ = [
-    "BackboneWarning",
-    "CostGrid",
-    "CostReport",
-    "Exported",
-    "InjectError",
-    "Plan",
-    "Site",
-    "Sites",
-    "Trainable",
-    "Verdict",
-    "__version__",
-    "add_to_optimizer",
-    "cost_grid",
-    "eject_",
-    "export",
-    "find_sites",
-    "freeze_backbone_",
-    "inject",
-    "injected_parameters",
-    "load",
-    "load_adapter",
-    "load_adapter_",
-    "load_weights_",
-    "plan",
-    "plan_of",
-    "save_adapter",
-    "trainable",
-    "verify",
-]
+_HOME = {
+    "BackboneWarning": "adapters",
+    "CostGrid": "plans",
+    "CostReport": "cost",
+    "Exported": "exporting",
+    "InjectError": "errors",
+    "Plan": "plans",
+    "Site": "sites",
+    "Sites": "sites",
+    "Trainable": "training",
+    "Verdict": "verification",
+    "add_to_optimizer": "training",
+    "cost_grid": "plans",
+    "eject_": "surgery",
+    "export": "exporting",
+    "find_sites": "sites",
+    "freeze_backbone_": "training",
+    "inject": "plans",
+    "injected_parameters": "training",
+    "load": "loading",
+    "load_adapter": "adapters",
+    "load_adapter_": "adapters",
+    "load_weights_": "loading",
+    "plan": "plans",
+    "plan_of": "plans",
+    "save_adapter": "adapters",
+    "trainable": "training",
+    "verify": "verification",
+}
+"""The public names, and the room (or module) of each. The only list of them: see ``__getattr__``."""
+
+__all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when they are first used, so that ``--help`` doesn't wait for torch."""
-    if name in __all__:
-        from se_inject import api
-
-        value = getattr(api, name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module `se_inject` has no attribute `{name}`")
+    """Import a public name when it is first used, so that ``--help`` doesn't wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module `se_inject` has no attribute `{name}`")
+    value = globals()[name] = getattr(importlib.import_module(f"se_inject.{_HOME[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,3 +1,3 @@
-from se_inject.cli.entry import main
+from se_inject.cli import main
 
 main()

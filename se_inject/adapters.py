@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.atomic_files import atomic, write_through
-from se_inject.loading.formats import described, form_of
-from se_inject.user_code import NoSuchFile, fact
-from se_inject.blocks.registry import build_block
+from se_inject.blocks import build_block
 from se_inject.errors import ExportError, InjectError, LoadError, OptionError, SurgeryError, printable
-from se_inject.tracing.inputs import check_supported
-from se_inject.plans.planner import plan_of
-from se_inject.plans.value import Plan
-from se_inject.surgery.swap import injected_blocks
+from se_inject.loading import described, form_of
+from se_inject.plans import Plan, plan_of
+from se_inject.surgery import injected_blocks
+from se_inject.tracing import check_supported
+from se_inject.user_code import NoSuchFile, fact
 
 VERSION = 1
 _KEY = "se_inject_adapter"  # one entry: of several, safetensors 0.8 writes the order anew each time

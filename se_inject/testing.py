@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from se_inject.verification.comparison import TOLERANCES
-from se_inject.exporting.reference import BATCHES
-from se_inject.blocks.registry import Factory, find_block, has_identity_start
+from se_inject.blocks import Factory, find_block, has_identity_start
 from se_inject.errors import InjectError, OptionError
-from se_inject.exporting.exporter import export
+from se_inject.exporting import BATCHES, export
+from se_inject.verification import TOLERANCES
 
 SIZES = {1: (12,), 2: (9, 8), 3: (5, 6, 4)}
 """The spatial size of the values, by rank; sides differ so that a swap of two is seen."""

@@ -10,10 +10,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from se_inject.plans import text as report
 from se_inject.errors import OptionError, SurgeryError
-from se_inject.surgery.freeze import freeze_statistics_, thaw_statistics_
-from se_inject.surgery.swap import injected_blocks
+from se_inject.surgery import freeze_statistics_, injected_blocks, thaw_statistics_
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Trainable:
     frozen_norms: int = 0
 
     def __str__(self) -> str:
-        return report.trainable_line(self)
+        return trainable_line(self)
 
 
 def trainable(model: nn.Module) -> Trainable:
@@ -137,3 +135,15 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield name, parameter
+
+
+def trainable_line(count: Trainable) -> str:
+    """How much of a network is trained."""
+    share = f" ({100 * count.params / count.total:.1f} %)" if count.total else ""
+    frozen = f", statistics of {count.frozen_norms} batch normalisations frozen" if count.frozen_norms else ""
+    return f"trainable {_millions(count.params)} of {_millions(count.total)}{share}{frozen}"
+
+
+def _millions(number: int) -> str:
+    """With one decimal in millions, and in full below."""
+    return f"{number / 1e6:.1f} M" if number >= 1e5 else f"{number:,}"

@@ -15,8 +15,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import se_inject as si
-from se_inject.blocks import registry as blocks
 from se_inject.adapters import BackboneWarning, fingerprint, read_adapter
+from se_inject.blocks import registry as blocks
 from se_inject.errors import (
     AlreadyInjected,
     ExportError,

@@ -10,10 +10,10 @@ from torch import nn
 from torchvision.ops import SqueezeExcitation as TorchvisionSE
 
 import se_inject as si
-from se_inject.blocks.registry import block_options, parsed_options
-from se_inject.errors import OptionError
 from se_inject.blocks.layers import ACTIVATIONS
+from se_inject.blocks.registry import block_options, parsed_options
 from se_inject.blocks.squeeze_excitation import GATES, SQUEEZES, SqueezeExcitation
+from se_inject.errors import OptionError
 from se_inject.testing import check_block
 from tests.common import build, outputs, randomise
 

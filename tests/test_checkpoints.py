@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import se_inject as si
-from se_inject.loading.models import NoSuchFile, load, load_weights_
 from se_inject.errors import LoadError, OptionError, UnsupportedModel, UntrustedGlobals
+from se_inject.loading.models import NoSuchFile, load, load_weights_
 from se_inject.tracing.inputs import check_supported
 from tests.common import build, randomise
 from tests.hostile import saved

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import se_inject as si
-from se_inject.cli import entry as cli
-from se_inject.cli import commands
 from se_inject import atomic_files as _files
+from se_inject.cli import commands
+from se_inject.cli import entry as cli
 from se_inject.errors import InjectError
 
 NETS = '''

@@ -18,15 +18,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from se_inject.exporting import onnx as _onnx
-
-from se_inject.exporting import exporter as exporting
-
 from se_inject import atomic_files as _files
-from se_inject.verification.comparison import TOLERANCES, difference
-from se_inject.exporting.reference import _at_batch
 from se_inject.errors import ExportError, OptionError
+from se_inject.exporting import exporter as exporting
+from se_inject.exporting import onnx as _onnx
 from se_inject.exporting.exporter import export, export_all
+from se_inject.exporting.reference import _at_batch
+from se_inject.verification.comparison import TOLERANCES, difference
 from tests.common import randomise
 
 SUFFIXES = [".onnx", ".ts", ".torchscript", ".pt2", ".pt", ".pth"]

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import se_inject as si
-from se_inject.loading.architectures import architectures_of
-from se_inject.loading.models import NoSuchFile, describe, load, load_program, load_weights_
 from se_inject.cli.entry import cli
 from se_inject.errors import LoadError, OptionError
+from se_inject.loading.architectures import architectures_of
+from se_inject.loading.models import NoSuchFile, describe, load, load_program, load_weights_
 from tests.common import build, outputs, randomise
 from tests.fuzz.mutations import original
 from tests.hostile import records, saved, small, zipped

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import se_inject.errors
-from se_inject.sites.finder import find_sites
-from se_inject.tracing.inputs import observe_model
 from se_inject.plans.planner import plan, plan_of
 from se_inject.plans.value import Plan
+from se_inject.sites.finder import sites_in
 from se_inject.surgery.swap import eject_, injected_blocks
+from se_inject.tracing.inputs import observe_model
 from se_inject.verification.checks import verify
 from tests.common import difference, portrait, same_portrait
 from tests.hazards import HAZARDS
@@ -68,7 +68,7 @@ def run(model, hazard, *, training=False, seed=0, batch=3):
 @every(name for name in HAZARDS if not HAZARDS[name].raises)
 def test_sites_and_refusals(hazard):
     args, kwargs = hazard.call(2)
-    sites = find_sites(observe_model(hazard.make(), None if hazard.infer else args, kwargs or None))
+    sites = sites_in(observe_model(hazard.make(), None if hazard.infer else args, kwargs or None))
     assert tuple(site.address for site in sites) == hazard.sites
     refused = {item.address: item.reason for item in sites.refused}
     for address, reason in hazard.refused.items():

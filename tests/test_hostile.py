@@ -16,13 +16,13 @@ import torchvision
 from torch import nn
 
 import se_inject as si
-from se_inject.loading import formats as _formats
-from se_inject.loading.torchscript import reader as _scripted
+from se_inject.errors import LoadError, UntrustedGlobals
+from se_inject.forwards import edited as bodies
 from se_inject.forwards import programs as _programs
 from se_inject.forwards import vocabulary as _vocabulary
-from se_inject.forwards import edited as bodies
+from se_inject.loading import formats as _formats
 from se_inject.loading.models import load, load_program, load_weights_
-from se_inject.errors import LoadError, UntrustedGlobals
+from se_inject.loading.torchscript import reader as _scripted
 from tests import hostile
 from tests.fuzz.run import peak_bytes
 from tests.hostile import CALL, CONTAINERS, DAMAGED, HIT, PAYLOADS, PROTO, Reduced, Stated, archived, pickled, small

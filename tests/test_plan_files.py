@@ -14,7 +14,6 @@ import torchvision
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import se_inject as si
-from se_inject.surgery import schema as _schema
 from se_inject.errors import (
     ExportError,
     InjectError,
@@ -24,6 +23,7 @@ from se_inject.errors import (
     UntrustedGlobals,
 )
 from se_inject.plans.value import Plan
+from se_inject.surgery import schema as _schema
 from tests.common import randomise
 
 STORED = Path(__file__).parent / "data" / "plan_v1.json"

@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from se_inject.errors import AlreadyInjected, InjectError, OptionError
-from se_inject.sites.finder import find_sites
-from se_inject.tracing.inputs import observe_model
 from se_inject.plans.planner import plan, plan_of
 from se_inject.plans.value import Plan
+from se_inject.sites.finder import sites_in
 from se_inject.sites.positions import POSITIONS
 from se_inject.surgery.swap import eject_, injected_blocks
+from se_inject.tracing.inputs import observe_model
 from tests.common import difference, portrait, same_portrait
 from tests.random_nets import networks
 from tests.random_parts import Dense, Hourglass, Joined, Partial, Residual, Shuffled
@@ -87,7 +87,7 @@ def test_every_promise(recipe, at, position):
         return
     same_portrait(before, portrait(model))
     note(str(planned))
-    sites = find_sites(observe_model(model, args, kwargs))
+    sites = sites_in(observe_model(model, args, kwargs))
     for site in sites.all_sites:
         event(f"site: {site.kind}")
     for refusal in sites.refused:

@@ -9,8 +9,8 @@ from torch import nn
 from torchvision.ops import SqueezeExcitation as TorchvisionSE
 
 import se_inject as si
-from se_inject.errors import LoadError
 from se_inject.blocks.squeeze_excitation import SqueezeExcitation
+from se_inject.errors import LoadError
 from tests.common import build
 
 

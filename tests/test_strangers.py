@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from se_inject.loading.models import load
 from se_inject.errors import UntrustedGlobals
 from se_inject.exporting.exporter import export
-from se_inject.sites.finder import find_sites
-from se_inject.tracing.inputs import observe_model
+from se_inject.loading.models import load
 from se_inject.plans.planner import plan
+from se_inject.sites.finder import sites_in
 from se_inject.surgery.swap import eject_, injected_blocks
+from se_inject.tracing.inputs import observe_model
 from se_inject.verification.checks import verify
 from tests.strangers import STRANGERS
 
@@ -28,7 +28,7 @@ def every(names):
 @every(STRANGERS)
 def test_stages_are_those_that_a_person_would_draw(name):
     stranger = STRANGERS[name]
-    sites = find_sites(observe_model(stranger.make(), stranger.call(2)))
+    sites = sites_in(observe_model(stranger.make(), stranger.call(2)))
     table = []
     for stage in sites.table:
         strides = tuple(stride[0] for stride in stage.strides)

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import se_inject as si
-from se_inject.surgery import swap as surgery
 from se_inject.errors import SurgeryError
+from se_inject.surgery import swap as surgery
 from tests.common import build, outputs, randomise
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

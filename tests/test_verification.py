@@ -8,9 +8,9 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import StochasticDepth
 
 import se_inject as si
-from se_inject.verification import checks as verification
 from se_inject.errors import VerificationError
 from se_inject.plans.planner import plan
+from se_inject.verification import checks as verification
 from se_inject.verification.checks import Check, Verdict
 from tests.common import randomise
 

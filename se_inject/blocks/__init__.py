@@ -1,0 +1,37 @@
+"""The blocks: Squeeze-and-Excitation, the registry in which plug-ins are found, and layers for their authors.
+
+In: a name, a number of channels and options. Out: a module that gates a value, and checks of what plug-ins offer.
+Must not know: networks, traces, sites or plans.
+"""
+
+from se_inject.blocks.registry import (
+    Factory,
+    block_names,
+    block_options,
+    build_block,
+    check_block,
+    check_options,
+    check_values,
+    find_block,
+    has_identity_start,
+    is_at_hand,
+    parsed_options,
+    register_block,
+)
+from se_inject.blocks.squeeze_excitation import SqueezeExcitation
+
+__all__ = [
+    "Factory",
+    "SqueezeExcitation",
+    "block_names",
+    "block_options",
+    "build_block",
+    "check_block",
+    "check_options",
+    "check_values",
+    "find_block",
+    "has_identity_start",
+    "is_at_hand",
+    "parsed_options",
+    "register_block",
+]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.user_code import did_you_mean, fact, named
-from se_inject.errors import InjectError, OptionError, PluginError
 from se_inject.blocks.squeeze_excitation import SqueezeExcitation
+from se_inject.errors import InjectError, OptionError, PluginError
+from se_inject.user_code import did_you_mean, fact, named
 
 GROUP = "se_inject.blocks"
 """The entry-point group in which packages announce their blocks."""

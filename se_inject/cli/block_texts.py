@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from se_inject.blocks.registry import parsed_options
+from se_inject.blocks import parsed_options
 from se_inject.errors import OptionError
 
 

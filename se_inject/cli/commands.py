@@ -13,30 +13,35 @@ import click
 import torch
 from torch import nn
 
-from se_inject.exporting import exporter as exporting
-
-from se_inject.verification import checks as verification
-
-from se_inject.plans import text as report
-from se_inject.cli.block_texts import parsed_blocks
-from se_inject.tracing.substitutes import preserved
 from se_inject.adapters import Adapter, read_adapter
-from se_inject.blocks.registry import block_names, build_block, find_block, has_identity_start
-from se_inject.forwards.edited import original_class
-from se_inject.loading.models import describe, is_program, load, load_program
-from se_inject.cost.counting import Latency, measure_latency
+from se_inject.blocks import block_names, build_block, find_block, has_identity_start
+from se_inject.cli.block_texts import parsed_blocks
+from se_inject.cost import Latency, cost_data, cost_lines, cost_text, latency_line, measure_latency
 from se_inject.errors import InjectError, OptionError
-from se_inject.sites.finder import find_sites
-from se_inject.plans.grid import EACH, block_costs, cost_grid
-from se_inject.tracing.inputs import example_of, observe_model, parse_shape, real_inputs
-from se_inject.exporting.outputs import check_outputs, write_all
-from se_inject.plans.planner import plan
-from se_inject.plans.value import Plan
-from se_inject.plans.plot import check_plot, plot_grid
-from se_inject.sites.selection import ATTENDED
-from se_inject.plans.starts import start_factors
-from se_inject.surgery.swap import eject_, own_steps
+from se_inject.exporting import check_outputs, check_targets, export_all, exported_data, exported_lines, write_all
+from se_inject.forwards import original_class
+from se_inject.loading import describe, is_program, load, load_program
+from se_inject.plans import (
+    EACH,
+    Plan,
+    block_costs,
+    block_costs_data,
+    block_costs_text,
+    check_plot,
+    cost_grid,
+    grid_data,
+    grid_text,
+    plan,
+    plan_lines,
+    plot_grid,
+    start_factors,
+    start_notes,
+)
+from se_inject.sites import ATTENDED, sites_data, sites_in, sites_text, stages_text
+from se_inject.surgery import eject_, own_steps
 from se_inject.tables import as_json, counted, table
+from se_inject.tracing import example_of, observe_model, parse_shape, preserved, real_inputs
+from se_inject.verification import check_against_file, verdict_data, verdict_lines, verify, weight_warnings
 
 
 class _Talk:
@@ -67,7 +72,7 @@ def inject(
     say(f"{original_class(network).__name__} from {model}")
     planned = _plan(network, inputs, options) if stored is None else _replayed(stored, network, inputs)
     trained = isinstance(stored, Adapter)
-    notes = [*planned.notes, *([] if trained else report.start_notes(start_factors(planned.steps)))]
+    notes = [*planned.notes, *([] if trained else start_notes(start_factors(planned.steps)))]
     for note in notes:
         say(f"note: {note}")
     cost = planned.cost()
@@ -75,38 +80,38 @@ def inject(
         "model": original_class(network).__name__,
         "plan": [step.to_data() for step in planned.steps],
         "notes": notes,
-        "cost": report.cost_data(cost),
+        "cost": cost_data(cost),
     }
-    say("\n".join(report.plan_lines(planned)) + "\n")
+    say("\n".join(plan_lines(planned)) + "\n")
     if not as_json:
-        click.echo(report.cost_text(cost, style, by_site=verbose))
+        click.echo(cost_text(cost, style, by_site=verbose))
         if style == "text":
-            click.echo("\n" + "\n".join(report.cost_lines(cost)))
+            click.echo("\n" + "\n".join(cost_lines(cost)))
     if dry_run and not latency:
-        for warning in verification.weight_warnings(network):
+        for warning in weight_warnings(network):
             say("\n" + warning)
     else:
         injected = stored.put_into(network) if isinstance(stored, Adapter) else planned.apply(network)
-        verdict = verification.verify(network, injected, trace=planned.trace, fresh=not trained)
+        verdict = verify(network, injected, trace=planned.trace, fresh=not trained)
         if is_program(model) and planned.trace is not None:
-            check = verification.check_against_file(network, load_program(model), planned.trace)
+            check = check_against_file(network, load_program(model), planned.trace)
             verdict = replace(verdict, checks=(check, *verdict.checks))
-        data["verification"] = report.verdict_data(verdict)
-        say("\n" + "\n".join(report.verdict_lines(verdict)))
+        data["verification"] = verdict_data(verdict)
+        say("\n" + "\n".join(verdict_lines(verdict)))
         if as_json and not verdict.passed:
             _print_json(data)
         verdict.expect_passed()
         if latency:
             measured = _latency(network, injected, planned)
             data["latency"] = vars(measured)
-            say(report.latency_line(measured))
+            say(latency_line(measured))
         if targets:
             args, kwargs = _real_inputs(planned, injected)
             exported = write_all(
                 injected, planned, targets, args, example_kwargs=kwargs, force=force, **_conversion(options, "opset")
             )
-            data["files"] = [report.exported_data(item) for item in exported]
-            say("\n" + "\n".join(line for item in exported for line in report.exported_lines(item)))
+            data["files"] = [exported_data(item) for item in exported]
+            say("\n" + "\n".join(line for item in exported for line in exported_lines(item)))
     if as_json:
         _print_json(data)
 
@@ -234,7 +239,7 @@ def eject(
     outputs: tuple[Path, ...], force: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Take the blocks out of a network, and write what is left."""
-    exporting.check_targets(outputs, force=force, **_conversion(options))
+    check_targets(outputs, force=force, **_conversion(options))
     network = load(model, arch=arch, weights=weights, trust=_packages(trust))
     taken, entries = len(own_steps(network)), len(network.state_dict())
     eject_(network)
@@ -243,10 +248,8 @@ def eject(
         f"{entries} entries of the state dict left, as they were\n"
     )
     args, kwargs = example_of(network, _example(inputs, network))
-    exported = exporting.export_all(
-        network, outputs, args, example_kwargs=kwargs, force=force, **_conversion(options, "opset")
-    )
-    click.echo("\n".join(line for item in exported for line in report.exported_lines(item)))
+    exported = export_all(network, outputs, args, example_kwargs=kwargs, force=force, **_conversion(options, "opset"))
+    click.echo("\n".join(line for item in exported for line in exported_lines(item)))
 
 
 # -- sites, cost, blocks -----------------------------------------------------------------------------------
@@ -261,15 +264,15 @@ def sites(
     if line := describe(model, network, arch):
         click.echo(line, err=True)
     trace = observe_model(network, _example(inputs, network))
-    found = find_sites(trace)
+    found = sites_in(trace)
     if as_json:
-        _print_json({"model": original_class(network).__name__, "notes": trace.notes, **report.sites_data(found)})
+        _print_json({"model": original_class(network).__name__, "notes": trace.notes, **sites_data(found)})
     else:
         for note in trace.notes:
             click.echo(note, err=True)
-        click.echo(report.stages_text(found, style))
+        click.echo(stages_text(found, style))
         if verbose:
-            click.echo("\n" + report.sites_text(found, style))
+            click.echo("\n" + sites_text(found, style))
         attended = sum(site.held_back == ATTENDED for site in found.all_sites)
         if attended:
             have = "site already has" if attended == 1 else "sites already have"
@@ -302,9 +305,9 @@ def cost(
     for note in grid.notes:
         click.echo(f"note: {note}", err=True)
     if as_json:
-        _print_json(report.grid_data(grid))
+        _print_json(grid_data(grid))
     else:
-        click.echo(report.grid_text(grid, style))
+        click.echo(grid_text(grid, style))
     if plot is not None:
         plot_grid(grid, plot, force=force)
         click.echo(f"wrote {plot}", err=True)
@@ -319,7 +322,7 @@ def blocks(
     if model is not None:
         network = load(model, trust=trust, mmap=True)
         found = block_costs(network, _example(inputs, network), None if name is None else [name])
-        _print_json(report.block_costs_data(found)) if as_json else click.echo(report.block_costs_text(found, style))
+        _print_json(block_costs_data(found)) if as_json else click.echo(block_costs_text(found, style))
     elif name is not None:
         click.echo(card)
     else:

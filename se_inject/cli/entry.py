@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from se_inject.cli import options
 from se_inject._version import __version__
+from se_inject.cli import options
 from se_inject.errors import InjectError
 
 

@@ -20,11 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from se_inject.tracing.substitutes import standing_in
-from se_inject.blocks.registry import build_block
-from se_inject.tracing.inputs import batch_of, real_inputs
-from se_inject.surgery.step import Step
-from se_inject.tracing.observer import Trace
+from se_inject.blocks import build_block
+from se_inject.surgery import Step
+from se_inject.tracing import Trace, batch_of, real_inputs, standing_in
 
 _FREE = frozenset(
     {

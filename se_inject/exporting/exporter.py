@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from se_inject.verification.comparison import Check, reason
 from se_inject.atomic_files import atomic_all, check_all_writable, no_space
-from se_inject.exporting.reference import Network, Written, untouched
-from se_inject.exporting.onnx import write_onnx
-from se_inject.forwards.programs import Program
-from se_inject.tracing.failures import describe
-from se_inject.exporting.conversion import FORMATS, Conversion, format_of
-from se_inject.exporting.torch_formats import write_module, write_pt2, write_scripted, write_traced
 from se_inject.errors import ExportError
+from se_inject.exporting.conversion import FORMATS, Conversion, format_of
+from se_inject.exporting.onnx import write_onnx
+from se_inject.exporting.reference import Network, Written, untouched
+from se_inject.exporting.torch_formats import write_module, write_pt2, write_scripted, write_traced
+from se_inject.forwards import Program
+from se_inject.tracing import describe, example_of
+from se_inject.verification import Check, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +68,22 @@ ROADS = {
 """The ways to write each format, in the order in which they are tried."""
 
 
-def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: tuple[Any, ...], **options: Any) -> Exported:
-    """Write the network to a file whose suffix chooses the format, and check the file.
+def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, **options: Any) -> Exported:
+    """Write a network to a file, in the format that the suffix names, and check the file in its own runtime.
 
-    Does not change the model. This is `export_all` for one file, with its options and errors.
+    Does not change the network. Nothing is written if the file doesn't compute what the network does.
+
+    Args:
+        model: the network, injected or not.
+        path: ``.onnx``, ``.torchscript`` or ``.ts``, ``.pt2``, ``.pt``.
+        example_inputs: as for ``plan``.
+        **options: ``device``, ``dtype``, ``memory_format``, ``force``, ``opset``, ``example_kwargs``.
+
+    Raises:
+        ExportError: the file can't be written, or is not right.
     """
-    (exported,) = export_all(model, [path], example_inputs, **options)
+    args, kwargs = example_of(model, example_inputs, options.pop("example_kwargs", None))
+    (exported,) = export_all(model, [path], args, example_kwargs=kwargs, **options)
     return exported
 
 

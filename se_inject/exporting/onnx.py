@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from se_inject.verification.comparison import Rejected, tensors
-from se_inject.exporting.reference import Network, Written
 from se_inject.errors import ExportError
+from se_inject.exporting.reference import Network, Written
+from se_inject.verification import Rejected, tensors
 
 
 def write_onnx(network: Network, path: Path, dynamic: bool) -> Written:

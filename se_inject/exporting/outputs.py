@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from se_inject.exporting import exporter as exporting
-from se_inject.atomic_files import atomic_all, check_all_writable
 from se_inject.adapters import write_adapter
-from se_inject.exporting.exporter import Exported
-from se_inject.plans.value import Plan
+from se_inject.atomic_files import atomic_all, check_all_writable
+from se_inject.exporting.exporter import Exported, check_targets, write_networks
+from se_inject.plans import Plan
 
 
 def check_outputs(paths: Sequence[str | os.PathLike[str]], *, force: bool = False, **options: Any) -> None:
@@ -29,7 +28,7 @@ def check_outputs(paths: Sequence[str | os.PathLike[str]], *, force: bool = Fals
         OptionError: an unknown suffix, device, dtype or memory format.
         ExportError: a file can't be written.
     """
-    exporting.check_targets([path for path in paths if _writer(path) is None], force=force, **options)
+    check_targets([path for path in paths if _writer(path) is None], force=force, **options)
     check_all_writable(paths, force)
 
 
@@ -67,7 +66,7 @@ def write_all(
                 written[target] = dataclasses.replace(write(model, plan, path), path=target)
         others = [target for target in targets if target not in written]
         if others:
-            exported = exporting.write_networks(
+            exported = write_networks(
                 model, others, [places[target] for target in others], example_inputs,
                 example_kwargs=example_kwargs, **options,
             )  # fmt: skip

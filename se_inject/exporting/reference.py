@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from se_inject.verification.comparison import TOLERANCES, Check, Rejected, difference, reason, tensors
-from se_inject.tracing.failures import describe
-from se_inject.tracing.substitutes import preserved
-from se_inject.exporting.conversion import Conversion
 from se_inject.errors import ExportError
-from se_inject.tracing.inputs import SMALL_SIDE, copied, cropped
+from se_inject.exporting.conversion import Conversion
+from se_inject.tracing import SMALL_SIDE, copied, cropped, describe, preserved
+from se_inject.verification import TOLERANCES, Check, Rejected, difference, reason, tensors
 
 BATCHES = (1, 2, 5)
 """The batch sizes a file is run at, unless its batch is fixed."""

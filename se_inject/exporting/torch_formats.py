@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from se_inject.verification.comparison import Rejected, same_value
 from se_inject.atomic_files import write_through
 from se_inject.exporting.reference import Network, Written
-from se_inject.forwards.programs import Program
-from se_inject.forwards.edited import original_class
+from se_inject.forwards import Program, original_class
+from se_inject.verification import Rejected, same_value
 
 
 def write_scripted(network: Network, path: Path, dynamic: bool) -> Written:

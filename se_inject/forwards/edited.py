@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from se_inject.errors import LoadError
 from se_inject.forwards.vocabulary import (
     BUILTINS,
     LONGEST,
@@ -37,7 +38,6 @@ from se_inject.forwards.vocabulary import (
     set_item,
     value_at,
 )
-from se_inject.errors import LoadError, SurgeryError
 
 # -- graphs ------------------------------------------------------------------------------------------------
 

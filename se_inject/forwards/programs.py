@@ -29,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from se_inject.errors import LoadError
+from se_inject.forwards.edited import original_class
 from se_inject.forwards.vocabulary import (
     BUILTINS,
     LONGEST,
@@ -41,8 +43,6 @@ from se_inject.forwards.vocabulary import (
     plain,
     value_at,
 )
-from se_inject.forwards.edited import original_class
-from se_inject.errors import LoadError
 
 _PYTHON: dict[str, Callable[..., Any]] = {
     "python:len": len,

@@ -9,8 +9,8 @@ import struct
 from os import PathLike, fspath
 from typing import IO
 
-from se_inject.loading.zip_archive import Archive
 from se_inject.errors import LoadError
+from se_inject.loading.zip_archive import Archive
 
 PICKLES = ("zip", "legacy", "plain")
 """What ``torch.save`` writes, what it wrote before torch 1.6, and what ``pickle.dump`` writes."""

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.forwards.programs import FixedBatchNorm, function_called, program_module
-from se_inject.forwards.vocabulary import decoded
+from se_inject.forwards import FixedBatchNorm, decoded, function_called, program_module
 
 
 def assembled(

@@ -21,12 +21,13 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from se_inject.loading.pickles.allowlist import NETWORKS, within
+from se_inject.errors import LoadError, OptionError, UntrustedGlobals
+from se_inject.forwards import original_class
 from se_inject.loading.architectures import architectures_of
-from se_inject.loading.pickles.module_checks import holds_inert
 from se_inject.loading.formats import PICKLES, PROGRAMS, form_of, unreadable
-from se_inject.user_code import ZOOS, NoSuchFile, did_you_mean, fact, from_code, from_zoo, importable
+from se_inject.loading.pickles.allowlist import NETWORKS, within
 from se_inject.loading.pickles.containers import unpickle
+from se_inject.loading.pickles.module_checks import holds_inert
 from se_inject.loading.weights import (
     contents,
     differences,
@@ -36,8 +37,7 @@ from se_inject.loading.weights import (
     other_classes,
     without_prefix,
 )
-from se_inject.forwards.edited import original_class
-from se_inject.errors import LoadError, OptionError, UntrustedGlobals
+from se_inject.user_code import ZOOS, NoSuchFile, did_you_mean, fact, from_code, from_zoo, importable
 
 __all__ = ["NoSuchFile", "describe", "is_program", "load", "load_program", "load_weights_"]
 
@@ -275,8 +275,8 @@ def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
 
 def _network(path: Path, file: IO[bytes], form: str) -> nn.Module:
     """The program in an archive, as an ordinary network."""
-    from se_inject.loading.exported.reader import exported_program
     from se_inject.loading.exported.network import network_from_export
+    from se_inject.loading.exported.reader import exported_program
     from se_inject.loading.torchscript.network import network_from_script
     from se_inject.loading.torchscript.reader import script_module
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from se_inject.errors import printable
 from se_inject.loading.architectures import MOST_PREFIXES, PREFIXES
 from se_inject.loading.pickles.unpickler import Inert
-from se_inject.errors import printable
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params")
 _AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_ema")

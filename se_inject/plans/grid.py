@@ -9,15 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject.blocks.registry import block_names, block_options, build_block, check_block, check_options, has_identity_start
-from se_inject.cost.counting import Cost, CostRow, cost_of_steps, rows_of_steps
+from se_inject.blocks import (
+    block_names,
+    block_options,
+    build_block,
+    check_block,
+    check_options,
+    has_identity_start,
+)
+from se_inject.cost import Cost, CostRow, cost_of_steps, rows_of_steps
 from se_inject.errors import InjectError, NoSites, OptionError, SiteNotFound
-from se_inject.sites.finder import find_sites
 from se_inject.plans.planner import plan
-from se_inject.plans.value import Plan
-from se_inject.sites.selection import ALL, ALL_BUT_LAST, Sites
 from se_inject.plans.starts import start_factors
-from se_inject.surgery.step import Step
+from se_inject.plans.value import Plan
+from se_inject.sites import ALL, ALL_BUT_LAST, Sites, sites_in
+from se_inject.surgery import Step
 
 PAPER_RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0)
 """The reduction ratios of the paper's Table 10."""
@@ -122,7 +128,7 @@ def cost_grid(
         **block_options | widest,
     )
     assert base.trace is not None
-    choices = _choices(find_sites(base.trace), base, stages, attended)
+    choices = _choices(sites_in(base.trace), base, stages, attended)
     steps = [
         step
         for ratio in ratios

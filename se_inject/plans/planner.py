@@ -11,19 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject.forwards.vocabulary import is_plain_name
-from se_inject.blocks.registry import build_block, check_block, check_values, has_identity_start, is_at_hand
-from se_inject.forwards.edited import original_class
+from se_inject.blocks import build_block, check_block, check_values, has_identity_start, is_at_hand
 from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError
-from se_inject.sites.finder import find_sites
-from se_inject.tracing.inputs import observe_model, shapes_of
+from se_inject.forwards import is_plain_name, original_class
 from se_inject.plans.value import Plan, already, check_trust
-from se_inject.sites.positions import POSITIONS, Place, place_of
-from se_inject.sites.selection import ATTENDED, NECK, Site, Sites
-from se_inject.surgery.step import Step
-from se_inject.surgery.swap import own_steps
+from se_inject.sites import ATTENDED, NECK, POSITIONS, Place, Site, Sites, place_of, sites_in
+from se_inject.surgery import Step, own_steps
 from se_inject.tables import counted
-from se_inject.tracing.observer import Trace
+from se_inject.tracing import Trace, observe_model, shapes_of
 
 
 def plan(
@@ -77,7 +72,7 @@ def plan(
     trace = observe_model(model, example_inputs, example_kwargs)
     if require_all:
         _require_all(trace)
-    sites = find_sites(trace)
+    sites = sites_in(trace)
     chosen, notes = _select(sites, _listed(stages), _listed(at), attended, model)
     places, unplaced = _places(trace, chosen, position)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from se_inject.atomic_files import atomic, check_writable
+from se_inject.cost import FIGURES
 from se_inject.errors import ExportError, OptionError
-from se_inject.plans.text import FIGURES
 
 if TYPE_CHECKING:
     from se_inject.plans.grid import CostGrid

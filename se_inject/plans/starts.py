@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from se_inject.blocks.registry import build_block
+from se_inject.blocks import build_block
 from se_inject.errors import PluginError
-from se_inject.surgery.step import Step
+from se_inject.surgery import Step
 
 
 def start_factor(name: str, channels: int, size: Sequence[int], options: dict[str, Any], init: str) -> float:

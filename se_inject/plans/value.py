@@ -16,14 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from se_inject.plans import text as report
 from se_inject.atomic_files import atomic
-from se_inject.user_code import NoSuchFile
-from se_inject.surgery.schema import first_problem
-from se_inject.forwards.vocabulary import is_plain_name
-from se_inject.blocks.registry import check_values
-from se_inject.forwards.edited import original_class
-from se_inject.cost.counting import CostReport, cost_of_steps
+from se_inject.blocks import check_values
+from se_inject.cost import CostReport, cost_of_steps
 from se_inject.errors import (
     AlreadyInjected,
     InjectError,
@@ -33,12 +28,12 @@ from se_inject.errors import (
     UntrustedGlobals,
     printable,
 )
-from se_inject.sites.finder import find_sites
-from se_inject.tracing.inputs import check_supported, inputs_from, observe_model, shapes_of
-from se_inject.sites.positions import place_of
-from se_inject.surgery.step import Step
-from se_inject.surgery.swap import inject_, steps_of
-from se_inject.tracing.observer import Trace
+from se_inject.forwards import is_plain_name, original_class
+from se_inject.plans.text import plan_text
+from se_inject.sites import place_of, sites_in
+from se_inject.surgery import Step, first_problem, inject_, steps_of
+from se_inject.tracing import Trace, check_supported, inputs_from, observe_model, shapes_of
+from se_inject.user_code import NoSuchFile
 
 LARGEST = 2**32
 """Numbers in an input that a stored plan may ask for."""
@@ -71,7 +66,7 @@ class Plan:
         return self.__dict__ | {"trace": None}  # the network does not go into a plan's pickle
 
     def __str__(self) -> str:
-        return report.plan_text(self)
+        return plan_text(self)
 
     def __add__(self, other: Plan) -> Plan:
         """Both plans in one; at a site that both name, the first plan's block acts first, the second's on its output.
@@ -160,7 +155,7 @@ class Plan:
 
     def _fitted_to(self, trace: Trace, resized: bool = False) -> Plan:
         """This plan with another observed call, its steps in the order of that and, if asked for, of its sizes."""
-        found = {site.address: site for site in find_sites(trace).all_sites}
+        found = {site.address: site for site in sites_in(trace).all_sites}
         steps = []
         for number, step in enumerate(self.steps, 1):
             place = None

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from se_inject.sites.editability import Values
 from se_inject.sites.operations import is_data, returned
-from se_inject.tracing.observer import OwnerGraph
+from se_inject.tracing import OwnerGraph
 
 
 class Chains:

@@ -6,9 +6,8 @@ import math
 
 from torch import fx
 
-from se_inject.tracing.nodes import function_name_of, sources
 from se_inject.sites.operations import convolutions, is_bundle, is_data, operation, parent, prefixes
-from se_inject.tracing.observer import OwnerGraph, Trace
+from se_inject.tracing import OwnerGraph, Trace, function_name_of, sources
 
 IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "setitem"})
 """Operators that write into their first operand."""

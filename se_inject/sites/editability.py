@@ -8,14 +8,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from se_inject.tracing.nodes import function_name_of
-from se_inject.tracing.tracer import Untraceable
-from se_inject.sites.dataflow import IN_PLACE, lineage, reaches_output
-from se_inject.forwards.vocabulary import encoded
-from se_inject.forwards.edited import graph_data, graph_from
 from se_inject.errors import LoadError, SurgeryError
+from se_inject.forwards import encoded, graph_data, graph_from
+from se_inject.sites.dataflow import IN_PLACE, lineage, reaches_output
 from se_inject.sites.operations import convolutions, is_data, means_the_same, operation, passed_through, returned
-from se_inject.tracing.observer import OwnerGraph, Trace, is_leaf
+from se_inject.tracing import OwnerGraph, Trace, Untraceable, function_name_of, is_leaf
 
 _LINEAR = ("linear", "addmm", "mm")
 _VIEWS = ("view", "reshape", "_unsafe_view")

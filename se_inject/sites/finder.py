@@ -24,12 +24,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from se_inject.forwards import class_of
 from se_inject.sites.chains import Chains
-from se_inject.tracing.nodes import is_gating, sources
-from se_inject.forwards.programs import class_of
-from se_inject.sites.stages import staged
-from se_inject.sites.editability import Values
 from se_inject.sites.dataflow import Depths, lineage, shared_lineage
+from se_inject.sites.editability import Values
 from se_inject.sites.operations import (
     any_prefix,
     child_path,
@@ -44,10 +42,25 @@ from se_inject.sites.operations import (
     slices_channels,
 )
 from se_inject.sites.selection import ATTENDED, DENSE, HEAD, INJECTED, NESTED, OUTSIDE, Refusal, Site, Sites
-from se_inject.tracing.observer import OwnerGraph, Trace
+from se_inject.sites.stages import staged
+from se_inject.tracing import OwnerGraph, Trace, is_gating, observe_model, sources
 
 
-def find_sites(trace: Trace) -> Sites:
+def find_sites(model: nn.Module, example_inputs: Any = None, example_kwargs: dict[str, Any] | None = None) -> Sites:
+    """Find every place of a network that a block could gate, by stage, and those refused. Changes nothing.
+
+    Args:
+        model: the network.
+        example_inputs: as for ``plan``.
+        example_kwargs: as for ``plan``.
+
+    Raises:
+        TraceError: the network's own forward fails on the inputs.
+    """
+    return sites_in(observe_model(model, example_inputs, example_kwargs))
+
+
+def sites_in(trace: Trace) -> Sites:
     """Every site of an observed network, grouped into stages. Nothing is changed.
 
     Returns:

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from se_inject.tracing.nodes import CONVOLUTIONS, function_name_of
-from se_inject.tracing.tracer import holds_tensor
-from se_inject.tracing.observer import Trace, is_leaf
+from se_inject.tracing import CONVOLUTIONS, Trace, function_name_of, holds_tensor, is_leaf
 
 _FUNCTIONS = {
     **dict.fromkeys(CONVOLUTIONS, "conv"),

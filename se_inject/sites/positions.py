@@ -17,7 +17,7 @@ from se_inject.errors import OptionError
 from se_inject.sites.finder import Finder
 from se_inject.sites.operations import is_data, labels, returned
 from se_inject.sites.selection import Site
-from se_inject.tracing.observer import OwnerGraph, Trace
+from se_inject.tracing import OwnerGraph, Trace
 
 POSITIONS = ("standard", "pre", "post", "identity", "conv3x3")
 

@@ -14,11 +14,9 @@ from dataclasses import replace
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from se_inject.tracing.nodes import ancestors
-from se_inject.tracing.tracer import holds_tensor
 from se_inject.sites.operations import any_prefix, convolutions, parent, prefixes
 from se_inject.sites.selection import NECK, NESTED, STAGELESS, Site
-from se_inject.tracing.observer import Trace
+from se_inject.tracing import Trace, ancestors, holds_tensor
 
 
 def staged(trace: Trace, sites: list[Site]) -> tuple[Site, ...]:

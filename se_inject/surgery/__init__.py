@@ -1,0 +1,22 @@
+"""Put blocks into a network and take them out again. Nothing else in the package changes a model.
+
+In: a network and steps (site, block, options). Out: the same network, its edited owners of a generated class.
+Must not know: how sites are found or chosen, or how anything is printed.
+"""
+
+from se_inject.surgery.freeze import freeze_statistics_, thaw_statistics_
+from se_inject.surgery.schema import first_problem
+from se_inject.surgery.step import Step
+from se_inject.surgery.swap import eject_, inject_, injected_blocks, own_steps, steps_of
+
+__all__ = [
+    "Step",
+    "eject_",
+    "first_problem",
+    "freeze_statistics_",
+    "inject_",
+    "injected_blocks",
+    "own_steps",
+    "steps_of",
+    "thaw_statistics_",
+]

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from se_inject.tracing.tracer import Untraceable
-from se_inject.forwards.vocabulary import encoded
-from se_inject.forwards.edited import graph_data
 from se_inject.errors import SurgeryError
-from se_inject.sites.operations import labels, returned
+from se_inject.forwards import encoded, graph_data
+from se_inject.sites import labels, returned
 from se_inject.surgery.step import Step
-from se_inject.tracing.observer import Trace
+from se_inject.tracing import Trace, Untraceable
 
 
 def edited_graphs(trace: Trace, path: str, earlier: list[Step], steps: list[Step]) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from se_inject.forwards.programs import Program
-from se_inject.forwards.edited import rebuild
+from se_inject.forwards import Program, rebuild
 
 
 @functools.cache

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from se_inject.surgery.schema import first_problem
 from se_inject.errors import LoadError
+from se_inject.surgery.schema import first_problem
 
 
 @dataclass(frozen=True)

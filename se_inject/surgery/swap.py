@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.blocks.registry import build_block
-from se_inject.forwards.edited import generated_class, original_class
-from se_inject.surgery.edit import edited_graphs
+from se_inject.blocks import build_block
 from se_inject.errors import InjectError, PluginError, SurgeryError
+from se_inject.forwards import generated_class, original_class
+from se_inject.surgery.edit import edited_graphs
 from se_inject.surgery.freeze import class_when_thawed, thaw_statistics_
 from se_inject.surgery.step import Step
-from se_inject.tracing.observer import Trace
+from se_inject.tracing import Trace
 
 
 @dataclass

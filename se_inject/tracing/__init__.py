@@ -1,0 +1,55 @@
+"""Observe one call of a network and write down every module's forward as a one-level graph.
+
+In: a network and example inputs. Out: a ``Trace``: calls, shapes, graphs, and the reasons where there is no graph.
+Must not know: what a site or a block is, or anything about files. Leaves the network as it was.
+"""
+
+from se_inject.tracing.failures import describe
+from se_inject.tracing.inputs import (
+    SMALL_SIDE,
+    batch_of,
+    check_has_numbers,
+    check_supported,
+    copied,
+    cropped,
+    example_of,
+    inputs_from,
+    observe_model,
+    parse_shape,
+    real_inputs,
+    shapes_of,
+)
+from se_inject.tracing.nodes import CONVOLUTIONS, ancestors, function_name_of, is_gating, sources
+from se_inject.tracing.observer import OwnerGraph, Trace, is_leaf
+from se_inject.tracing.substitutes import preserved, standing_in
+from se_inject.tracing.tracer import Untraceable, holds_tensor, random_state, set_random_state
+
+__all__ = [
+    "CONVOLUTIONS",
+    "SMALL_SIDE",
+    "OwnerGraph",
+    "Trace",
+    "Untraceable",
+    "ancestors",
+    "batch_of",
+    "check_has_numbers",
+    "check_supported",
+    "copied",
+    "cropped",
+    "describe",
+    "example_of",
+    "function_name_of",
+    "holds_tensor",
+    "inputs_from",
+    "is_gating",
+    "is_leaf",
+    "observe_model",
+    "parse_shape",
+    "preserved",
+    "random_state",
+    "real_inputs",
+    "set_random_state",
+    "shapes_of",
+    "sources",
+    "standing_in",
+]

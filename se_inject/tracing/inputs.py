@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from se_inject.user_code import fact
-from se_inject.forwards.programs import FixedBatchNorm, Program, is_of_training, recorded_inputs
-from se_inject.tracing.failures import describe
 from se_inject.errors import LoadError, NoSites, OptionError, TraceError, UnsupportedModel
+from se_inject.forwards import FixedBatchNorm, Program, is_of_training, recorded_inputs
 from se_inject.tables import counted
+from se_inject.tracing.failures import describe
 from se_inject.tracing.observer import Trace, observe
+from se_inject.user_code import fact
 
 SIZES = {1: (1024, 16000, 128), 2: (224, 32, 28, 64, 96, 128, 299, 256, 384, 512), 3: (16, 32, 64, 8)}
 """Spatial sizes that are tried, in this order, for networks of one, two and three dimensions."""

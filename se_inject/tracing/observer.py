@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from se_inject.tracing.nodes import CONVOLUTIONS, function_name_of, gates_in
+from se_inject.errors import TraceError
 from se_inject.tracing.failures import describe, location, reason_of
+from se_inject.tracing.nodes import CONVOLUTIONS, function_name_of, gates_in
 from se_inject.tracing.substitutes import forget_modes, preserved, shapes_only, standing_in, swapped
 from se_inject.tracing.tracer import (
     OwnerTracer,
@@ -31,7 +32,6 @@ from se_inject.tracing.tracer import (
     random_state,
     set_random_state,
 )
-from se_inject.errors import TraceError
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Scope, TracerBase
 
-from se_inject.forwards.vocabulary import Form
+from se_inject.forwards import Form
 
 if TYPE_CHECKING:
     from se_inject.tracing.observer import Observer

@@ -12,11 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_flatten
 
+from se_inject.tracing import SMALL_SIDE, Trace, copied, cropped, preserved, random_state, real_inputs, set_random_state
 from se_inject.verification.comparison import same_numbers
-from se_inject.tracing.substitutes import preserved
-from se_inject.tracing.tracer import random_state, set_random_state
-from se_inject.tracing.inputs import SMALL_SIDE, copied, cropped, real_inputs
-from se_inject.tracing.observer import Trace
 
 LARGE = 500_000_000
 """MACs of convolutions in the observed call from which on the numeric checks use a smaller input."""

@@ -13,16 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from se_inject.verification.comparison import same_value
-from se_inject.tracing.failures import describe
-from se_inject.verification.calls import Seen, difference, first_line, observed_in_eval, observed_in_training, run, run_awake, seeded
-from se_inject.forwards.edited import original_class
 from se_inject.errors import VerificationError
-from se_inject.tracing.inputs import check_has_numbers, copied, observe_model, real_inputs
-from se_inject.surgery.step import Step
-from se_inject.surgery.swap import injected_blocks, steps_of
+from se_inject.forwards import original_class
+from se_inject.surgery import Step, injected_blocks, steps_of
 from se_inject.tables import counted
-from se_inject.tracing.observer import Trace
+from se_inject.tracing import Trace, check_has_numbers, copied, describe, observe_model, real_inputs
+from se_inject.verification.calls import (
+    Seen,
+    difference,
+    first_line,
+    observed_in_eval,
+    observed_in_training,
+    run,
+    run_awake,
+    seeded,
+)
+from se_inject.verification.comparison import same_value
 
 _OF_THE_BLOCKS = {"same output as before", "blocks trainable"}
 """Checks that a block can fail by its own fault."""
@@ -114,7 +120,7 @@ def check_against_file(network: nn.Module, program: Any, trace: Trace) -> Check:
         program: what ``load_program`` gave for the same file.
         trace: an observed call of the network.
     """
-    from se_inject.loading.exported.network import arguments_of
+    from se_inject.loading import arguments_of
 
     name = "same output as the file"
     is_exported = isinstance(program, torch.export.ExportedProgram)

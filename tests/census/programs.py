@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 import se_inject as si
 from se_inject.errors import InjectError, NoSites
-from se_inject.tracing.inputs import observe_model, real_inputs
 from se_inject.tables import table
+from se_inject.tracing.inputs import observe_model, real_inputs
 
 SECONDS = 400
 PARAMETERS = 40_000_000

@@ -37,11 +37,11 @@ import torchvision  # noqa: E402
 from torch.fx.passes.shape_prop import ShapeProp  # noqa: E402
 
 import se_inject as si  # noqa: E402
-from se_inject.tracing.substitutes import standing_in  # noqa: E402
 from se_inject.errors import InjectError, NoSites  # noqa: E402
-from se_inject.sites.finder import find_sites  # noqa: E402
-from se_inject.tracing.inputs import observe_model, real_inputs  # noqa: E402
+from se_inject.sites.finder import sites_in  # noqa: E402
 from se_inject.tables import table  # noqa: E402
+from se_inject.tracing.inputs import observe_model, real_inputs  # noqa: E402
+from se_inject.tracing.substitutes import standing_in  # noqa: E402
 from tests.common import build, randomise  # noqa: E402
 
 SECONDS = {"plan": 120, "check": 240}
@@ -86,7 +86,7 @@ def plan_one(name):
     inputs = example_of(name, network)
     start = time.perf_counter()
     trace = observe_model(network, inputs)
-    found = find_sites(trace)
+    found = sites_in(trace)
     row |= {
         "how": trace.how,
         "seconds": round(time.perf_counter() - start, 3),

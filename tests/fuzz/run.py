@@ -26,8 +26,8 @@ sys.path.insert(0, str(HERE.parent.parent))
 import torch  # noqa: E402 - the project's own tests folder comes first
 
 import se_inject as si  # noqa: E402
-from se_inject.loading.models import load, load_program, load_weights_  # noqa: E402
 from se_inject.errors import InjectError, LoadError  # noqa: E402
+from se_inject.loading.models import load, load_program, load_weights_  # noqa: E402
 from tests.fuzz.mutations import MAKERS, TARGET, mutated, original  # noqa: E402
 
 SECONDS = 10

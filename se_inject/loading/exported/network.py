@@ -15,10 +15,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, unflatten
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from se_inject.loading.layers import assembled, container
-from se_inject.forwards.programs import is_name
-from se_inject.forwards.vocabulary import encoded, function_name
 from se_inject.errors import LoadError, SurgeryError
+from se_inject.forwards import encoded, function_name, is_name
+from se_inject.loading.layers import assembled, container
 
 _CHECKS = (
     "_assert_tensor_metadata",

@@ -28,11 +28,11 @@ from typing import IO, Any
 import torch
 from torch.export import ExportedProgram
 
-from se_inject.loading.zip_archive import Archive
+from se_inject.errors import LoadError
+from se_inject.forwards import checked_path, function_named
 from se_inject.loading.pickles.constructors import check_view
 from se_inject.loading.pickles.containers import unpickle
-from se_inject.forwards.vocabulary import checked_path, function_named
-from se_inject.errors import LoadError
+from se_inject.loading.zip_archive import Archive
 
 _COMPILED = "data/aotinductor/"
 _LARGEST_JSON = 4 << 20

@@ -15,11 +15,11 @@ from typing import IO, Any, ClassVar
 import torch
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION, StorageType
 
-from se_inject.loading.zip_archive import Archive, DamagedArchive
+from se_inject.errors import LoadError
 from se_inject.loading.pickles.constructors import Absurd
 from se_inject.loading.pickles.module_checks import check_modules
 from se_inject.loading.pickles.unpickler import Inert, Reading, Unpickler
-from se_inject.errors import LoadError
+from se_inject.loading.zip_archive import Archive, DamagedArchive
 
 _OF_TORCHSCRIPT = ("__torch__.", "torch.jit._pickle.")
 _OF_CPP = "__torch__.torch.classes."

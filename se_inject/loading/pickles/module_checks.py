@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from se_inject.errors import LoadError
+from se_inject.forwards import Program, check_program, check_targets
 from se_inject.loading.pickles.allowlist import within
 from se_inject.loading.pickles.unpickler import Inert, Reading
-from se_inject.forwards.programs import Program, check_program
-from se_inject.forwards.edited import check_targets
-from se_inject.errors import LoadError
 
 MOST_PATHS = 100_000
 """Submodules and their tensors, counted once for each path that leads to them."""

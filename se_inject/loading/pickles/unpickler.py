@@ -34,9 +34,17 @@ from typing import IO, Any, ClassVar
 import torch
 from torch import nn
 
-from se_inject.loading.pickles.allowlist import ACTIVATIONS, BUILDERS, is_data, is_harmless, is_network, may_be_looked_up, within
-from se_inject.loading.zip_archive import SLACK_BYTES
+from se_inject.loading.pickles.allowlist import (
+    ACTIVATIONS,
+    BUILDERS,
+    is_data,
+    is_harmless,
+    is_network,
+    may_be_looked_up,
+    within,
+)
 from se_inject.loading.pickles.constructors import Absurd, builder, checked_key
+from se_inject.loading.zip_archive import SLACK_BYTES
 from se_inject.user_code import printable
 
 MOST_OPCODES = 1_000_000

@@ -1,0 +1,4 @@
+"""Read TorchScript archives and make ordinary modules of them.
+
+In: a checked zip archive. Out: a network whose forwards are program lines. Must not know: other formats, zoos.
+"""

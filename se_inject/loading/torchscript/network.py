@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from se_inject.errors import LoadError
 from se_inject.loading.layers import assembled, container
 from se_inject.loading.torchscript.graphs import Archive, class_of, plain_class_of
 from se_inject.loading.torchscript.translate import Forward
-from se_inject.errors import LoadError
 
 _EAGER = "pass the eager module that it was made from"
 _LAYERS: dict[str, tuple[Any, ...]] = {

@@ -19,10 +19,10 @@ from typing import IO, Any
 
 import torch
 
-from se_inject.loading.zip_archive import Archive
-from se_inject.loading.pickles.module_checks import MOST_PATHS
-from se_inject.loading.pickles.containers import check_script_pickles
 from se_inject.errors import LoadError
+from se_inject.loading.pickles.containers import check_script_pickles
+from se_inject.loading.pickles.module_checks import MOST_PATHS
+from se_inject.loading.zip_archive import Archive
 
 _FORBIDDEN = frozenset({"save", "load", "from_file", "classes", "__setstate__", "hasattr"})
 _NAMESPACES = frozenset({"aten", "prim", "prims", "torchvision", "quantized"})

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from se_inject.forwards.programs import ATTRIBUTES, function_called, is_name, without_unused
+from se_inject.errors import LoadError, SurgeryError
+from se_inject.forwards import ATTRIBUTES, encoded, function_called, function_name, is_name, without_unused
 from se_inject.loading.torchscript.graphs import CHANGING, DEEPEST, Archive, class_of, plain_class_of
 from se_inject.loading.torchscript.values import DTYPES, Constant, Function, Part, Scalar, computed, data
-from se_inject.forwards.vocabulary import encoded, function_name
-from se_inject.errors import LoadError, SurgeryError
 
 _LONGEST_UNROLLED = 1_000
 _FROM_PYTHON = {

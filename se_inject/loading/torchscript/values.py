@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from se_inject.forwards.programs import function_called
-from se_inject.forwards.vocabulary import encoded
 from se_inject.errors import LoadError, SurgeryError
+from se_inject.forwards import encoded, function_called
 
 _LARGEST = 2**63
 _LONGEST = 10_000
