@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from se_inject._version import __version__
+from se_inject._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from se_inject.adapters import BackboneWarning as BackboneWarning

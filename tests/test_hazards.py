@@ -18,7 +18,7 @@ from se_inject.surgery.swap import eject_, injected_blocks
 from se_inject.tracing.inputs import observe_model
 from se_inject.verification.checks import verify
 from tests.common import difference, portrait, same_portrait
-from tests.hazards import HAZARDS
+from tests.networks.hazards import HAZARDS
 
 INJECTABLE = [name for name, hazard in HAZARDS.items() if hazard.sites and not hazard.raises]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch.nn.utils.weight_norm")

@@ -25,8 +25,8 @@ from se_inject.sites.positions import POSITIONS
 from se_inject.surgery.swap import eject_, injected_blocks
 from se_inject.tracing.inputs import observe_model
 from tests.common import difference, portrait, same_portrait
-from tests.random_nets import networks
-from tests.random_parts import Dense, Hourglass, Joined, Partial, Residual, Shuffled
+from tests.networks.random_nets import networks
+from tests.networks.random_parts import Dense, Hourglass, Joined, Partial, Residual, Shuffled
 
 
 def run(model, recipe, *, training=False, batch=3):

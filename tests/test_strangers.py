@@ -15,7 +15,7 @@ from se_inject.sites.finder import sites_in
 from se_inject.surgery.swap import eject_, injected_blocks
 from se_inject.tracing.inputs import observe_model
 from se_inject.verification.checks import verify
-from tests.strangers import STRANGERS
+from tests.networks.strangers import STRANGERS
 
 EXPORTED = ("WaveNet", "VNet", "RowsDetector", "ChangeDetector", "CRNN", "SuperResolution", "SpeechSeparation")
 """One for each kind of input, output and operation: writing a file takes seconds."""

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import nn
 
 import se_inject as si
-from tests.hostile import exported, records, saved, scripted, small, zipped
+from tests.files.hostile import exported, records, saved, scripted, small, zipped
 
 TARGET = small()
 

@@ -26,7 +26,7 @@ from se_inject.plans.value import Plan
 from se_inject.surgery import schema as _schema
 from tests.common import randomise
 
-STORED = Path(__file__).parent / "data" / "plan_v1.json"
+STORED = Path(__file__).parent.parent / "data" / "plan_v1.json"
 X = torch.empty(2, 3, 64, 64, device="meta")
 
 

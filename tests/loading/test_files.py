@@ -17,8 +17,8 @@ from se_inject.errors import LoadError, OptionError
 from se_inject.loading.architectures import architectures_of
 from se_inject.loading.models import NoSuchFile, describe, load, load_program, load_weights_
 from tests.common import build, outputs, randomise
+from tests.files.hostile import records, saved, small, zipped
 from tests.fuzz.mutations import original
-from tests.hostile import records, saved, small, zipped
 
 IMAGES = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

@@ -72,7 +72,7 @@ def parameters(module):
 def test_all_are_found_through_entry_points_and_only_so():
     names = block_names()
     assert {name: names[name] for name in PLUGINS} == dict.fromkeys(PLUGINS, "se-inject")
-    files = {path.stem for path in (Path(__file__).parent.parent / "plugins").glob("[!_]*.py")}
+    files = {path.stem for path in (Path(__file__).parents[2] / "plugins").glob("[!_]*.py")}
     assert files == set(PLUGINS)
     assert names["se"] == "se-inject"
 
@@ -666,7 +666,7 @@ def test_a_package_of_a_stranger_installs_is_listed_goes_in_verifies_and_exports
         if not any(int(d.version.split(".")[0]) >= least for d in importlib.metadata.distributions(name=tool)):
             pytest.skip(f"needs {tool} {least}, to install without an index")
     source, target = tmp_path / "source", tmp_path / "installed"
-    shutil.copytree(Path(__file__).parent.parent / "examples" / "my_plugin", source)
+    shutil.copytree(Path(__file__).parents[2] / "examples" / "my_plugin", source)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
     done = subprocess.run([*pip, "--target", str(target), str(source)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

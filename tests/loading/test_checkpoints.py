@@ -34,7 +34,7 @@ from se_inject.errors import LoadError, OptionError, UnsupportedModel, Untrusted
 from se_inject.loading.models import NoSuchFile, load, load_weights_
 from se_inject.tracing.inputs import check_supported
 from tests.common import build, randomise
-from tests.hostile import saved
+from tests.files.hostile import saved
 
 NET = """
 import torch

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import se_inject as si
 from se_inject.surgery import schema as _schema
-from tests.test_cli import SITES, SMALL, document, files, same, se_inject, tiny  # noqa: F401
+from tests.cli.test_cli import SITES, SMALL, document, files, same, se_inject, tiny  # noqa: F401
 
 GATES = '''
 """Blocks with one fault each."""

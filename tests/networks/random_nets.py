@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.common import randomise
-from tests.random_parts import (
+from tests.networks.random_parts import (
     ACTIVATIONS,
     Again,
     Attended,

@@ -1,4 +1,4 @@
-"""No file runs anything, takes all memory, or takes forever: the corpus of ``tests/hostile.py``, through the one door."""
+"""No file runs anything, takes all memory, or takes forever: the corpus of ``tests/files/hostile.py``, through the one door."""
 
 import contextlib
 import copy
@@ -23,9 +23,21 @@ from se_inject.forwards import vocabulary as _vocabulary
 from se_inject.loading import formats as _formats
 from se_inject.loading.models import load, load_program, load_weights_
 from se_inject.loading.torchscript import reader as _scripted
-from tests import hostile
+from tests.files import hostile
+from tests.files.hostile import (
+    CALL,
+    CONTAINERS,
+    DAMAGED,
+    HIT,
+    PAYLOADS,
+    PROTO,
+    Reduced,
+    Stated,
+    archived,
+    pickled,
+    small,
+)
 from tests.fuzz.run import peak_bytes
-from tests.hostile import CALL, CONTAINERS, DAMAGED, HIT, PAYLOADS, PROTO, Reduced, Stated, archived, pickled, small
 
 TARGET = small()
 SECONDS = 10

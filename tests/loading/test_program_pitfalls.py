@@ -9,7 +9,7 @@ import se_inject as si
 from se_inject.errors import LoadError
 from se_inject.tracing.inputs import observe_model
 from tests.common import IMAGES, difference, write
-from tests.test_program_details import Conv, Lambda, path, run_by_torch  # noqa: F401
+from tests.loading.test_program_details import Conv, Lambda, path, run_by_torch  # noqa: F401
 
 
 class Listed(Conv):
