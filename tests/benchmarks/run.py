@@ -23,7 +23,7 @@ import torchvision
 from torch.func import functional_call
 
 import se_inject as si
-from se_inject.plans.text import table
+from se_inject.tables import table
 
 PLANNED = ("resnet152", "convnext_large", "densenet121")
 

@@ -8,8 +8,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 import se_inject as si
+from se_inject.cost import cost_lines
 from se_inject.cost.counting import Cost, CostReport, CostRow, Latency, measure_latency
-from se_inject.plans.text import cost_lines
 
 SIZES = {1: (50,), 2: (10, 6), 3: (4, 6, 5)}
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

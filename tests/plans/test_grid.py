@@ -11,10 +11,10 @@ from torchvision.models.resnet import BasicBlock
 
 import se_inject as si
 from se_inject.errors import ExportError, NoSites, OptionError, PluginError, SiteNotFound
+from se_inject.plans import grid_data, grid_text
 from se_inject.plans.grid import block_costs
 from se_inject.plans.plot import plot_grid
 from se_inject.plans.starts import start_factor, start_factors
-from se_inject.plans.text import grid_data, grid_text
 from se_inject.sites.selection import NECK, Site, Sites
 from se_inject.tables import counted, percent
 from tests.common import build
