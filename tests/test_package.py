@@ -118,7 +118,11 @@ def test_an_error_in_full():
 
 def test_rooms_import_downward():
     done = subprocess.run(
-        ["lint-imports", "--no-cache"], capture_output=True, text=True, check=False, cwd=PACKAGE.parent
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=PACKAGE.parent,
     )
     assert done.returncode == 0, done.stdout
 
