@@ -40,7 +40,7 @@ from se_inject.plans import (
 from se_inject.sites import ATTENDED, sites_data, sites_in, sites_text, stages_text
 from se_inject.surgery import eject_, own_steps
 from se_inject.tables import as_json, counted, table
-from se_inject.tracing import example_of, observe_model, parse_shape, preserved, real_inputs
+from se_inject.tracing import example_of, float_like, observe_model, parse_shape, preserved, real_inputs
 from se_inject.verification import check_against_file, verdict_data, verdict_lines, verify, weight_warnings
 
 
@@ -215,7 +215,7 @@ def _latency(network: nn.Module, injected: nn.Module, planned: Plan) -> Latency:
 
 
 def _real_inputs(planned: Plan, network: nn.Module, batch: int | None = None) -> Any:
-    parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+    parameter = float_like(network)
     assert planned.trace is not None
     return real_inputs(planned.trace.inputs, batch=batch, device=parameter.device, dtype=parameter.dtype)
 
@@ -223,7 +223,7 @@ def _real_inputs(planned: Plan, network: nn.Module, batch: int | None = None) ->
 def _example(inputs: tuple[str, ...], network: nn.Module) -> Any:
     if not inputs:
         return None
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    dtype = float_like(network).dtype
     return tuple(torch.empty(parse_shape(text), device="meta", dtype=dtype) for text in inputs)
 
 
@@ -266,7 +266,7 @@ def sites(
     trace = observe_model(network, _example(inputs, network))
     found = sites_in(trace)
     if as_json:
-        _print_json({"model": original_class(network).__name__, "notes": trace.notes, **sites_data(found)})
+        _print_json({"model": original_class(network).__name__, "notes": list(trace.notes), **sites_data(found)})
     else:
         for note in trace.notes:
             click.echo(note, err=True)

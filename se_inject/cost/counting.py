@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from se_inject.blocks import build_block
 from se_inject.surgery import Step
-from se_inject.tracing import Trace, batch_of, real_inputs, standing_in
+from se_inject.tracing import Trace, batch_of, float_like, real_inputs, standing_in
 
 _FREE = frozenset(
     {
@@ -155,7 +155,9 @@ def cost_of_model(model: nn.Module, trace: Trace) -> tuple[Cost, tuple[str, ...]
     params = sum(parameter.numel() for parameter in model.parameters())
     own = batch_of(trace.inputs)
     for batch in dict.fromkeys((1, own)):
-        args, kwargs = real_inputs(trace.inputs, batch=batch, device=torch.device("meta"), dtype=_dtype(model))
+        args, kwargs = real_inputs(
+            trace.inputs, batch=batch, device=torch.device("meta"), dtype=float_like(model).dtype
+        )
         try:
             with standing_in(model, trace.how) as place, _Counter() as counter:
                 counter.leave_out(model)
@@ -195,7 +197,7 @@ def cost_of_steps(model: nn.Module, trace: Trace, steps: Sequence[Step]) -> Cost
 
 def rows_of_steps(trace: Trace, steps: Iterable[Step]) -> tuple[CostRow, ...]:
     """What every block adds, as often as its owner was called. Equal blocks are measured once."""
-    dtype = _dtype(trace.model)
+    dtype = float_like(trace.model).dtype
     known: dict[Any, CostRow] = {}
     rows = []
     for step in steps:
@@ -244,7 +246,3 @@ def _timed(network: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -24,6 +24,7 @@ from se_inject.plans.starts import start_factors
 from se_inject.plans.value import Plan
 from se_inject.sites import ALL, ALL_BUT_LAST, Sites, sites_in
 from se_inject.surgery import Step
+from se_inject.tracing import float_like
 
 PAPER_RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0)
 """The reduction ratios of the paper's Table 10."""
@@ -199,7 +200,7 @@ def _with_block(base: Plan, block: str, options: dict[str, Any], init: str | Non
     """The steps of a plan with another block or other options, tried out at every size first."""
     assert base.trace is not None
     init = init or base.steps[0].init
-    dtype = next((p.dtype for p in base.trace.model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = float_like(base.trace.model).dtype
     for channels, size in sorted({(step.channels, step.size) for step in base.steps}):
         with torch.device("meta"):
             check_block(block, build_block(block, channels, size, options, init), channels, size, dtype)

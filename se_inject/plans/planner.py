@@ -18,7 +18,7 @@ from se_inject.plans.value import Plan, already, check_trust
 from se_inject.sites import ATTENDED, NECK, POSITIONS, Place, Site, Sites, place_of, sites_in
 from se_inject.surgery import Step, own_steps
 from se_inject.tables import counted
-from se_inject.tracing import Trace, observe_model, shapes_of
+from se_inject.tracing import Trace, float_like, observe_model, shapes_of
 
 
 def plan(
@@ -75,7 +75,7 @@ def plan(
     sites = sites_in(trace)
     chosen, notes = _select(sites, _listed(stages), _listed(at), attended, model)
     places, unplaced = _places(trace, chosen, position)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = float_like(model).dtype
     start, odd = _probed([place for _, place in places], block, block_options, init, dtype)
     draft = Step("", "", None, 0, 0, block, dict(block_options), start, position=position)
     steps = tuple(_step(draft, site, place, name) for site, place in places)

@@ -12,7 +12,7 @@ from se_inject.errors import LoadError, SurgeryError
 from se_inject.forwards import encoded, graph_data, graph_from
 from se_inject.sites.dataflow import IN_PLACE, lineage, reaches_output
 from se_inject.sites.operations import convolutions, is_data, means_the_same, operation, passed_through, returned
-from se_inject.tracing import OwnerGraph, Trace, Untraceable, function_name_of, is_leaf
+from se_inject.tracing import OwnerGraph, Trace, Untraceable, function_name_of, is_leaf, training_graph
 
 _LINEAR = ("linear", "addmm", "mm")
 _VIEWS = ("view", "reshape", "_unsafe_view")
@@ -96,7 +96,7 @@ class Values:
         """Whether the forward returns one tensor in training too, as far as that can be told."""
         if owner.reads_training:
             with contextlib.suppress(Untraceable):
-                return returned(self.trace.training_graph(owner)[0]) is not None
+                return returned(training_graph(self.trace, owner)[0]) is not None
         return True
 
     def refusal(self, owner: OwnerGraph, value: fx.Node, path: str, written: str | None) -> str | None:
@@ -132,7 +132,7 @@ class Values:
         if self.editable[owner.path]:
             return self.editable[owner.path]
         if owner.reads_training:
-            training, _ = self.trace.training_graph(owner)
+            training, _ = training_graph(self.trace, owner)
             if not means_the_same(owner.graph, training, written):
                 return f"its forward computes `{written.partition('#')[0]}` more often in one mode than in the other"
         if not value.users:
@@ -214,7 +214,7 @@ def check_editable(trace: Trace, owner: OwnerGraph) -> None:
         for value in (*owner.constants.values(), *owner.settings.values()):
             encoded(value)
         if owner.reads_training:
-            graph_from(graph_data(trace.training_graph(owner)[0]))
+            graph_from(graph_data(training_graph(trace, owner)[0]))
     except Untraceable as error:
         raise SurgeryError(str(error)) from error
     except LoadError as error:

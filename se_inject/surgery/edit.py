@@ -12,7 +12,7 @@ from se_inject.errors import SurgeryError
 from se_inject.forwards import encoded, graph_data
 from se_inject.sites import labels, returned
 from se_inject.surgery.step import Step
-from se_inject.tracing import Trace, Untraceable
+from se_inject.tracing import Trace, Untraceable, training_graph
 
 
 def edited_graphs(trace: Trace, path: str, earlier: list[Step], steps: list[Step]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def edited_graphs(trace: Trace, path: str, earlier: list[Step], steps: list[Step
         body: dict[str, Any] = {"train": None}
         body["eval"] = graph_data(_edited(owner.graph, owner.guards, earlier, steps))
         if owner.reads_training:
-            training, guards = trace.training_graph(owner)
+            training, guards = training_graph(trace, owner)
             if _text(training) != _text(owner.graph):
                 body["train"] = graph_data(_edited(training, guards, earlier, steps))
         body["settings"] = {name: encoded(value) for name, value in owner.settings.items()}
@@ -51,7 +51,9 @@ def _text(graph: fx.Graph) -> list[str]:
     return [node.format_node() or "" for node in graph.nodes]
 
 
-def _edited(graph: fx.Graph, guards: list[tuple[fx.Node, bool]], earlier: list[Step], steps: list[Step]) -> fx.Graph:
+def _edited(
+    graph: fx.Graph, guards: tuple[tuple[fx.Node, bool], ...], earlier: list[Step], steps: list[Step]
+) -> fx.Graph:
     """A copy of the graph in which every step's value goes through its block, for those who are to read it.
 
     Blocks at one value form a chain, in the order of the steps; those for some readers stand behind those for all.

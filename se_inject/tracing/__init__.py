@@ -20,13 +20,15 @@ from se_inject.tracing.inputs import (
     shapes_of,
 )
 from se_inject.tracing.nodes import CONVOLUTIONS, ancestors, function_name_of, is_gating, sources
-from se_inject.tracing.observer import OwnerGraph, Trace, is_leaf
+from se_inject.tracing.observer import is_leaf, training_graph
 from se_inject.tracing.substitutes import preserved, standing_in
+from se_inject.tracing.trace import Counts, OwnerGraph, Trace, float_like
 from se_inject.tracing.tracer import Untraceable, holds_tensor, random_state, set_random_state
 
 __all__ = [
     "CONVOLUTIONS",
     "SMALL_SIDE",
+    "Counts",
     "OwnerGraph",
     "Trace",
     "Untraceable",
@@ -38,6 +40,7 @@ __all__ = [
     "cropped",
     "describe",
     "example_of",
+    "float_like",
     "function_name_of",
     "holds_tensor",
     "inputs_from",
@@ -52,4 +55,5 @@ __all__ = [
     "shapes_of",
     "sources",
     "standing_in",
+    "training_graph",
 ]

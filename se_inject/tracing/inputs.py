@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from se_inject.errors import LoadError, NoSites, OptionError, TraceError, Unsupp
 from se_inject.forwards import FixedBatchNorm, Program, is_of_training, recorded_inputs
 from se_inject.tables import counted
 from se_inject.tracing.failures import describe
-from se_inject.tracing.observer import Trace, observe
+from se_inject.tracing.observer import observe
+from se_inject.tracing.trace import Trace, float_like
 from se_inject.user_code import fact
 
 SIZES = {1: (1024, 16000, 128), 2: (224, 32, 28, 64, 96, 128, 299, 256, 384, 512), 3: (16, 32, 64, 8)}
@@ -40,24 +42,28 @@ def observe_model(model: nn.Module, example_inputs: Any = None, example_kwargs: 
     """
     check_supported(model)
     trace = _observed(model, example_inputs, example_kwargs)
+    return replace(trace, notes=(*trace.notes, *_program_notes(model)))
+
+
+def _program_notes(model: nn.Module) -> Iterator[str]:
+    """What is to be said of a network that is a program out of a file."""
     fixed = sum(isinstance(module, FixedBatchNorm) for module in model.modules())
     if fixed:
-        trace.notes.append(
+        yield (
             f"the file is a program of eval mode: batch normalisation ({counted(fixed, 'module')}) keeps its statistics "
             "in training, and what only training does is not in it"
         )
     programs = [module for module in model.modules() if isinstance(module, Program)]
     if any(map(is_of_training, programs)):
-        trace.notes.append(
+        yield (
             "the file is a program of training mode: dropout and normalisation by the batch are written down in it, and "
             "act in eval too; export the network in eval mode"
         )
     if programs and next(model.parameters(), None) is None:
-        trace.notes.append(
+        yield (
             "the file is a frozen program: its weights are constants, which can't be trained; take the one from before "
             "it was frozen"
         )
-    return trace
 
 
 def _observed(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any] | None) -> Trace:
@@ -69,19 +75,18 @@ def _observed(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, A
     recorded = recorded_inputs(model)
     if recorded is not None:
         trace = observe(model, inputs_from(recorded))
-        trace.notes.append(f"input as the program was made for: {describe(trace.inputs)}")
-        return trace
+        return replace(trace, notes=(f"input as the program was made for: {describe(trace.inputs)}",))
     failures: list[TraceError] = []
     shapes = inferred_shapes(model)
+    dtype = float_like(model).dtype
     for shape in shapes:
-        inputs = (torch.empty(shape, device="meta", dtype=_dtype(model)),)
+        inputs = (torch.empty(shape, device="meta", dtype=dtype),)
         try:
             trace = observe(model, inputs)
         except TraceError as error:
             failures.append(error)
             continue
-        trace.notes.append(f"input inferred: {describe(inputs)}")
-        return trace
+        return replace(trace, notes=(f"input inferred: {describe(inputs)}",))
     raise TraceError(
         "no input for this network could be guessed",
         seen=f"tried {', '.join('×'.join(map(str, shape)) for shape in shapes)}; the first gave {failures[0].seen}",
@@ -205,10 +210,6 @@ def _input_from(shape: Any) -> Any:
     return {"list": list, "tuple": tuple}[kind](map(_input_from, parts))
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
 def check_supported(model: Any) -> None:
     """Ask whether this is a module whose forward can be edited.
 
@@ -279,11 +280,11 @@ def example_of(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Real inputs for a model: those given, or random ones of the inferred shape."""
     trace = observe_model(model, example_inputs, example_kwargs)
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    like = float_like(model)
     args, kwargs = trace.inputs
     if all(leaf.device.type != "meta" for leaf in _tensors((args, kwargs))):
         return args, kwargs
-    return real_inputs(trace.inputs, batch=None, device=parameter.device, dtype=parameter.dtype)  # type: ignore[no-any-return]
+    return real_inputs(trace.inputs, batch=None, device=like.device, dtype=like.dtype)  # type: ignore[no-any-return]
 
 
 def _tensors(inputs: Any) -> list[Tensor]:

@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from se_inject.errors import TraceError
 from se_inject.tracing.failures import describe, location, reason_of
 from se_inject.tracing.nodes import CONVOLUTIONS, function_name_of, gates_in
 from se_inject.tracing.substitutes import forget_modes, preserved, shapes_only, standing_in, swapped
+from se_inject.tracing.trace import Counts, Guards, OwnerGraph, Trace
 from se_inject.tracing.tracer import (
     OwnerTracer,
     Untraceable,
@@ -34,33 +36,11 @@ from se_inject.tracing.tracer import (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class OwnerGraph:
-    """One module's forward as a graph, children as leaves.
-
-    ``node.meta["val"]`` is the value a node had in the observed call, ``node.meta["time"]`` when it came to be.
-    ``iterates`` says whether the forward goes through all children, where a new one would be called as well.
-    ``node.meta["counts"]`` says what a child's call did: (convolutions, their MACs, gates, attention matrices).
-    """
-
-    path: str
-    module: nn.Module
-    graph: fx.Graph
-    constants: dict[str, Any]
-    guards: list[tuple[fx.Node, bool]]
-    reads_training: bool
-    iterates: bool
-    settings: dict[str, Any]
-    inputs: tuple[tuple[Any, ...], dict[str, Any], frozenset[int | str]]
-    kind: type
-
-
 @dataclass
-class Trace:
-    """What one call of a model did."""
+class Record:
+    """A trace in the making."""
 
     model: nn.Module
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
     how: str
     graphs: dict[str, OwnerGraph] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -68,64 +48,85 @@ class Trace:
     kinds: dict[str, set[Any]] = field(default_factory=dict)
     paths: dict[int, str] = field(default_factory=dict)
     aliases: dict[str, list[str]] = field(default_factory=dict)
-    children: dict[tuple[str, Any], str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    outputs: Any = None
-    macs: int = 0
-    size: tuple[int, ...] = ()
-    """Spatial size of what the first convolution read."""
     without_grad: set[str] = field(default_factory=set)
-    training: dict[str, tuple[fx.Graph, list[tuple[fx.Node, bool]]]] = field(default_factory=dict)
+    size: tuple[int, ...] = ()
 
-    def child(self, owner: str, target: Any) -> str:
-        """The path of a module that an owner's graph names relative to the owner: the one its trace is under."""
-        known = self.children.get((owner, target))
-        if known is None:
-            path = ".".join(part for part in (owner, str(target)) if part)
-            known = self.children[owner, target] = self.paths.get(id(self.model.get_submodule(path)), path)
-        return known
+    def __post_init__(self) -> None:
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            known = self.paths.setdefault(id(module), path)
+            if known != path:
+                self.aliases.setdefault(known, []).append(path)
 
-    def training_graph(self, owner: OwnerGraph) -> tuple[fx.Graph, list[tuple[fx.Node, bool]]]:
-        """The owner's graph and guards with its ``training`` flag set, its children's outputs taken from the first one.
+    def frozen(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], outputs: Any, macs: int) -> Trace:
+        """The trace that was made."""
+        return Trace(
+            model=self.model,
+            inputs=inputs,
+            how=self.how,
+            graphs=MappingProxyType(self.graphs),
+            failures=MappingProxyType(self.failures),
+            calls=MappingProxyType(self.calls),
+            kinds=MappingProxyType({path: frozenset(kinds) for path, kinds in self.kinds.items()}),
+            canonical=MappingProxyType({other: path for path, others in self.aliases.items() for other in others}),
+            without_grad=frozenset(self.without_grad),
+            outputs=outputs,
+            macs=macs,
+            size=self.size,
+        )
 
-        Raises:
-            Untraceable: the training branch can't be written down.
-        """
-        if owner.path in self.training:
-            return self.training[owner.path]
-        replay: dict[str, list[Any]] = {}
-        for node in owner.graph.nodes:
-            if node.op == "call_module":
-                replay.setdefault(str(node.target), []).append(node.meta["val"])
-        how = "real" if self.how == "real" else "meta"
-        inputs = owner.inputs
-        if self.how == "fake":  # its values belong to a mode that is closed
-            replay, inputs = tree_map_only(Tensor, shapes_only, (replay, inputs))
-        observer = Observer(self)
-        tracer = OwnerTracer(observer, owner.module, owner.path, training=True, replay=replay)
-        state = random_state()
+
+def training_graph(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
+    """The owner's graph and guards with its ``training`` flag set, its children's outputs taken from the first one.
+
+    It is observed once; the trace does not change.
+
+    Raises:
+        Untraceable: the training branch can't be written down.
+    """
+    if owner.path not in trace.known:
         try:
-            with preserved(owner.module), warnings.catch_warnings(), swapped(owner.module, how):
-                warnings.simplefilter("ignore")
-                forget_modes(owner.module)
-                with observer.watching():
-                    observer.trace(tracer, inputs)
-        except Exception as error:
-            raise Untraceable(f"in training: {reason_of(error)}") from error
-        finally:
-            moved = random_state() != state
-            set_random_state(state)
-        if moved:
-            raise Untraceable("in training: it draws random numbers that a graph can't hold")
-        self.training[owner.path] = tracer.graph, tracer.guards
-        return self.training[owner.path]
+            trace.known[owner.path] = _training_graph(trace, owner)
+        except Untraceable as error:
+            trace.known[owner.path] = str(error)
+    found: tuple[fx.Graph, Guards] | str = trace.known[owner.path]
+    if isinstance(found, str):
+        raise Untraceable(found)
+    return found
+
+
+def _training_graph(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
+    replay: dict[str, list[Any]] = {}
+    for node in owner.graph.nodes:
+        if node.op == "call_module":
+            replay.setdefault(str(node.target), []).append(node.meta["val"])
+    how = "real" if trace.how == "real" else "meta"
+    inputs = owner.inputs
+    if trace.how == "fake":  # its values belong to a mode that is closed
+        replay, inputs = tree_map_only(Tensor, shapes_only, (replay, inputs))
+    observer = Observer(Record(trace.model, how, dict(trace.graphs), dict(trace.failures)))
+    tracer = OwnerTracer(observer, owner.module, owner.path, training=True, replay=replay)
+    state = random_state()
+    try:
+        with preserved(owner.module), warnings.catch_warnings(), swapped(owner.module, how):
+            warnings.simplefilter("ignore")
+            forget_modes(owner.module)
+            with observer.watching():
+                observer.trace(tracer, inputs)
+    except Exception as error:
+        raise Untraceable(f"in training: {reason_of(error)}") from error
+    finally:
+        moved = random_state() != state
+        set_random_state(state)
+    if moved:
+        raise Untraceable("in training: it draws random numbers that a graph can't hold")
+    return tracer.graph, tuple(tracer.guards)
 
 
 class Observer:
     """Runs modules inside an observed call: writes the trace, and stands between a module and its children."""
 
-    def __init__(self, trace: Trace) -> None:
-        self.result = trace
+    def __init__(self, record: Record) -> None:
+        self.result = record
         self.tracer: OwnerTracer | None = None
         self._time = self._convs = self._macs = self._gates = self._attention = 0
         self._numbers: Tensor | None = None
@@ -134,8 +135,11 @@ class Observer:
         self._time += 1
         return self._time
 
-    def counts(self) -> tuple[int, int, int, int]:
-        return self._convs, self._macs, self._gates, self._attention
+    def counts(self) -> Counts:
+        return Counts(self._convs, self._macs, self._gates, self._attention)
+
+    def counts_since(self, before: Counts) -> Counts:
+        return Counts(*(now - then for now, then in zip(self.counts(), before, strict=True)))
 
     def relative_path(self, module: nn.Module, root: str) -> str | None:
         path = self.result.paths.get(id(module))
@@ -157,7 +161,7 @@ class Observer:
             if isinstance(weight, Tensor):
                 transposed = "transpose" in name or (name in ("convolution", "_convolution") and bool(args[6]))
                 self._count_convolution(value, weight, transposed=transposed, x=args[0] if args else value)
-        node.meta["counts"] = [now - then for now, then in zip(self.counts(), before, strict=True)]
+        node.meta["counts"] = self.counts_since(before)
 
     def _count_attention(self, name: str, value: Any) -> None:
         """Attention between positions: its own function, or a softmax over the rows of a matrix."""
@@ -262,19 +266,19 @@ class Observer:
                 self._convs, self._macs, self._gates, self._attention = before[1]
                 self.tracer = None
                 return module.forward(*args, **kwargs)
-            self.result.graphs[path] = graph = OwnerGraph(
-                path,
-                module,
-                tracer.graph,
-                tracer.constants,
-                tracer.guards,
-                tracer.reads_training,
-                tracer.iterates,
-                tracer.settings_read,
-                (args, kwargs, symbolic),
-                type(module),
+            self.result.graphs[path] = OwnerGraph(
+                path=path,
+                module=module,
+                kind=type(module),
+                graph=tracer.graph,
+                constants=MappingProxyType(tracer.constants),
+                guards=tuple(tracer.guards),
+                settings=MappingProxyType(tracer.settings_read),
+                reads_training=tracer.reads_training,
+                iterates=tracer.iterates,
+                inputs=(args, kwargs, symbolic),
             )
-            self._gates += gates_in(graph.graph)
+            self._gates += gates_in(tracer.graph)
             return output
 
         module.__dict__["forward"] = forward
@@ -375,18 +379,13 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     """
     first: Exception | None = None
     for how in ("meta", "fake", "real"):
-        trace = Trace(model, (args, kwargs or {}), how)
-        for path, module in model.named_modules(remove_duplicate=False):
-            known = trace.paths.setdefault(id(module), path)
-            if known != path:
-                trace.aliases.setdefault(known, []).append(path)
-        observer = Observer(trace)
+        record = Record(model, how)
+        observer = Observer(record)
         try:
             with standing_in(model, how) as place, observer.watching():
                 forget_modes(model)
-                trace.outputs = observer.run(model, place(args), place(kwargs or {}))
-            trace.macs = observer.counts()[1]
-            return trace
+                outputs = observer.run(model, place(args), place(kwargs or {}))
+            return record.frozen((args, kwargs or {}), outputs, observer.counts().macs)
         except Exception as error:
             first = first or error
             last = error

@@ -418,7 +418,8 @@ class OwnerTracer(TracerBase):
             given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
             computed = frozenset(key for key, argument in given.items() if _holds_proxy(argument))
             value = self.observer.run(module, values_of(args), values_of(kwargs), computed)
-        node.meta["counts"] = [now - then for now, then in zip(self.observer.counts(), before, strict=True)]
+        node.meta["counts"] = self.observer.counts_since(before)
+        node.meta["path"] = self.observer.result.paths[id(module)]
         return self._wrap(node, value)
 
     def attribute(self, module: nn.Module, name: str, value: Tensor) -> Any:

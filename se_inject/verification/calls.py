@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_flatten
 
-from se_inject.tracing import SMALL_SIDE, Trace, copied, cropped, preserved, random_state, real_inputs, set_random_state
+from se_inject.tracing import (
+    SMALL_SIDE,
+    Trace,
+    copied,
+    cropped,
+    float_like,
+    preserved,
+    random_state,
+    real_inputs,
+    set_random_state,
+)
 from se_inject.verification.comparison import same_numbers
 
 LARGE = 500_000_000
@@ -31,7 +41,7 @@ def observed_in_eval(model: nn.Module, trace: Trace) -> tuple[Any, Seen]:
 
     They are of another batch size than the observed ones, if the model takes that, and small if those are large.
     """
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    parameter = float_like(model)
     choices = [trace.inputs]
     if trace.macs > LARGE:
         choices.insert(0, cropped(trace.inputs, SMALL_SIDE))

@@ -17,7 +17,7 @@ from se_inject.errors import VerificationError
 from se_inject.forwards import original_class
 from se_inject.surgery import Step, injected_blocks, steps_of
 from se_inject.tables import counted
-from se_inject.tracing import Trace, check_has_numbers, copied, describe, observe_model, real_inputs
+from se_inject.tracing import Trace, check_has_numbers, copied, describe, float_like, observe_model, real_inputs
 from se_inject.verification.calls import (
     Seen,
     difference,
@@ -125,7 +125,7 @@ def check_against_file(network: nn.Module, program: Any, trace: Trace) -> Check:
     name = "same output as the file"
     is_exported = isinstance(program, torch.export.ExportedProgram)
     theirs = program.module() if is_exported else program.eval()
-    parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+    parameter = float_like(network)
     why = ""
     for batch in (3, None):
         args, kwargs = real_inputs(trace.inputs, batch=batch, device=parameter.device, dtype=parameter.dtype)
