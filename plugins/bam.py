@@ -91,7 +91,11 @@ class BottleneckAttention(nn.Module):
             zero_(self.channel[-1])
 
     def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """1 + σ of the channel and the spatial branch, over its value at the start; as large as x."""
         channel = self.channel(x.mean(self.space, keepdim=True))
         spatial = self.spatial(x)
         both = channel * spatial if self.combine == "product" else channel + spatial
-        return x * ((1 + torch.sigmoid(both)) / self.scale)
+        return (1 + torch.sigmoid(both)) / self.scale

@@ -73,6 +73,10 @@ class EfficientChannelAttention(nn.Module):
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """σ(conv_k(z)), (N, C, 1, …)."""
         squeezed = x.mean(self.space).unsqueeze(1)
-        gate = self.gain * torch.sigmoid(self.conv(squeezed))
-        return x * gate.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005 -- TorchScript has no unpacking
+        s = self.gain * torch.sigmoid(self.conv(squeezed))
+        return s.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005 -- TorchScript has no unpacking

@@ -52,4 +52,8 @@ class EffectiveSqueezeExcitation(nn.Module):
         zero_(self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.gain * F.hardsigmoid(self.fc(x.mean(self.space, keepdim=True))))
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """hσ(W mean(x) + b), (N, C, 1, …)."""
+        return self.gain * F.hardsigmoid(self.fc(x.mean(self.space, keepdim=True)))

@@ -78,10 +78,14 @@ class FrequencyChannelAttention(Bottleneck):
         zero_(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """σ(W2 δ(W1 z)), (N, C, 1, 1)."""
         rows = _cosines(self.vertical, x.size(2), x)
         columns = _cosines(self.horizontal, x.size(3), x)
         squeezed = ((x * columns.unsqueeze(1)).sum(3) * rows).sum(2).unsqueeze(2).unsqueeze(3)
-        return x * (self.gain * torch.sigmoid(self.excite(squeezed)))
+        return self.gain * torch.sigmoid(self.excite(squeezed))
 
 
 def _cosines(frequencies: list[int], length: int, x: Tensor) -> Tensor:

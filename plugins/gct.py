@@ -57,8 +57,11 @@ class GatedChannelTransformation(nn.Module):
         nn.init.zeros_(self.beta)
 
     def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """1 + tanh(γ ŝ + β), (N, C, 1, …)."""
         energy = widened(x).square().sum(self.space, keepdim=True)
         embedding = self.alpha * (energy + self.epsilon).sqrt()
         normed = embedding / (embedding.square().mean(1, keepdim=True) + self.epsilon).sqrt()
-        gate = 1 + torch.tanh(self.gamma * normed + self.beta)
-        return x * gate.to(x.dtype)
+        return (1 + torch.tanh(self.gamma * normed + self.beta)).to(x.dtype)

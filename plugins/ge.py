@@ -102,6 +102,10 @@ class GatherExcite(nn.Module):
         zero_(self.excite[-1] if self.kind == "plus" else self.gather[-1])
 
     def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """σ(up(h(g(x)))): (N, C, 1, 1) for the global extent, else as large as x."""
         size = [x.size(2), x.size(3)]
         if self.kind == "minus":
             if self.extent:
@@ -112,7 +116,7 @@ class GatherExcite(nn.Module):
         else:
             pooled = self.extent == 0 and size != self.size  # a network accepts inputs of other sizes still
             gathered = self.gather(F.adaptive_avg_pool2d(x, self.size) if pooled else x)
-        gate = self.gain * torch.sigmoid(self.excite(gathered))
+        s = self.gain * torch.sigmoid(self.excite(gathered))
         if self.extent:
-            gate = F.interpolate(gate, size)
-        return x * gate
+            s = F.interpolate(s, size)
+        return s

@@ -54,4 +54,8 @@ class NoSqueeze(Bottleneck):
         zero_(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.gain * torch.sigmoid(self.excite(x)))
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """σ(W2 δ(W1 x)), as large as x."""
+        return self.gain * torch.sigmoid(self.excite(x))

@@ -49,10 +49,14 @@ class SimAM(nn.Module):
         return 0
 
     def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The gate of every position, as large as x."""
         wide = widened(x)
         squares = (wide - wide.mean(self.space, keepdim=True)).square()
         others = 1
         for dimension in self.space:
             others = others * x.size(dimension)
         variance = squares.sum(self.space, keepdim=True) / max(others - 1, 1)
-        return x * torch.sigmoid(squares / (4 * (variance + self.epsilon)) + 0.5).to(x.dtype)
+        return torch.sigmoid(squares / (4 * (variance + self.epsilon)) + 0.5).to(x.dtype)

@@ -61,7 +61,11 @@ class StyleRecalibration(nn.Module):
         zero_(self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """σ(BN(w · style)), (N, C, 1, …)."""
         mean, deviation = mean_and_deviation(x, self.space, self.epsilon)
         style = torch.stack([mean.flatten(1), deviation.flatten(1)], 2)
-        gate = self.gain * torch.sigmoid(self.norm((style * self.weight).sum(2)))
-        return x * gate.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005 -- TorchScript has no unpacking
+        s = self.gain * torch.sigmoid(self.norm((style * self.weight).sum(2)))
+        return s.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005 -- TorchScript has no unpacking

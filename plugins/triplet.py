@@ -68,6 +68,10 @@ class TripletAttention(nn.Module):
             zero_(gate.norm)
 
     def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The mean of the three gates, as large as x."""
         # the gates are averaged, not the gated maps: (x + x + x) / 3 is not always x in floating point
         gates = self.over_channels(x) + self.over_height(x) + self.over_width(x)
-        return x * (self.gain * gates / 3)
+        return self.gain * gates / 3

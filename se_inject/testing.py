@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from se_inject.blocks import Factory, find_block, has_identity_start
+from se_inject.blocks import Factory, find_block, has_gate, has_identity_start
 from se_inject.errors import InjectError, OptionError
 from se_inject.exporting import BATCHES, export
 from se_inject.verification import TOLERANCES
@@ -280,6 +280,27 @@ def _identity(subject: _Subject) -> None:
     _expect(moved, "at its identity start no parameter gets a gradient, so it will never leave it")
 
 
+def _gate(subject: _Subject) -> None:
+    if not has_gate(subject.fresh()):
+        return
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch, training in ((1, False), (3, False), (3, True)):
+            value = subject.value(batch).to(dtype)
+            block, twin = (subject.stirred().to(dtype).train(training) for _ in range(2))
+            gate = block.gate(value)  # type: ignore[operator]
+            _expect(isinstance(gate, Tensor), f"`gate` returns a {type(gate).__name__}")
+            _expect(gate.dtype == dtype, f"`gate` of a value in {dtype} is in {gate.dtype}")
+            _expect(_fits(gate, value), f"`gate` of a value of {tuple(value.shape)} is of {tuple(gate.shape)}")
+            _close(twin(value), value * gate, "the block and value * gate(value)", TOLERANCES[dtype])
+
+
+def _fits(gate: Tensor, value: Tensor) -> bool:
+    try:
+        return torch.broadcast_shapes(gate.shape, value.shape) == value.shape
+    except RuntimeError:
+        return False
+
+
 def _at_identity(subject: _Subject) -> nn.Module:
     block = subject.fresh()
     block.identity_init()  # type: ignore[operator]
@@ -393,6 +414,7 @@ CHECKS = {
         _gradients, "a parameter that forward doesn't use; or `.detach()`, `.data`, rounding in forward"
     ),
     "identity": _Check(_identity, "zero the last layer, and a gate of 2·sigmoid or 1 + tanh; or no `identity_init`"),
+    "gate": _Check(_gate, "a method `gate(value)` returns what forward multiplies the value by; or name it otherwise"),
     "count": _Check(_count, "`count(channels, **options)` takes what the constructor takes"),
     "repeatable": _Check(_repeatable, "no attribute, cache or buffer is written in eval mode"),
     "copies": _Check(_copies, "the class at the top level of a module, no lambdas; all that counts in the state dict"),

@@ -179,12 +179,30 @@ class RowByRow(_Broken):
         return torch.stack([row * self.weight for row in x])
 
 
+class GatesOtherwise(_Broken):
+    def gate(self, x):
+        return self.weight
+
+    def forward(self, x):
+        return x * (1 + self.weight)
+
+
+class GateOfLogits(_Broken):
+    def gate(self, x):
+        return torch.cat([self.weight, self.weight])
+
+    def forward(self, x):
+        return x * self.weight
+
+
 def not_a_module(channels):
     return lambda x: x
 
 
 CASES = [
     (Narrows, "shape", "became (1, 31, 9, 8)"),
+    (GatesOtherwise, "gate", "differs"),
+    (GateOfLogits, "gate", "(64, 1, 1)"),
     (Doubles, "shape", "float64"),
     (Spoils, "shape", "in place"),
     (ReturnsTwo, "shape", "tuple"),

@@ -34,7 +34,8 @@ def register_block(name: str) -> Callable[[Factory], Factory]:
 
     A block is a callable whose first argument is the number of channels, with keywords for the rest, which returns a
     module that maps a tensor to one of the same shape. Optional keywords ``rank`` and ``size`` are filled in from the
-    site; a method ``identity_init()`` on the module makes it start as x ↦ x.
+    site; a method ``identity_init()`` on the module makes it start as x ↦ x. A block whose class has a method ``gate(value)``
+    is ``value * gate(value)``, the gate broadcast to the value: it can be fused with what stands behind it (`fuse_`).
 
     Raises:
         OptionError: the name is taken, or no name.
@@ -302,3 +303,8 @@ def _check_call(name: str, block: nn.Module, value: Tensor, training: bool) -> N
 def has_identity_start(block: nn.Module) -> bool:
     """Whether a block can start as x ↦ x."""
     return callable(getattr(block, "identity_init", None))
+
+
+def has_gate(block: nn.Module) -> bool:
+    """Tell whether a block is ``value * gate(value)``: whether its class has a method ``gate`` (a submodule is not one)."""
+    return inspect.isfunction(getattr(type(block), "gate", None))

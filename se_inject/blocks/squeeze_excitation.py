@@ -70,7 +70,7 @@ class SqueezeExcitation(Bottleneck):
         OptionError: no such rank, width, squeeze, gate or activation.
     """
 
-    __constants__ = ("gate", "one_at_zero", "squeeze")  # TorchScript then drops the branches that are not taken
+    __constants__ = ("one_at_zero", "sigma", "squeeze")  # TorchScript then drops the branches that are not taken
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class SqueezeExcitation(Bottleneck):
             norm=norm,
         )
         self.squeeze = chosen("squeeze", squeeze, SQUEEZES)
-        self.gate = chosen("gate", gate, GATES)
+        self.sigma = chosen("gate", gate, GATES)
         self.one_at_zero = False
 
     def identity_init(self) -> None:
@@ -109,7 +109,11 @@ class SqueezeExcitation(Bottleneck):
         zero_(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gated(self.excite(self.squeezed(x)))
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Compute s = σ(W2 δ(W1 z)) alone: the factor of every channel, (N, C, 1, …)."""
+        return self.gated(self.excite(self.squeezed(x)))
 
     def squeezed(self, x: Tensor) -> Tensor:
         """z: one number for each channel, (N, C, 1, …)."""
@@ -123,16 +127,16 @@ class SqueezeExcitation(Bottleneck):
 
     def gated(self, a: Tensor) -> Tensor:
         """s = g(a), with the gate of the start."""
-        if self.gate == "tanh":
+        if self.sigma == "tanh":
             return 1 + torch.tanh(a) if self.one_at_zero else torch.tanh(a)
-        if self.gate == "relu":
+        if self.sigma == "relu":
             return torch.relu(1 + a) if self.one_at_zero else torch.relu(a)
-        s = torch.sigmoid(a) if self.gate == "sigmoid" else F.hardsigmoid(a)
+        s = torch.sigmoid(a) if self.sigma == "sigmoid" else F.hardsigmoid(a)
         return 2 * s if self.one_at_zero else s
 
     def extra_repr(self) -> str:
         names = dict(zip(GATES, ("2·sigmoid", "2·hard_sigmoid", "1 + tanh", "relu(1 + a)"), strict=True))
-        return f"squeeze={self.squeeze}, gate={names[self.gate] if self.one_at_zero else self.gate}"
+        return f"squeeze={self.squeeze}, gate={names[self.sigma] if self.one_at_zero else self.sigma}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Take W1 and W2 under the names of other packages too, and as matrices, so that their checkpoints load."""
