@@ -296,7 +296,7 @@ def _gate(subject: _Subject) -> None:
 
 def _fits(gate: Tensor, value: Tensor) -> bool:
     try:
-        return torch.broadcast_shapes(gate.shape, value.shape) == value.shape
+        return gate.expand(value.shape).shape == value.shape
     except RuntimeError:
         return False
 
