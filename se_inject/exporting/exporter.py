@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from se_inject.atomic_files import atomic_all, check_all_writable, no_space
 from se_inject.errors import ExportError
@@ -82,7 +83,10 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
     Raises:
         ExportError: the file can't be written, or is not right.
     """
-    args, kwargs = example_of(model, example_inputs, options.pop("example_kwargs", None))
+    kwargs = options.pop("example_kwargs", None) or {}
+    args = example_inputs
+    if not isinstance(args, tuple) or any(leaf.is_meta for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)):
+        args, kwargs = example_of(model, args, kwargs)
     (exported,) = export_all(model, [path], args, example_kwargs=kwargs, **options)
     return exported
 
