@@ -85,7 +85,9 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
     """
     kwargs = options.pop("example_kwargs", None) or {}
     args = example_inputs
-    if not isinstance(args, tuple) or any(leaf.is_meta for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)):
+    if not isinstance(args, tuple) or any(
+        leaf.is_meta for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)
+    ):
         args, kwargs = example_of(model, args, kwargs)
     (exported,) = export_all(model, [path], args, example_kwargs=kwargs, **options)
     return exported
