@@ -69,8 +69,12 @@ class ConvolutionalBlockAttention(Bottleneck):
         zero_(self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = self.excite(x.mean(self.space, keepdim=True))
-        peak = self.excite(x.amax(self.space, keepdim=True))
-        x = x * (self.gain * torch.sigmoid(mean + peak))
+        x = x * self.channel_gate(x)
         pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
         return x * (self.gain * torch.sigmoid(self.norm(self.conv(pooled))))
+
+    def channel_gate(self, x: Tensor) -> Tensor:
+        """The gate of each channel alone, before that of each position."""
+        mean = self.excite(x.mean(self.space, keepdim=True))
+        peak = self.excite(x.amax(self.space, keepdim=True))
+        return self.gain * torch.sigmoid(mean + peak)

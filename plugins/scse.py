@@ -66,8 +66,12 @@ class ConcurrentSqueezeExcitation(Bottleneck):
         zero_(self.spatial)
 
     def forward(self, x: Tensor) -> Tensor:
-        channel = self.gain * torch.sigmoid(self.excite(x.mean(self.space, keepdim=True)))
+        channel = self.channel_gate(x)
         spatial = self.gain * torch.sigmoid(self.spatial(x))
         if self.combine == "max":
             return torch.maximum(x * channel, x * spatial)
         return x * (channel + spatial)
+
+    def channel_gate(self, x: Tensor) -> Tensor:
+        """The gate of each channel alone, before that of each position is added."""
+        return self.gain * torch.sigmoid(self.excite(x.mean(self.space, keepdim=True)))

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from se_inject.errors import InjectError as InjectError
     from se_inject.exporting import Exported as Exported
     from se_inject.exporting import export as export
+    from se_inject.gates import Excitations as Excitations
+    from se_inject.gates import excitations as excitations
     from se_inject.loading import load as load
     from se_inject.loading import load_weights_ as load_weights_
     from se_inject.plans import CostGrid as CostGrid
@@ -45,6 +47,7 @@ _HOME = {
     "BackboneWarning": "adapters",
     "CostGrid": "plans",
     "CostReport": "cost",
+    "Excitations": "gates",
     "Exported": "exporting",
     "InjectError": "errors",
     "Plan": "plans",
@@ -55,6 +58,7 @@ _HOME = {
     "add_to_optimizer": "training",
     "cost_grid": "plans",
     "eject_": "surgery",
+    "excitations": "gates",
     "export": "exporting",
     "find_sites": "sites",
     "freeze_backbone_": "training",

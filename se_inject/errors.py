@@ -14,6 +14,7 @@
     ├── VerificationError (RuntimeError)   a check on the result failed
     ├── LoadError         (ValueError)     a file or name that gives no model
     │   └── UntrustedGlobals               a pickle that refers to code nobody allowed
+    ├── DataError         (ValueError)     data that can't be read, or that the network can't take
     └── ExportError       (RuntimeError)   a file that could not be written, or is not right
 
 An error says what was asked, what was seen, and what to do next. Each also derives from the builtin that
@@ -119,6 +120,10 @@ class LoadError(InjectError, ValueError):
 
 class UntrustedGlobals(LoadError):
     """A pickled model refers to classes or functions outside the allow-list."""
+
+
+class DataError(InjectError, ValueError):
+    """The data that was given can't be read, or the network can't take it."""
 
 
 class ExportError(InjectError, RuntimeError):

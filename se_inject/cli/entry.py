@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from se_inject._version import __version__
-from se_inject.cli import options
+from se_inject.cli import gates, options
 from se_inject.errors import InjectError
 
 
@@ -179,6 +179,9 @@ def blocks(**given: Any) -> None:
     from se_inject.cli import commands
 
     commands.blocks(**given)
+
+
+cli.add_command(gates.excitations)
 
 
 def main() -> None:

@@ -1,0 +1,122 @@
+"""Commands that run an injected network on data: what its gates do, which blocks can go, how it compares."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from se_inject.cli import options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from se_inject.gates import Data
+
+data = options.together(
+    click.option(
+        "--data",
+        "source",
+        required=True,
+        metavar="DATA",
+        help="A folder of images (one folder for each class), an .npz or .pt file of arrays, or file.py:function that "
+        "returns batches.",
+    ),
+    click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Examples in a batch."),
+    click.option("--limit", type=click.IntRange(1), help="Use so many batches at most.  [default: all]"),
+    click.option("--mean", type=options.Ratios(), help="Mean of each colour of images, 0.485,0.456,0.406."),
+    click.option("--std", type=options.Ratios(), help="Standard deviation of each colour of images."),
+)
+""" Which data, and how images become tensors."""
+
+
+@click.command(short_help="What the gates of an injected MODEL do on data.")
+@options.network
+@data
+@click.option("--classes", is_flag=True, help="By class as well, where the data has labels.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw them: .png, .svg or .pdf. Needs matplotlib.")
+@options.force
+@options.tables
+def excitations(**given: Any) -> None:
+    """Print what the gates of an injected MODEL do on data: means, spreads, saturation, what depends on the image.
+
+    The network runs once over the data, in eval mode. Nothing of it is changed or written.
+    """
+    from se_inject.gates import excitations as measure
+    from se_inject.gates import excitations_data, excitations_text, plot_gates
+    from se_inject.plans import check_plot
+    from se_inject.tables import as_json
+
+    if given["plot"] is not None:
+        check_plot(given["plot"], force=given["force"])
+    network, batches = loaded(given)
+    found = measure(network, limited(batches, given["limit"]), progress=progress())
+    end_of_progress()
+    for note in batches.all_notes():
+        click.echo(f"note: {note}", err=True)
+    if given["as_json"]:
+        click.echo(as_json({**excitations_data(found, by_class=given["classes"]), "data": batches.all_notes()}))
+    else:
+        click.echo(excitations_text(found, given["style"], by_class=given["classes"]))
+    if given["plot"] is not None:
+        plot_gates(found, given["plot"], force=given["force"])
+        click.echo(f"wrote {given['plot']}", err=True)
+
+
+def loaded(given: dict[str, Any], *, data_model: str | None = None) -> tuple[nn.Module, Data]:
+    """The network and the data that the options name."""
+    from se_inject.gates import open_data, preprocessing_for
+    from se_inject.loading import load
+
+    packages = tuple(name for name in given["trust"] if not name.endswith(".py"))
+    network = load(given["model"], arch=given["arch"], weights=given["weights"], trust=packages)
+
+    def prepared() -> Any:
+        return preprocessing_for(network, _shape(network, given["inputs"]), given["mean"], given["std"])
+
+    return network, open_data(given["source"], prepared, batch=given["batch_size"])
+
+
+def _shape(network: nn.Module, inputs: tuple[str, ...]) -> tuple[int, ...]:
+    """The shape of the network's first input: as given, or as inferred."""
+    from torch import Tensor
+    from torch.utils._pytree import tree_leaves
+
+    from se_inject.tracing import observe_model, parse_shape
+
+    if inputs:
+        return parse_shape(inputs[0])
+    return next(tuple(leaf.shape) for leaf in tree_leaves(observe_model(network).inputs) if isinstance(leaf, Tensor))
+
+
+def limited(batches: Data, limit: int | None) -> Data:
+    """The first batches of the data alone."""
+    import itertools
+    from dataclasses import replace
+
+    if limit is None:
+        return batches
+    whole = replace(batches, count=None, batches=lambda: itertools.islice(iter(batches), limit))
+    whole.skipped = batches.skipped
+    return whole
+
+
+def progress(what: str = "") -> Callable[[int, int | None], None] | None:
+    """Show on a terminal how far a pass over the data has come; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, whole: int | None) -> None:
+        text = f"{what}{done:,} of {whole:,} examples" if whole else f"{what}{done:,} examples"
+        click.echo(f"\r{text:<60}", nl=False, err=True)
+
+    return show
+
+
+def end_of_progress() -> None:
+    """Clear the line of the progress."""
+    if sys.stderr.isatty():
+        click.echo("\r" + " " * 60 + "\r", nl=False, err=True)

@@ -1,0 +1,22 @@
+"""What gates do on data: excitations, blocks that can go, and networks compared.
+
+In: an injected network and batches. Out: statistics of every gate, a network with fewer blocks, differences with errors.
+Must not know: the command line, how plans are made, or how files are exported.
+"""
+
+from se_inject.gates.data import Data, open_data, preprocessing_for
+from se_inject.gates.excitations import BlockGates, Excitations, excitations
+from se_inject.gates.plot import plot_gates
+from se_inject.gates.text import excitations_data, excitations_text
+
+__all__ = [
+    "BlockGates",
+    "Data",
+    "Excitations",
+    "excitations",
+    "excitations_data",
+    "excitations_text",
+    "open_data",
+    "plot_gates",
+    "preprocessing_for",
+]

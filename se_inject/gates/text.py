@@ -1,0 +1,142 @@
+"""Excitations as tables and data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from se_inject.tables import counted, table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from se_inject.gates.excitations import BlockGates, Excitations
+
+HEADERS = ("mean", "spread", "varies", "of that by class", "saturated", "always on", "always off")
+_LEGEND = (
+    "mean: of all gates. spread: how far a channel's gate is from its own mean, from image to image. varies: the share of\n"
+    "the variance that is between images; the rest is between channels. saturated: gates within 5 % of an end of their\n"
+    "range. always on, off: channels whose gate is near the upper end, or near 0, for every image."
+)
+
+
+def excitations_text(found: Excitations, style: str = "text", *, by_class: bool = False) -> str:
+    """Excitations as a table, a line for each block; by class a second one; then the correlation with depth."""
+    rows = [[_stage(block), block.name, block.block, block.channels, *figures(block)] for block in found.blocks]
+    blocks = table(("stage", "block", "kind", "channels", *HEADERS), rows, style, right=range(3, 11))
+    if style == "csv":
+        return class_text(found, style) if by_class else blocks
+    parts = [f"Gates of {found.model} over {counted(found.examples, 'example')}", blocks]
+    if by_class:
+        parts.append(class_text(found, style))
+    told = [f"{name} {value:+.2f}" for name, value in _correlations(found).items()]
+    if told:
+        parts.append("correlation with depth: " + ", ".join(told))
+    parts += ["\n".join(f"note: {note}" for note in found.notes)] if found.notes else []
+    return "\n\n".join([*parts, _LEGEND] if style == "text" else parts)
+
+
+def _correlations(found: Excitations) -> dict[str, float]:
+    names = {
+        "average": "mean",
+        "between_images": "varies",
+        "class_share": "of that by class",
+        "saturation": "saturated",
+    }
+    return {
+        names.get(name, name): value
+        for name, value in found.depth_correlation.items()
+        if value is not None and name != "variation"
+    }
+
+
+def figures(block: BlockGates) -> list[str]:
+    """The figures of a block, in the order of the headers."""
+    return [
+        f"{block.average:.3f}",
+        f"{block.spread:.3g}",
+        share(block.between_images),
+        share(block.class_share),
+        share(block.saturation),
+        share(block.always_on),
+        share(block.always_off),
+    ]
+
+
+def share(value: float | None) -> str:
+    """A share in per cent; a dash if it is not known."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.3g} %" if 0 < value < 0.1 else f"{100 * value:.0f} %"
+
+
+def class_text(found: Excitations, style: str = "text") -> str:
+    """For each block and class the mean of the gates, and their spread within the class."""
+    rows = [
+        [block.name, name, count, f"{float(mean.mean()):.4f}", f"{float(std.square().mean().sqrt()):.3g}"]
+        for block in found.blocks
+        if block.class_mean is not None and block.class_std is not None
+        for name, count, mean, std in zip(
+            found.classes, found.class_counts, block.class_mean, block.class_std, strict=True
+        )
+        if count
+    ]
+    if not rows:
+        return "no labels: nothing is known by class"
+    return table(("block", "class", "examples", "mean", "spread within"), rows, style, right=(2, 3, 4))
+
+
+def _stage(block: BlockGates) -> Any:
+    return block.stage if block.stage is not None else "–"
+
+
+def excitations_data(found: Excitations, *, by_class: bool = False) -> dict[str, Any]:
+    """Excitations for ``--json``: by class means and spreads of every channel, if asked for."""
+    return {
+        "model": found.model,
+        "examples": found.examples,
+        "classes": [
+            {"class": name, "examples": count} for name, count in zip(found.classes, found.class_counts, strict=True)
+        ],
+        "blocks": [_block_data(block, by_class) for block in found.blocks],
+        "depth_correlation": found.depth_correlation,
+        "without_gate": list(found.without_gate),
+        "notes": list(found.notes),
+    }
+
+
+def _block_data(block: BlockGates, by_class: bool) -> dict[str, Any]:
+    data = {
+        "path": block.path,
+        "call": block.call,
+        "block": block.block,
+        "site": block.site,
+        "stage": block.stage,
+        "channels": block.channels,
+        "examples": block.examples,
+        "positions": block.positions,
+        "range": None if block.ends is None else [_finite(end) for end in block.ends],
+        "mean": block.average,
+        "spread": block.spread,
+        "variation": _finite(block.variation),
+        "between_images": block.between_images,
+        "between_classes": block.class_share,
+        "saturated": block.saturation,
+        "always_on": block.always_on,
+        "always_off": block.always_off,
+        "channel_mean": rounded(block.mean),
+        "channel_std": rounded(block.std),
+    }
+    if by_class and block.class_mean is not None and block.class_std is not None:
+        data["class_mean"] = [rounded(row) for row in block.class_mean]
+        data["class_std"] = [rounded(row) for row in block.class_std]
+    return data
+
+
+def rounded(values: Tensor) -> Sequence[float | None]:
+    """Numbers with seven significant digits; None for those that are not finite."""
+    return [_finite(float(f"{value:.7g}")) for value in values.tolist()]
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None
