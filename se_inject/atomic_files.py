@@ -7,9 +7,10 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
 from se_inject.errors import ExportError, OptionError
 
@@ -83,26 +84,93 @@ def atomic_all(paths: Sequence[str | os.PathLike[str]], force: bool = False) -> 
         ExportError: a path cannot be written (before the block is entered), the disk is full, or the
             operating system refused.
     """
+    with _as_export_errors(paths):
+        if delegate is not None and delegate.holds(paths):
+            check_all_writable(paths, force)
+            with delegate.writing(paths, force) as temporary:
+                yield temporary
+            return
+        staged = stage(paths, force)
+        try:
+            yield list(staged.values())
+            commit(staged, force)
+        finally:
+            discard(staged)
+
+
+class Delegate(Protocol):
+    """Another process that moves files into place, because this one may not write where they go."""
+
+    def holds(self, paths: Sequence[str | os.PathLike[str]]) -> bool:
+        """Whether it has made temporary directories for these files."""
+
+    def writing(self, paths: Sequence[str | os.PathLike[str]], force: bool) -> AbstractContextManager[list[Path]]:
+        """Give temporary paths, and have what was written into them moved when the block succeeds."""
+
+
+delegate: Delegate | None = None
+"""Set in a process that may not write beside the files that are to appear; it then does what ``atomic_all`` does."""
+
+
+def stage(paths: Sequence[str | os.PathLike[str]], force: bool = False) -> dict[Path, Path]:
+    """Make a temporary directory beside each file that is to appear.
+
+    Args:
+        paths: the files that are to appear.
+        force: whether they may replace files that exist.
+
+    Returns:
+        the absolute path of each file → the path to write to meanwhile.
+
+    Raises:
+        ExportError: a file can't be written here.
+        OptionError: two are the same.
+    """
     check_all_writable(paths, force)
-    targets = [Path(path).resolve() for path in paths]  # a symbolic link stays one
-    temporary: list[Path] = []
+    staged: dict[Path, Path] = {}
     try:
-        for target in targets:
-            folder = tempfile.mkdtemp(prefix=f".{target.name[:40]}-", dir=target.parent)
-            temporary.append(Path(folder) / target.name)
-        yield temporary
-        _move_into_place(temporary, targets, force)
+        with _as_export_errors(paths):
+            for target in (Path(path).resolve() for path in paths):  # a symbolic link stays one
+                folder = tempfile.mkdtemp(prefix=f".{target.name[:40]}-", dir=target.parent)
+                staged[target] = Path(folder) / target.name
+    except BaseException:
+        discard(staged)
+        raise
+    return staged
+
+
+def commit(staged: Mapping[Path, Path], force: bool = False) -> None:
+    """Move what was written into temporary directories into place: all files, or none if one can't be moved.
+
+    Args:
+        staged: as ``stage`` gave it, or a part of it.
+        force: whether files that exist may be replaced.
+
+    Raises:
+        ExportError: a file has appeared in its place meanwhile.
+        OSError: the operating system refused.
+    """
+    _move_into_place(list(staged.values()), list(staged), force)
+
+
+def discard(staged: Mapping[Path, Path]) -> None:
+    """Remove the temporary directories, and what is left in them."""
+    for path in staged.values():
+        shutil.rmtree(path.parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _as_export_errors(paths: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
+    """Turn what the operating system refuses into an ExportError that names the files."""
+    try:
+        yield
     except Exception as error:
-        if no_space(error):
-            raise ExportError(
-                f"no space left to write {_listed(paths)}", hint="nothing was written; free some space"
-            ) from error
+        if (why := no_space(error)) is not None:
+            hint = "nothing was written; free some space, or choose another place with -o"
+            raise ExportError(f"no space left to write {_listed(paths)}", seen=why, hint=hint) from error
         if isinstance(error, OSError):
             raise ExportError(f"could not write {_listed(paths)}", seen=str(error)) from error
         raise
-    finally:
-        for path in temporary:
-            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def write_through(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -140,15 +208,23 @@ class _Uncomplaining:
         """Nothing: the file is flushed when it is closed."""
 
 
-def no_space(error: BaseException | None) -> bool:
-    """Whether the exception, or one it came from, says that the disk or the quota is full."""
-    full = (errno.ENOSPC, errno.EDQUOT)
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of disk space is used up",
+    errno.EFBIG: "the file would be larger than the limit on the size of files allows (`ulimit -f` shows it)",
+}
+
+
+def no_space(error: BaseException | None) -> str | None:
+    """Say which limit of the disk an exception, or one it came from, has met; None: no such limit."""
     while error is not None:
-        short = "requested and" in str(error)  # numpy's way to say it, without a number
-        if isinstance(error, OSError) and (error.errno in full or short):
-            return True
+        if isinstance(error, OSError):
+            if error.errno in _FULL:
+                return _FULL[error.errno]
+            if "requested and" in str(error):  # numpy's way to say it, without a number
+                return _FULL[errno.ENOSPC]
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def _move_into_place(temporary: list[Path], targets: list[Path], force: bool) -> None:

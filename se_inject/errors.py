@@ -12,6 +12,7 @@
     ├── UnsupportedModel  (TypeError)      a wrapped, compiled, scripted or quantised module
     ├── SurgeryError      (RuntimeError)   a plan that does not fit the model it is applied to
     ├── VerificationError (RuntimeError)   a check on the result failed
+    ├── WorkerError       (RuntimeError)   the process that did the work was ended by a fault or a limit
     ├── LoadError         (ValueError)     a file or name that gives no model
     │   └── UntrustedGlobals               a pickle that refers to code nobody allowed
     ├── DataError         (ValueError)     data that can't be read, or that the network can't take
@@ -112,6 +113,10 @@ class VerificationError(InjectError, RuntimeError):
     """The injected network failed one of its checks."""
 
 
+class WorkerError(InjectError, RuntimeError):
+    """The process that did the work was ended: by a fault in native code, by a limit, or by the system."""
+
+
 class LoadError(InjectError, ValueError):
     """A file or a name gave no model."""
 
@@ -130,3 +135,18 @@ class ExportError(InjectError, RuntimeError):
     """A file could not be written, or what was written does not compute what the model computes."""
 
     general_hint = "choose another file or format with -o"
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an exception, or one it came from, says that memory ran out."""
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return True
+        text = str(error).lower()
+        if isinstance(error, RuntimeError | OSError) and any(sign in text for sign in _NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory")

@@ -16,6 +16,7 @@ from torch import nn
 from se_inject.adapters import Adapter, read_adapter
 from se_inject.blocks import block_names, build_block, find_block, has_identity_start
 from se_inject.cli.block_texts import parsed_blocks
+from se_inject.cli.running import default_output
 from se_inject.cost import Latency, cost_data, cost_lines, cost_text, latency_line, measure_latency
 from se_inject.errors import InjectError, OptionError
 from se_inject.exporting import check_outputs, check_targets, export_all, exported_data, exported_lines, write_all
@@ -37,6 +38,7 @@ from se_inject.plans import (
     start_factors,
     start_notes,
 )
+from se_inject.progress import step
 from se_inject.sites import ATTENDED, sites_data, sites_in, sites_text, stages_text
 from se_inject.surgery import eject_, own_steps
 from se_inject.tables import as_json, counted, table
@@ -62,19 +64,22 @@ def inject(
     outputs: tuple[Path, ...], force: bool, dry_run: bool, latency: bool, style: str, as_json: bool, verbose: bool, seed: int | None, **options: Any,
 ) -> None:  # fmt: skip
     """Put blocks into a network, verify the result, and write it."""
-    targets = () if dry_run else outputs or (_default_output(model),)
+    targets = () if dry_run else outputs or (default_output(model),)
     check_outputs(targets, force=force, **_conversion(options))
     stored = _stored(options, trust)
     if seed is not None:
         torch.manual_seed(seed)
+    step(f"reading {model}")
     network = load(model, arch=arch, weights=weights, trust=_packages(trust), mmap=True)
     say = _Talk(as_json or style == "csv")
     say(f"{original_class(network).__name__} from {model}")
+    step("finding sites")
     planned = _plan(network, inputs, options) if stored is None else _replayed(stored, network, inputs)
     trained = isinstance(stored, Adapter)
     notes = [*planned.notes, *([] if trained else start_notes(start_factors(planned.steps)))]
     for note in notes:
         say(f"note: {note}")
+    step("counting the cost")
     cost = planned.cost()
     data: dict[str, Any] = {
         "model": original_class(network).__name__,
@@ -91,7 +96,9 @@ def inject(
         for warning in weight_warnings(network):
             say("\n" + warning)
     else:
+        step("injecting")
         injected = stored.put_into(network) if isinstance(stored, Adapter) else planned.apply(network)
+        step("verifying")
         verdict = verify(network, injected, trace=planned.trace, fresh=not trained)
         if is_program(model) and planned.trace is not None:
             check = check_against_file(network, load_program(model), planned.trace)
@@ -102,6 +109,7 @@ def inject(
             _print_json(data)
         verdict.expect_passed()
         if latency:
+            step("measuring the latency")
             measured = _latency(network, injected, planned)
             data["latency"] = vars(measured)
             say(latency_line(measured))
@@ -114,16 +122,6 @@ def inject(
             say("\n" + "\n".join(line for item in exported for line in exported_lines(item)))
     if as_json:
         _print_json(data)
-
-
-def _default_output(model: str) -> Path:
-    """``<model>-se.pt``, beside the input if that is a file."""
-    path = Path(model)
-    if path.is_file():
-        return path.with_name(f"{path.stem}-se.pt")
-    source, _, name = model.rpartition(":")
-    name = name.partition(".")[0] if source == "timm" else name.rpartition(".")[2]
-    return Path(f"{name or 'model'}-se.pt")
 
 
 def _conversion(options: dict[str, Any], *more: str) -> dict[str, Any]:
@@ -240,6 +238,7 @@ def eject(
 ) -> None:  # fmt: skip
     """Take the blocks out of a network, and write what is left."""
     check_targets(outputs, force=force, **_conversion(options))
+    step(f"reading {model}")
     network = load(model, arch=arch, weights=weights, trust=_packages(trust))
     taken, entries = len(own_steps(network)), len(network.state_dict())
     eject_(network)
@@ -260,7 +259,9 @@ def sites(
     as_json: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """List the stages of a network, and all its sites and refusals."""
+    step(f"reading {model}")
     network = load(model, arch=arch, weights=weights, trust=trust, mmap=True)
+    step("finding sites")
     if line := describe(model, network, arch):
         click.echo(line, err=True)
     trace = observe_model(network, _example(inputs, network))
@@ -290,7 +291,9 @@ def cost(
     """Print, and draw, what blocks would add for every ratio and choice of stages."""
     if plot is not None:
         check_plot(plot, force=force)
+    step(f"reading {model}")
     network = load(model, arch=arch, weights=weights, trust=trust, mmap=True)
+    step("counting the cost")
     grid = cost_grid(
         network,
         _example(inputs, network),
@@ -320,7 +323,9 @@ def blocks(
     if name is not None:
         card = inspect.getdoc(find_block(name)) or f"block `{name}` has no card"
     if model is not None:
+        step(f"reading {model}")
         network = load(model, trust=trust, mmap=True)
+        step("counting the cost of every block")
         found = block_costs(network, _example(inputs, network), None if name is None else [name])
         _print_json(block_costs_data(found)) if as_json else click.echo(block_costs_text(found, style))
     elif name is not None:

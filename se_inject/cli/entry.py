@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -12,11 +11,19 @@ import click
 
 from se_inject._version import __version__
 from se_inject.cli import gates, options
-from se_inject.errors import InjectError
+from se_inject.cli.running import OutputPath, WorkerCommand, reported
 
 
 class _MainCommandGroup(click.Group):
     """`se-inject MODEL …` is `se-inject inject MODEL …`; its help stands on the first page."""
+
+    command_class = WorkerCommand
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Every command is run in a worker."""
+        if not isinstance(cmd, WorkerCommand):
+            raise TypeError(f"`{cmd.name}` is not a WorkerCommand: write @click.command(cls=WorkerCommand)")
+        super().add_command(cmd, name)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
@@ -86,7 +93,7 @@ def cli() -> None:
     "--output",
     "outputs",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=OutputPath(),
     help="File to write: .onnx, .torchscript, .pt2, .pt, .safetensors (the blocks alone) or .json (the plan); may be "
     "repeated. If left out: <model>-se.pt.",
 )
@@ -112,7 +119,7 @@ def inject(**given: Any) -> None:
     "outputs",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
+    type=OutputPath(),
     help="File to write: .onnx, .torchscript, .pt2 or .pt; may be repeated.",
 )
 @options.force
@@ -153,7 +160,7 @@ def sites(**given: Any) -> None:
 )
 @options.attended
 @options.block
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the grid: .png, .svg or .pdf. Needs matplotlib.")
+@click.option("--plot", type=OutputPath(), help="Draw the grid: .png, .svg or .pdf. Needs matplotlib.")
 @options.force
 @options.tables
 def cost(**given: Any) -> None:
@@ -185,24 +192,6 @@ cli.add_command(gates.excitations)
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 could not be done, 2 asked wrongly."""
+    """Run the command line. Exit codes: 0 done, 1 could not be done, 2 asked wrongly, 130 interrupted."""
     warnings.simplefilter("ignore")
-    try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("interrupted", err=True)
-        sys.exit(1)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except InjectError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except Exception as error:
-        if os.environ.get("SE_INJECT_TRACEBACK"):
-            raise
-        click.echo(f"error: this should not have happened: {type(error).__name__}: {error}", err=True)
-        click.echo("\nhint: please report it with what SE_INJECT_TRACEBACK=1 prints; nothing was written", err=True)
-        sys.exit(1)
+    sys.exit(reported(lambda: cli.main(standalone_mode=False)))

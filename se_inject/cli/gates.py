@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from se_inject.cli import options
+from se_inject.cli.running import OutputPath, WorkerCommand
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,11 +33,11 @@ data = options.together(
 """ Which data, and how images become tensors."""
 
 
-@click.command(short_help="What the gates of an injected MODEL do on data.")
+@click.command(cls=WorkerCommand, short_help="What the gates of an injected MODEL do on data.")
 @options.network
 @data
 @click.option("--classes", is_flag=True, help="By class as well, where the data has labels.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw them: .png, .svg or .pdf. Needs matplotlib.")
+@click.option("--plot", type=OutputPath(), help="Draw them: .png, .svg or .pdf. Needs matplotlib.")
 @options.force
 @options.tables
 def excitations(**given: Any) -> None:

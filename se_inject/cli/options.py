@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,25 @@ from se_inject.tables import FORMATS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 POSITIONS = ("standard", "pre", "post", "identity", "conv3x3")
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """``16G``: a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes that the text says; a plain number is GiB."""
+        found = re.fullmatch(r"([\d.]+)\s*([kMGT]?)i?B?", str(value), re.IGNORECASE)
+        try:
+            if found is None:
+                raise ValueError
+            bytes_ = int(float(found[1]) * 1024 ** ("kmgt".index(found[2].lower()) + 1 if found[2] else 3))
+        except ValueError:
+            self.fail(f"`{value}` is not a size; write it as 16G", param, ctx)
+        if bytes_ < 1 << 30:
+            self.fail(f"`{value}` is too little to import torch; at least 1G", param, ctx)
+        return bytes_
 
 
 class Ratios(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
@@ -53,6 +73,17 @@ reading = together(
         multiple=True,
         metavar="SHAPE",
         help="Shape of an input, 3x224x224; once for each input. Inferred if left out.",
+    ),
+    click.option(
+        "--max-memory",
+        type=Size(),
+        help="Most memory that reading a file may take, 16G.  [default: 8G and 24 times the files]",
+    ),
+    click.option(
+        "--max-time",
+        type=click.IntRange(min=1),
+        metavar="SECONDS",
+        help="Most processor time, of all threads, that reading a file may take.  [default: an hour for each core]",
     ),
 )
 """ How MODEL is read, and what goes into it."""

@@ -30,6 +30,7 @@ from se_inject.exporting.onnx import write_onnx
 from se_inject.exporting.reference import Network, Written, untouched
 from se_inject.exporting.torch_formats import write_module, write_pt2, write_scripted, write_traced
 from se_inject.forwards import Program
+from se_inject.progress import step
 from se_inject.tracing import describe, example_of
 from se_inject.verification import Check, reason
 
@@ -198,6 +199,7 @@ def _export_one(network: Network, target: Path, path: Path) -> Exported:
     tolerance = 0.0 if exact else network.tolerance
     failures: list[str] = []
     for road in _roads(network, format):
+        step(f"exporting {target.name} ({road.name})")
         try:
             with untouched(network.model):
                 written = road.write(network, path, road.dynamic)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from se_inject.errors import ExportError
 from se_inject.exporting.conversion import Conversion
+from se_inject.progress import step
 from se_inject.tracing import SMALL_SIDE, copied, cropped, describe, preserved
 from se_inject.verification import TOLERANCES, Check, Rejected, difference, reason, tensors
 
@@ -105,6 +106,7 @@ class Network:
     def check(self, run: Callable[..., Any], dynamic: bool, tolerance: float) -> Iterator[Check]:
         """Compare a file with the network; `Rejected` when it computes something else."""
         for batch in BATCHES if dynamic else (self.batch,):
+            step(f"running what was exported at batch {batch}")
             want = self.answers[batch]
             check = Check(batch, *difference(tensors(self.run(run, batch)), want))
             if not check.max_rel_error <= tolerance:

@@ -909,14 +909,14 @@ def test_a_full_disk_leaves_nothing_behind(se_inject, tiny, name, monkeypatch):
     assert files() == {"tiny.pt"}
 
 
-def test_an_interrupt_is_exit_code_1(se_inject, tiny, monkeypatch):
+def test_an_interrupt_is_exit_code_130(se_inject, tiny, monkeypatch):
     from se_inject.exporting import exporter as exporting
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(exporting, "write_networks", interrupted)
-    done = se_inject("tiny.pt", *SMALL, code=1)
+    done = se_inject("tiny.pt", *SMALL, code=130)
     assert done.err.strip() == "interrupted"
     assert files() == {"tiny.pt"}
 

@@ -1,0 +1,419 @@
+"""The work in a process of its own, before torch is imported: the parent watches, passes on what is printed, and
+moves finished files into place.
+
+The child is confined, if that is asked for, before it opens anything. What it prints comes through pipes; what native
+code prints beside Python goes into a third one and is shown only when the process dies. When the child dies of a
+signal the parent says at which step; when the parent is interrupted it ends the child and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import shutil
+import signal
+import stat
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, Protocol
+
+from se_inject import atomic_files, progress
+from se_inject.errors import ExportError, InjectError, WorkerError, printable
+from se_inject.isolation.confinement import Confinement, confine
+
+_ENDING = {name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+_LAST_WORDS = 2000
+_TICK = 0.1
+
+
+class Interrupted(BaseException):
+    """The command was asked to end, by Ctrl-C or by another process.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+class Display(Protocol):
+    """What shows the steps of the work while it runs."""
+
+    def show(self, step: str) -> None:
+        """A step begins."""
+
+    def tick(self) -> None:
+        """Some time has passed."""
+
+    def clear(self) -> None:
+        """Something else is printed now, or the work is done."""
+
+
+def can_fork() -> bool:
+    """Whether this process can hand work to a fork of itself: POSIX, one thread, and torch not imported yet."""
+    return hasattr(os, "fork") and "torch" not in sys.modules and threading.active_count() == 1
+
+
+def run_in_worker(
+    work: Callable[[], int],
+    confinement: Confinement | None = None,
+    *,
+    outputs: Sequence[Path] = (),
+    force: bool = False,
+    display: Display | None = None,
+) -> int:
+    """Run a function in a fork of this process, and watch it.
+
+    Args:
+        work: what is to be done; its number becomes the exit code.
+        confinement: what the child may still do; None: what this process may. A private folder, and one for each
+            output, are added to what it may write.
+        outputs: the files that the child may ask to be moved into place; it writes them with ``atomic_all``.
+        force: whether these may replace files that exist.
+        display: what shows the steps; None: nothing.
+
+    Returns:
+        the exit code of the child.
+
+    Raises:
+        ExportError: an output can't be written here.
+        WorkerError: the child was ended by a signal; nothing was written after that.
+        Interrupted: this process was asked to end; the child has ended, and nothing is left of it.
+    """
+    with clean_end():
+        staged = atomic_files.stage(outputs, force)
+        try:
+            private = Path(tempfile.mkdtemp(prefix="se-inject-"))
+            try:
+                if confinement is not None:
+                    folders = (private, *(path.parent for path in staged.values()))
+                    confinement = replace(confinement, writable=(*folders, *confinement.writable))
+                return _Parent(work, confinement, staged, force, display).run()
+            finally:
+                shutil.rmtree(private, ignore_errors=True)
+        finally:
+            atomic_files.discard(staged)
+
+
+@contextlib.contextmanager
+def clean_end() -> Iterator[None]:
+    """Raise ``Interrupted`` at a signal that asks this process to end."""
+
+    def interrupted(number: int, _frame: FrameType | None) -> None:
+        for other in _ENDING.values():
+            signal.signal(other, signal.SIG_IGN)  # what cleans up isn't interrupted
+        raise Interrupted(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _ENDING.values()}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, interrupted)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Parent:
+    """The watching process."""
+
+    def __init__(
+        self,
+        work: Callable[[], int],
+        confinement: Confinement | None,
+        staged: dict[Path, Path],
+        force: bool,
+        display: Display | None,
+    ) -> None:
+        self.work, self.confinement, self.staged, self.force, self.display = work, confinement, staged, force, display
+        self.step = "starting"
+        self.last_words = b""
+        self.control = b""
+        self.child = 0
+        self.ended: int | None = None
+
+    def run(self) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        pipes = {name: os.pipe() for name in ("out", "err", "native", "control", "answers")}
+        self.child = os.fork()
+        if not self.child:
+            _child(self.work, self.confinement, self.staged, pipes)
+        for name, (reading, writing) in pipes.items():
+            os.close(reading if name == "answers" else writing)
+        self.answers = pipes["answers"][1]
+        try:
+            with selectors.DefaultSelector() as selector:
+                for name in ("out", "err", "native", "control"):
+                    selector.register(pipes[name][0], selectors.EVENT_READ, self._reader(name))
+                self._watch(selector)
+        finally:
+            if self.ended is None:
+                os.kill(self.child, signal.SIGKILL)
+                _, self.ended = os.waitpid(self.child, 0)
+            self._clear()
+            for name, (reading, writing) in pipes.items():
+                os.close(writing if name == "answers" else reading)
+        if os.WIFSIGNALED(self.ended):
+            raise self._death()
+        return os.WEXITSTATUS(self.ended)
+
+    def _watch(self, selector: selectors.BaseSelector) -> None:
+        """Pass on what the child says until it ends."""
+        while True:
+            self._pass_on(selector, _TICK)
+            if self.display is not None:
+                self.display.tick()
+            child, status = os.waitpid(self.child, 0 if not selector.get_map() else os.WNOHANG)
+            if child:
+                self.ended = status
+                while selector.get_map() and self._pass_on(selector, 0):
+                    pass
+                return
+
+    def _pass_on(self, selector: selectors.BaseSelector, seconds: float) -> bool:
+        events = selector.select(seconds)
+        for key, _ in events:
+            data = os.read(key.fd, 1 << 16)
+            if data:
+                key.data(data)
+            else:
+                selector.unregister(key.fd)
+                key.data(b"")
+        return bool(events)
+
+    # -- what the child prints -----------------------------------------------------------------------------
+
+    def _reader(self, name: str) -> Callable[[bytes], None]:
+        if name == "control":
+            return self._controlled
+        if name == "native" and self.confinement is not None:
+            return self._remember
+        stream = sys.stdout if name == "out" else sys.stderr
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        plain = self.confinement is not None and stream.isatty()
+
+        def relay(data: bytes) -> None:
+            text = decoder.decode(data, final=not data)
+            self._clear()
+            stream.write(printable(text, None, keep="\n\t") if plain else text)
+            stream.flush()
+            if name == "native":
+                self._remember(data)
+
+        return relay
+
+    def _remember(self, data: bytes) -> None:
+        self.last_words = (self.last_words + data)[-_LAST_WORDS:]
+
+    def _clear(self) -> None:
+        if self.display is not None:
+            self.display.clear()
+
+    # -- what the child asks for ---------------------------------------------------------------------------
+
+    def _controlled(self, data: bytes) -> None:
+        *lines, self.control = (self.control + data).split(b"\n")
+        if len(self.control) > 1 << 20:
+            raise WorkerError("the process that did the work said something that can't be understood")
+        for line in lines:
+            try:
+                message = json.loads(line)
+                kind, value = message["kind"], message["value"]
+                if not isinstance(kind, str):
+                    raise TypeError(kind)
+            except (ValueError, KeyError, TypeError) as error:
+                raise WorkerError("the process that did the work said something that can't be understood") from error
+            if kind == "step":
+                self.step = printable(str(value))
+                if self.display is not None:
+                    self.display.show(self.step)
+            elif kind == "commit":
+                self._answer(self._commit(value))
+
+    def _commit(self, value: Any) -> dict[str, str | None]:
+        """Move files into place, and say what was wrong; nothing but outputs that the command line names."""
+        with self._stopped():
+            try:
+                wanted = [Path(path) for path in value]
+                staged = {target: self.staged[target] for target in wanted}
+                for path in staged.values():
+                    _inspect(path)
+                atomic_files.commit(staged, self.force)
+            except InjectError as error:
+                return {"message": error.message, "seen": error.seen, "hint": error.hint}
+            except (OSError, KeyError, TypeError) as error:
+                return {"message": "could not move the files into place", "seen": str(error), "hint": None}
+        return {}
+
+    @contextlib.contextmanager
+    def _stopped(self) -> Iterator[None]:
+        """Nothing of the child runs meanwhile, so that what was looked at is what is moved."""
+        os.kill(self.child, signal.SIGSTOP)
+        _, status = os.waitpid(self.child, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            self.ended = status
+            raise self._death()
+        try:
+            yield
+        finally:
+            os.kill(self.child, signal.SIGCONT)
+
+    def _answer(self, answer: dict[str, str | None]) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self.answers, json.dumps(answer).encode() + b"\n")
+
+    def _death(self) -> WorkerError:
+        """The refusal for a child that was ended by a signal."""
+        assert self.ended is not None
+        number = os.WTERMSIG(self.ended)
+        limits = self.confinement or Confinement()
+        last_words = self.last_words.decode(errors="replace")
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+        seen = f"{name}: {_CAUSES.get(name, 'it was ended from outside')}"
+        hint = "a damaged or hostile file can do this, and so can a fault in torch"
+        if name == "SIGXCPU":
+            seen = f"{name}: more than {limits.seconds} s of processor time"
+            hint = "`--max-time SECONDS` allows more"
+        elif name == "SIGKILL":
+            hint = "use a machine with more memory, or a smaller `--input`"
+        elif "bad_alloc" in last_words:
+            seen = f"{name}: memory ran out{_memory_limit(limits)}"
+            hint = "`--max-memory SIZE` allows more, if the machine has it"
+        if lines := [line for line in last_words.splitlines() if line.strip()]:
+            seen += f"\nlast said: {printable(lines[-1])}"
+        return WorkerError(
+            f"the process that did the work died while {self.step}", seen=seen, hint=f"nothing was written; {hint}"
+        )
+
+
+def _memory_limit(confinement: Confinement) -> str:
+    return "" if confinement.memory is None else f" (limit: {confinement.memory / (1 << 30):.1f} GiB)"
+
+
+_CAUSES = {
+    "SIGSEGV": "native code read or wrote where nothing is",
+    "SIGBUS": "native code read or wrote where nothing is, or a file became shorter meanwhile",
+    "SIGFPE": "native code divided by zero",
+    "SIGILL": "native code that this processor does not know",
+    "SIGABRT": "native code gave up",
+    "SIGSYS": "a system call that is not allowed",
+    "SIGKILL": "it was killed, as the system does when memory runs out",
+}
+
+
+def _inspect(path: Path) -> None:
+    """Refuse what isn't an output: other names, links, devices, files with a second name; take odd modes away."""
+    mask = os.umask(0)
+    os.umask(mask)
+    found = sorted(path.parent.iterdir())
+    if path not in found:
+        raise ExportError(f"the process that did the work did not write `{path.name}`")
+    for entry in found:
+        status = entry.lstat()
+        if entry.name not in (path.name, f"{path.name}.data"):
+            raise ExportError(f"the process that did the work wrote another file: `{printable(entry.name)}`")
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise ExportError(f"what the process wrote as `{entry.name}` is not a regular file of its own")
+        entry.chmod(0o666 & ~mask)
+
+
+# -- the child ---------------------------------------------------------------------------------------------
+
+
+def _child(
+    work: Callable[[], int],
+    confinement: Confinement | None,
+    staged: dict[Path, Path],
+    pipes: dict[str, tuple[int, int]],
+) -> NoReturn:
+    code = 1
+    try:
+        if sys.platform.startswith("linux"):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: it ends when the parent does
+        for number in _ENDING.values():
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(OSError):
+            os.setsid()  # no terminal of its own: Ctrl-C goes to the parent
+        control, answers = _plumb(pipes, keep_input=confinement is None)
+        if confinement is not None:
+            confine(confinement)
+        atomic_files.delegate = _Asking(control, answers, staged)
+        with progress.listening(lambda text: _tell(control, "step", text)):
+            code = work()
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 1
+    except BaseException as error:
+        with contextlib.suppress(Exception):
+            sys.stderr.write(f"error: this should not have happened: {type(error).__name__}: {error}\n")
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _plumb(pipes: dict[str, tuple[int, int]], keep_input: bool) -> tuple[int, int]:
+    """Give the child its streams and close whatever else it inherited; where it asks and where answers come."""
+    ends = [pipes["out"][1], pipes["err"][1], pipes["native"][1], pipes["control"][1], pipes["answers"][0]]
+    ends = [os.dup(end) if end < 3 else end for end in ends]
+    if not keep_input:
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+    for number in (1, 2):
+        os.dup2(ends[2], number)
+    low = 3
+    for end in sorted(ends):
+        os.closerange(low, end)
+        low = end + 1
+    os.closerange(low, max(low, min(os.sysconf("SC_OPEN_MAX"), 65536)))
+    for stream, end in (("stdout", ends[0]), ("stderr", ends[1])):
+        setattr(sys, stream, open(end, "w", encoding="utf-8", errors="backslashreplace", buffering=1))  # noqa: SIM115
+    return ends[3], ends[4]
+
+
+def _tell(control: int, kind: str, value: Any) -> None:
+    os.write(control, json.dumps({"kind": kind, "value": value}).encode() + b"\n")
+
+
+class _Asking:
+    """``atomic_all`` in the child: it writes into the folders it was given, and asks for the files to be moved."""
+
+    def __init__(self, control: int, answers: int, staged: dict[Path, Path]) -> None:
+        self.control, self.staged = control, staged
+        self.answers = open(answers, "rb")  # noqa: SIM115 - as long as the process
+
+    def holds(self, paths: Sequence[str | os.PathLike[str]]) -> bool:
+        return all(Path(path).resolve() in self.staged for path in paths)
+
+    @contextlib.contextmanager
+    def writing(self, paths: Sequence[str | os.PathLike[str]], force: bool) -> Iterator[list[Path]]:
+        targets = [Path(path).resolve() for path in paths]
+        temporary = [self.staged[target] for target in targets]
+        try:
+            yield temporary
+            _tell(self.control, "commit", [str(target) for target in targets])
+            answer = json.loads(self.answers.readline())
+            if answer:
+                raise ExportError(answer["message"], seen=answer["seen"], hint=answer["hint"])
+        except BaseException:
+            for folder in {path.parent for path in temporary}:
+                shutil.rmtree(folder, ignore_errors=True)  # the folder itself stays, where that is not allowed
+                folder.mkdir(exist_ok=True)
+            raise
