@@ -488,7 +488,7 @@ def test_a_check_that_fails_is_exit_code_1_and_no_file(se_inject, tiny, monkeypa
     def failing(*_, **__):
         return verification.Verdict((verification.Check("weights kept", False, "one is gone"),))
 
-    monkeypatch.setattr(verification, "verify", failing)
+    monkeypatch.setattr(commands, "verify", failing)
     done = se_inject("tiny.pt", *SMALL, code=1)
     assert "FAIL weights kept" in done.out
     assert "weights kept: one is gone" in done.err
@@ -500,7 +500,7 @@ def test_a_check_that_fails_is_in_the_json(se_inject, tiny, monkeypatch):
     from se_inject.verification import checks as verification
 
     verdict = verification.Verdict((verification.Check("weights kept", False, "one is gone"),))
-    monkeypatch.setattr(verification, "verify", lambda *_, **__: verdict)
+    monkeypatch.setattr(commands, "verify", lambda *_, **__: verdict)
     data = document(se_inject("tiny.pt", *SMALL, "--json", code=1).out)
     assert data["verification"]["passed"] is False
     assert data["verification"]["checks"] == [{"name": "weights kept", "passed": False, "detail": "one is gone"}]
