@@ -11,7 +11,6 @@ import contextlib
 import functools
 import inspect
 import json
-import linecache
 import operator
 import types
 import typing
@@ -22,8 +21,8 @@ import torch
 from torch import fx, nn
 
 from se_inject.errors import LoadError
+from se_inject.forwards.source import compiled
 from se_inject.forwards.vocabulary import (
-    BUILTINS,
     LONGEST,
     checked_keywords,
     checked_path,
@@ -111,10 +110,8 @@ def generated_class(original: Any, body: str) -> type:
     name = f"Injected{original.__name__}"
     source, scope = _source(original, data)
     filename = f"<se_inject {original.__module__}.{original.__qualname__} {abs(hash(body)):x}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     scope["__name__"] = "se_inject.generated"
-    exec(compile(source, filename, "exec"), scope)
-    forward = scope["forward"]
+    forward: Any = compiled(source, filename, scope)
     forward.__qualname__ = f"{name}.forward"
     forward.__doc__ = original.forward.__doc__
     forward.__annotations__ = _annotations(original)
@@ -224,7 +221,7 @@ def check_targets(module: nn.Module) -> None:
 def _source(original: type, data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The text of the edited forward, and the names it uses."""
     signature = inspect.signature(original.forward)  # type: ignore[attr-defined]
-    scope: dict[str, Any] = {"torch": torch, "__builtins__": dict(BUILTINS)}
+    scope: dict[str, Any] = {"torch": torch}
     inputs = [target for _, op, target, *_ in (*(data["eval"] or []), *(data["train"] or [])) if op == "placeholder"]
     others = [*data["constants"], *(target.lstrip("*") for target in inputs)]
     if not set(others) <= set(list(signature.parameters)[1:]):

@@ -21,7 +21,6 @@ import copyreg
 import functools
 import json
 import keyword
-import linecache
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,8 +30,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from se_inject.errors import LoadError
 from se_inject.forwards.edited import original_class
+from se_inject.forwards.source import compiled
 from se_inject.forwards.vocabulary import (
-    BUILTINS,
     LONGEST,
     checked_key,
     checked_keywords,
@@ -122,15 +121,13 @@ def program_class(text: str) -> type:
         source = f"def forward({head}):\n" + "\n".join(writer.block(data["lines"], "    ")) + "\n"
         writer.check_names()
         filename = f"<se_inject {name} {abs(hash(text)):x}>"
-        exec(compile(source, filename, "exec"), writer.scope)
+        forward: Any = compiled(source, filename, writer.scope)
     except LoadError:
         raise
     except Exception as error:
         raise LoadError(
             "a damaged file: a program of an unknown form", seen=f"{type(error).__name__}: {error}"
         ) from error
-    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    forward = writer.scope["forward"]
     forward.__qualname__ = f"{name}.forward"
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
@@ -292,11 +289,7 @@ class _Writer:
     """Writes lines as Python. What is not plain goes into ``scope``, under names that no line can use."""
 
     def __init__(self) -> None:
-        self.scope: dict[str, Any] = {
-            "__name__": "se_inject.generated",
-            "__builtins__": dict(BUILTINS),
-            "_plain": plain,
-        }
+        self.scope: dict[str, Any] = {"__name__": "se_inject.generated", "_plain": plain}
         self._set: set[str] = set()
         self._read: set[str] = set()
         self._count = 0

@@ -10,7 +10,6 @@ import inspect
 import keyword
 import math
 import operator
-import types
 import unicodedata
 from collections.abc import Callable
 from typing import Any
@@ -149,18 +148,6 @@ _PLAIN = (
     torch.Tensor, fx.Proxy, int, float, complex, str, type(None), torch.dtype, torch.device, torch.SymInt, torch.SymFloat,
     torch.SymBool, slice, type(...),
 )  # fmt: skip
-BUILTINS = types.MappingProxyType(
-    {
-        "Ellipsis": ...,
-        "RuntimeError": RuntimeError,
-        "getattr": getattr,
-        "len": len,
-        "range": range,
-        "slice": slice,
-        "tuple": tuple,
-    }
-)
-"""All of Python that source text made from data can see."""
 
 
 def method_named(name: Any) -> str:
