@@ -51,7 +51,9 @@ def check_text(tree: ast.Module, scope: dict[str, Any]) -> None:
     """
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef) or tree.body[0].decorator_list:
         raise LoadError("a forward in this file is no single function")
-    parameters, loaded, stored = set(), set(), set()
+    parameters: set[str] = set()
+    loaded: set[str] = set()
+    stored: set[str] = set()
     for node in ast.walk(tree):
         if not isinstance(node, _KINDS) or (isinstance(node, ast.FunctionDef) and node is not tree.body[0]):
             raise LoadError(f"a forward in this file has a statement that no forward needs: {type(node).__name__}")
