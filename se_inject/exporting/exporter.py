@@ -2,7 +2,7 @@
 
 A file is written under a temporary name, loaded back by what will run it (ONNX Runtime, `torch.jit.load`,
 `torch.export.load`, `torch.load`), run at batch 1, 2 and 5 and compared; only then does it appear. A format
-can have several roads (a dynamic batch or a fixed one, scripting or tracing). The first whose file computes
+can have several strategies (a dynamic batch or a fixed one, scripting or tracing). The first whose file computes
 what the network computes is taken; the result says which it was, and why not the one before.
 """
 
@@ -15,23 +15,22 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from se_inject.atomic_files import atomic_all, check_all_writable, no_space
 from se_inject.errors import ExportError
 from se_inject.exporting.conversion import FORMATS, Conversion, format_of
-from se_inject.exporting.onnx import write_onnx
-from se_inject.exporting.reference import Network, Written, untouched
-from se_inject.exporting.torch_formats import write_module, write_pt2, write_scripted, write_traced
-from se_inject.forwards import Program
+from se_inject.exporting.onnx_files import check_opset, depends_on_data
+from se_inject.exporting.reference import Reference, untouched
+from se_inject.exporting.strategies import described, strategies
 from se_inject.progress import step
-from se_inject.tracing import describe, example_of
+from se_inject.tracing import check_supported, describe, example_of
 from se_inject.verification import Check, reason
 
 
@@ -46,28 +45,11 @@ class Exported:
     checks: tuple[Check, ...]
     tolerance: float
     notes: tuple[str, ...]
+    shapes: tuple[str, ...] = ()
+    """The shape of every input, with the dimensions that are free by name: ``batch×3×224×224``."""
 
 
-class Road(NamedTuple):
-    """One way to write a format."""
-
-    name: str
-    write: Callable[[Network, Path, bool], Written]
-    dynamic: bool
-    """Whether the file's batch is left open."""
-
-
-ROADS = {
-    "onnx": [Road("dynamic batch", write_onnx, True), Road("fixed batch", write_onnx, False)],
-    "torchscript": [
-        Road("scripting", write_scripted, True),
-        Road("tracing", write_traced, True),
-        Road("tracing, fixed batch", write_traced, False),
-    ],
-    "pt2": [Road("dynamic batch", write_pt2, True), Road("fixed batch", write_pt2, False)],
-    "pt": [Road("whole module", write_module, True)],
-}
-"""The ways to write each format, in the order in which they are tried."""
+_CHECKED = ("device", "dtype", "memory_format", "force", "opset")
 
 
 def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, **options: Any) -> Exported:
@@ -79,19 +61,33 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
         model: the network, injected or not.
         path: ``.onnx``, ``.torchscript`` or ``.ts``, ``.pt2``, ``.pt``.
         example_inputs: as for ``plan``.
-        **options: ``device``, ``dtype``, ``memory_format``, ``force``, ``opset``, ``example_kwargs``.
+        **options: ``device``, ``dtype``, ``memory_format``, ``force``, ``opset``, ``dynamic_size``,
+            ``example_kwargs``; see ``export_all``.
+
+    Returns:
+        what was written: the free dimensions, the measured errors, notes.
 
     Raises:
+        OptionError: an unknown suffix, device, dtype, memory format or opset.
         ExportError: the file can't be written, or is not right.
     """
-    kwargs = options.pop("example_kwargs", None) or {}
-    args = example_inputs
-    if not isinstance(args, tuple) or any(
-        leaf.is_meta for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)
-    ):
-        args, kwargs = example_of(model, args, kwargs)
+    check_targets([path], **{key: options[key] for key in _CHECKED if key in options})
+    args, kwargs = _example(model, example_inputs, options.pop("example_kwargs", None))
     (exported,) = export_all(model, [path], args, example_kwargs=kwargs, **options)
+    if example_inputs is None and not kwargs:
+        note = f"no example inputs were given: {describe(args, kwargs)} was assumed"
+        exported = dataclasses.replace(exported, notes=(note, *exported.notes))
     return exported
+
+
+def _example(model: nn.Module, given: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call that a user gave, if it has numbers in it; else one like it, or one that is inferred."""
+    check_supported(model)
+    args = given if isinstance(given, tuple) else (given,)
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if given is not None and not any(leaf.is_meta for leaf in leaves):
+        return args, dict(kwargs or {})
+    return example_of(model, given, kwargs)
 
 
 def export_all(
@@ -105,6 +101,7 @@ def export_all(
     memory_format: str | torch.memory_format | None = None,
     force: bool = False,
     opset: int | None = None,
+    dynamic_size: bool = False,
 ) -> list[Exported]:
     """Write the network to several files and check each; either all of them appear or none.
 
@@ -121,19 +118,23 @@ def export_all(
         dtype: "float32", "float16" or "bfloat16", for the weights and for inputs in floating point.
         memory_format: "channels_last" or "contiguous", for weights and inputs of four dimensions.
         force: replace files that exist.
-        opset: the ONNX opset; None for the exporter's own choice.
+        opset: the ONNX opset, 11 or higher; None for the exporter's own choice. Below 18 torch's older exporter
+            writes the file.
+        dynamic_size: leave the spatial dimensions of the inputs open too (height and width of images), and check
+            each file at two more sizes.
 
     Raises:
-        OptionError: an unknown suffix, device, dtype or memory format.
-        ExportError: a file can't be written, or no road leads to one that computes what the network computes.
+        OptionError: an unknown suffix, device, dtype, memory format or opset.
+        ExportError: a file can't be written, or no strategy leads to one that computes what the network computes.
     """
     conversion: dict[str, Any] = {"device": device, "dtype": dtype, "memory_format": memory_format}
-    check_targets(paths, **conversion, force=force)
+    check_targets(paths, **conversion, force=force, opset=opset)
     targets = [Path(path) for path in paths]
     with atomic_all(targets, force) as temporary:
         return write_networks(
-            model, targets, temporary, example_inputs, example_kwargs=example_kwargs, opset=opset, **conversion
-        )
+            model, targets, temporary, example_inputs,
+            example_kwargs=example_kwargs, opset=opset, dynamic_size=dynamic_size, **conversion,
+        )  # fmt: skip
 
 
 def write_networks(
@@ -147,6 +148,7 @@ def write_networks(
     dtype: str | torch.dtype | None = None,
     memory_format: str | torch.memory_format | None = None,
     opset: int | None = None,
+    dynamic_size: bool = False,
 ) -> list[Exported]:
     """Write the network to files under other names, and check each; ``export_all`` then moves them.
 
@@ -157,18 +159,21 @@ def write_networks(
 
     Raises:
         OptionError: as for ``export_all``.
-        ExportError: no road leads to a file that computes what the network computes.
+        ExportError: no strategy leads to a file that computes what the network computes.
     """
     conversion = Conversion.asked(device, dtype, memory_format)
     with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         model = conversion.model(model)
 
         @functools.cache
-        def network(small: bool) -> Network:
-            return Network(model, example_inputs, example_kwargs or {}, conversion, opset=opset, small=small)
+        def reference(small: bool) -> Reference:
+            return Reference(
+                model, example_inputs, example_kwargs or {}, conversion,
+                opset=opset, small=small, dynamic_size=dynamic_size and not small,
+            )  # fmt: skip
 
         return [
-            _export_one(network(small=format_of(target) == "pt"), target, path)  # a pickle holds no shapes
+            _export_one(reference(small=format_of(target) == "pt"), target, path)  # a pickle holds no shapes
             for target, path in zip(targets, temporary, strict=True)
         ]
 
@@ -180,81 +185,63 @@ def check_targets(
     dtype: str | torch.dtype | None = None,
     memory_format: str | torch.memory_format | None = None,
     force: bool = False,
+    opset: int | None = None,
 ) -> None:
-    """Whether these files could be written and these conversions made here, before anything else is done.
+    """Check that these files can be written and these conversions made here, before anything else is done.
 
     Raises:
-        OptionError: an unknown suffix, device, dtype or memory format, or a file named twice.
+        OptionError: an unknown suffix, device, dtype, memory format or opset, or a file named twice.
         ExportError: a file can't be written, or there is no such device.
     """
     for path in paths:
         format_of(Path(path))
     check_all_writable(paths, force)
-    Conversion.asked(device, dtype, memory_format)
+    converted = Conversion.asked(device, dtype, memory_format)
+    if any(format_of(Path(path)) == "onnx" for path in paths):
+        check_opset(opset, converted.dtype)
 
 
-def _export_one(network: Network, target: Path, path: Path) -> Exported:
+def _export_one(reference: Reference, target: Path, path: Path) -> Exported:
     format = format_of(target)
-    exact = format == "pt" and network.conversion.device == torch.device("cpu")
-    tolerance = 0.0 if exact else network.tolerance
+    exact = format == "pt" and reference.conversion.device == torch.device("cpu")
+    tolerance = 0.0 if exact else reference.tolerance
     failures: list[str] = []
-    for road in _roads(network, format):
-        step(f"exporting {target.name} ({road.name})")
+    refused: set[Any] = set()
+    for strategy in strategies(reference, format):
+        if strategy.write in refused:
+            continue
+        step(f"exporting {target.name} ({strategy.name})")
         try:
-            with untouched(network.model):
-                written = road.write(network, path, road.dynamic)
-                checks = tuple(network.check(written.run, road.dynamic, tolerance)) if written.run else ()
+            with untouched(reference.model):
+                written = strategy.write(reference, path, strategy.free)
+                checks = tuple(reference.check(written.run, strategy.free, tolerance)) if written.run else ()
         except ExportError:
             raise
         except Exception as error:
             if no_space(error):
                 raise
+            if depends_on_data(error):  # with a fixed batch as well
+                refused.add(strategy.write)
             cause, why = error, reason(error)
             if not any(failure.endswith(why) for failure in failures):
-                failures.append(f"{road.name} failed: {why}")
+                failures.append(f"{strategy.name} failed: {why}")
             for leftover in path.parent.iterdir():
                 leftover.unlink()
             continue
-        how, notes = _described(network, written, format, road.dynamic, failures)
+        how, notes = described(reference, written, format, strategy.free, failures)
         files = sorted(path.parent.iterdir())
         notes += [f"its weights are in `{file.name}`: keep the two together" for file in files if file != path]
         size = sum(file.stat().st_size for file in files)
-        return Exported(target, format, size, how, checks, tolerance, tuple(notes))
+        shapes = () if format == "pt" else tuple(reference.shapes(strategy.free))
+        return Exported(target, format, size, how, checks, tolerance, tuple(notes), shapes)
+    open_size = " with its size left open" if reference.dynamic_size else ""
     others = ", ".join(sorted({*FORMATS.values()} - {format}))
+    hint = "leave `dynamic_size` out: a block or a network may bake its size in (`ge` does)" if open_size else None
     raise ExportError(
-        f"cannot export to `{target}`",
+        f"cannot export to `{target}`{open_size}",
         seen="\n      ".join(failures),
-        hint=f"another format may do: {others}",
+        hint=hint or f"another format may do: {others}",
     ) from cause
-
-
-def _roads(network: Network, format: str) -> list[Road]:
-    """The ways to try, in order; where the network's own batch is fixed, each once and with a fixed batch."""
-    roads = ROADS[format]
-    if any(isinstance(module, Program) for module in network.model.modules()):  # it has no source to be scripted
-        roads = [road for road in roads if road.write is not write_scripted]
-    if network.fixed is None:
-        return roads
-    with_fixed_twin = {road.write for road in roads if not road.dynamic}
-    roads = [road for road in roads if not (road.dynamic and road.write in with_fixed_twin)]
-    return [road._replace(dynamic=False) for road in roads]
-
-
-def _described(
-    network: Network, written: Written, format: str, dynamic: bool, failures: list[str]
-) -> tuple[str, list[str]]:
-    how, notes = written.how, [*written.notes]
-    if format == "torchscript" and failures:
-        how += f" ({failures[0]})"
-    if network.cropped:
-        notes.insert(0, f"compared on {describe(*network.example)}")
-    if format != "pt":
-        how += ", dynamic batch" if dynamic else f", batch fixed at {network.batch}"
-        notes += [] if dynamic else [f"batch fixed at {network.batch}: {network.fixed or failures[-1]}"]
-    for name, tensor in network.answers[network.batch]:
-        if lost := tensor.numel() - int(tensor.isfinite().sum()):
-            notes.append(f"{lost} of {tensor.numel()} numbers in the network's own `{name}` are not finite")
-    return how, notes
 
 
 @contextlib.contextmanager

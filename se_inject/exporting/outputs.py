@@ -22,10 +22,10 @@ def check_outputs(paths: Sequence[str | os.PathLike[str]], *, force: bool = Fals
     Args:
         paths: the files; ``.json`` is a plan, ``.safetensors`` an adapter, the rest as for ``export_all``.
         force: replace files that exist.
-        **options: ``device``, ``dtype`` and ``memory_format``.
+        **options: ``device``, ``dtype``, ``memory_format`` and ``opset``.
 
     Raises:
-        OptionError: an unknown suffix, device, dtype or memory format.
+        OptionError: an unknown suffix, device, dtype, memory format or opset.
         ExportError: a file can't be written.
     """
     check_targets([path for path in paths if _writer(path) is None], force=force, **options)
@@ -54,7 +54,7 @@ def write_all(
         **options: as for ``export_all``; an adapter and a plan are written as they are.
 
     Raises:
-        OptionError: an unknown suffix, device, dtype or memory format.
+        OptionError: an unknown suffix, device, dtype, memory format or opset.
         ExportError: a file can't be written, or is not right.
     """
     targets = [Path(path) for path in paths]

@@ -11,24 +11,33 @@ if TYPE_CHECKING:
 
 
 def exported_lines(item: Exported) -> list[str]:
-    """What was written, how, and what the comparison with the network gave."""
-    lines = [f"wrote {item.path} ({short(item.size_bytes, 'B')}, {item.how})"]
+    """Say what was written, how, and what the comparison with the network gave."""
+    shapes = f", input{'s' * (len(item.shapes) > 1)} {', '.join(item.shapes)}" if item.shapes else ""
+    lines = [f"wrote {item.path} ({short(item.size_bytes, 'B')}, {item.how}{shapes})"]
     if item.checks:
         worst = max(item.checks, key=lambda check: check.max_rel_error)
-        batches = ", ".join(str(check.batch) for check in item.checks)
         errors = f"max error {worst.max_abs_error:.2g}, relative {worst.max_rel_error:.2g} (limit {item.tolerance:.0e})"
         found = errors if item.tolerance else "outputs bit-equal"
-        lines.append(f"      loaded back and run at batch {batches}: {found}")
+        lines.append(f"      loaded back and run at {_cases(item)}: {found}")
     return lines + [f"      {note}" for note in item.notes]
 
 
+def _cases(item: Exported) -> str:
+    """The batches and, if there are several, the sizes that a file was run at."""
+    size = item.checks[0].size
+    batches = ", ".join(str(check.batch) for check in item.checks if check.size == size)
+    others = list(dict.fromkeys(check.size for check in item.checks if check.size != size))
+    return f"batch {batches}" + (f", and at {' and '.join(others)}" if others else "")
+
+
 def exported_data(item: Exported) -> dict[str, Any]:
-    """A written file for ``--json``."""
+    """Give a written file as data for ``--json``."""
     return {
         "path": str(item.path),
         "format": item.format,
         "bytes": item.size_bytes,
         "how": item.how,
+        "shapes": list(item.shapes),
         "checks": [check._asdict() for check in item.checks],
         "tolerance": item.tolerance,
         "notes": list(item.notes),

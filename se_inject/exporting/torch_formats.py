@@ -9,23 +9,25 @@ from typing import Any
 import torch
 
 from se_inject.atomic_files import write_through
-from se_inject.exporting.reference import Network, Written
+from se_inject.exporting.capture import captured
+from se_inject.exporting.dimensions import Free
+from se_inject.exporting.reference import Reference, Written
 from se_inject.forwards import Program, original_class
 from se_inject.verification import Rejected, same_value
 
 
-def write_scripted(network: Network, path: Path, dynamic: bool) -> Written:
-    """TorchScript compiled from the source: every branch is in it."""
-    return _write_torchscript(torch.jit.script(network.model.eval()), path, "scripted")
+def write_scripted(reference: Reference, path: Path, free: Free) -> Written:
+    """Write TorchScript compiled from the source: every branch is in it."""
+    return _write_torchscript(torch.jit.script(reference.model.eval()), path, "scripted")
 
 
-def write_traced(network: Network, path: Path, dynamic: bool) -> Written:
-    """TorchScript recorded from one call: a branch that depends on the input is baked in."""
-    args, kwargs = network.call(dynamic)
+def write_traced(reference: Reference, path: Path, free: Free) -> Written:
+    """Write TorchScript recorded from one call: a branch that depends on the input is baked in."""
+    args, kwargs = reference.call(free)
     inputs: dict[str, Any] = {"example_inputs": args}
     if kwargs:  # a trace takes positions or names, not both
-        inputs = {"example_kwarg_inputs": dict(network.signature.bind(*args, **kwargs).arguments)}
-    model = network.model.eval()
+        inputs = {"example_kwarg_inputs": dict(reference.signature.bind(*args, **kwargs).arguments)}
+    model = reference.model.eval()
     traced = torch.jit.trace(model, check_trace=False, strict=False, **inputs)  # type: ignore[no-untyped-call]
     return _write_torchscript(traced, path, "traced")
 
@@ -36,22 +38,21 @@ def _write_torchscript(module: Any, path: Path, how: str) -> Written:
     return Written(how, torch.jit.load(os.fspath(path)), (note,))  # type: ignore[no-untyped-call]
 
 
-def write_pt2(network: Network, path: Path, dynamic: bool) -> Written:
-    """The program that `torch.export` makes."""
-    args, kwargs = network.call(dynamic)
-    shapes = network.dynamic_shapes(torch.export.Dim("batch")) if dynamic else None
-    program = torch.export.export(network.model.eval(), args, kwargs, dynamic_shapes=shapes, strict=False)
+def write_pt2(reference: Reference, path: Path, free: Free) -> Written:
+    """Write the program that `torch.export` makes."""
+    reference.model.eval()
+    program, notes = captured(reference, free)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # would tell paths on this machine
     write_through(path, lambda file: torch.export.save(program, file))
     note = "for inference: `torch.export.load(path).module()` runs it, and its `.train()` raises"
-    return Written("torch.export", torch.export.load(path).module(), (note,))
+    return Written("torch.export", torch.export.load(path).module(), (*notes, note))
 
 
-def write_module(network: Network, path: Path, dynamic: bool) -> Written:
-    """The pickled module, with the modes it has; loaded back it must have the same modes and weights."""
-    model = network.model
+def write_module(reference: Reference, path: Path, free: Free) -> Written:
+    """Write the pickled module, with the modes it has; loaded back it must have the same modes and weights."""
+    model = reference.model
     write_through(path, lambda file: torch.save(model, file))
     loaded = torch.load(path, weights_only=False)  # written a moment ago, so it may be trusted
     modes = [[(name, module.training) for name, module in net.named_modules()] for net in (model, loaded)]

@@ -33,6 +33,8 @@ class Check(NamedTuple):
     batch: int
     max_abs_error: float
     max_rel_error: float
+    size: str = ""
+    """The spatial size, ``224×224``."""
 
 
 class Rejected(Exception):

@@ -21,7 +21,7 @@ from torch import nn
 from se_inject import atomic_files as _files
 from se_inject.errors import ExportError, OptionError
 from se_inject.exporting import exporter as exporting
-from se_inject.exporting import onnx as _onnx
+from se_inject.exporting import onnx_files as _onnx
 from se_inject.exporting.exporter import export, export_all
 from se_inject.exporting.reference import _at_batch
 from se_inject.verification.comparison import TOLERANCES, difference
@@ -335,9 +335,22 @@ def test_the_opset_is_read_from_the_file(out):
     assert onnx.load(exported.path).opset_import[0].version == 19
 
 
-def test_an_opset_that_the_exporter_does_not_write_is_an_error(out):
-    with pytest.raises(ExportError, match="opset 9 was asked for, this exporter wrote 18"):
-        export(net(), out / "net.onnx", (image(),), opset=9)
+@pytest.mark.parametrize("opset", [9, 10, 99, 17.5])
+def test_an_opset_out_of_range_is_refused_before_anything_is_computed(opset, out, monkeypatch):
+    monkeypatch.setattr(exporting, "Reference", pytest.fail)
+    monkeypatch.setattr(exporting, "example_of", pytest.fail)
+    with pytest.raises(OptionError, match=f"no file of opset {opset} can be written") as error:
+        export(net(), out / "net.onnx", opset=opset)
+    assert error.value.seen.startswith("11 to ")
+    with pytest.raises(OptionError, match="22 to "):
+        export(net(), out / "net.onnx", opset=20, dtype="bfloat16")
+    assert not list(out.iterdir())
+
+
+def test_an_opset_that_the_exporter_does_not_write_is_an_error(out, monkeypatch):
+    monkeypatch.setattr(_onnx, "_checked_opset", lambda path, full_check: 18)
+    with pytest.raises(ExportError, match="opset 19 was asked for, this exporter wrote 18"):
+        export(net(), out / "net.onnx", (image(),), opset=19)
     assert not list(out.iterdir())
 
 
@@ -456,7 +469,7 @@ def test_a_pickle_keeps_modes_and_is_bit_equal(out):
     loaded = torch.load(exported.path, weights_only=False)
     assert [module.training for module in loaded.modules()] == [module.training for module in model.modules()]
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
-    assert exported.tolerance == 0 and all(check[1:] == (0, 0) for check in exported.checks)
+    assert exported.tolerance == 0 and all(check[1:3] == (0, 0) for check in exported.checks)
     assert any("needs the code of" in note and "Residual" in note for note in exported.notes)
 
 
@@ -473,7 +486,7 @@ def test_nothing_is_printed_or_logged(out, capfd, caplog):
 
 @pytest.mark.parametrize(
     ("suffix", "loader"),
-    [(".onnx", "se_inject.exporting.onnx._in_onnxruntime"), (".ts", "torch.jit.load"), (".pt", "torch.load")],
+    [(".onnx", "se_inject.exporting.onnx_files._in_onnxruntime"), (".ts", "torch.jit.load"), (".pt", "torch.load")],
 )
 def test_a_mismatch_leaves_no_file(suffix, loader, out, monkeypatch):
     wrong = net().eval()
@@ -519,7 +532,7 @@ def test_what_the_exporter_said_first_is_told(out):
 
 
 def test_preconditions_come_before_any_work(out, monkeypatch):
-    monkeypatch.setattr(exporting, "Network", pytest.fail)
+    monkeypatch.setattr(exporting, "Reference", pytest.fail)
     (out / "old.pt").write_text("old")
     paths = [out / "net.pt", out / "missing" / "net.pt", out / "old.pt", out / "old.pt" / "net.pt"]
     for path, seen in zip(paths[1:], ["does not exist", None, "is not a directory"], strict=True):
