@@ -65,7 +65,7 @@ def inject(
 ) -> None:  # fmt: skip
     """Put blocks into a network, verify the result, and write it."""
     targets = () if dry_run else outputs or (default_output(model),)
-    check_outputs(targets, force=force, **_conversion(options))
+    check_outputs(targets, force=force, **_conversion(options, "opset"))
     stored = _stored(options, trust)
     if seed is not None:
         torch.manual_seed(seed)
@@ -116,7 +116,7 @@ def inject(
         if targets:
             args, kwargs = _real_inputs(planned, injected)
             exported = write_all(
-                injected, planned, targets, args, example_kwargs=kwargs, force=force, **_conversion(options, "opset")
+                injected, planned, targets, args, example_kwargs=kwargs, force=force, **_conversion(options, "opset", "dynamic_size")
             )
             data["files"] = [exported_data(item) for item in exported]
             say("\n" + "\n".join(line for item in exported for line in exported_lines(item)))
@@ -237,7 +237,7 @@ def eject(
     outputs: tuple[Path, ...], force: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Take the blocks out of a network, and write what is left."""
-    check_targets(outputs, force=force, **_conversion(options))
+    check_targets(outputs, force=force, **_conversion(options, "opset"))
     step(f"reading {model}")
     network = load(model, arch=arch, weights=weights, trust=_packages(trust))
     taken, entries = len(own_steps(network)), len(network.state_dict())
@@ -247,7 +247,7 @@ def eject(
         f"{entries} entries of the state dict left, as they were\n"
     )
     args, kwargs = example_of(network, _example(inputs, network))
-    exported = export_all(network, outputs, args, example_kwargs=kwargs, force=force, **_conversion(options, "opset"))
+    exported = export_all(network, outputs, args, example_kwargs=kwargs, force=force, **_conversion(options, "opset", "dynamic_size"))
     click.echo("\n".join(line for item in exported for line in exported_lines(item)))
 
 

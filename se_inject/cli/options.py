@@ -153,7 +153,10 @@ targets = together(
     click.option(
         "--memory-format", type=click.Choice(["channels_last"]), help="Memory format of the exported network."
     ),
-    click.option("--opset", type=int, help="ONNX opset."),
+    click.option("--opset", type=int, help="ONNX opset, 11 or higher."),
+    click.option(
+        "--dynamic-size", is_flag=True, help="Leave height and width open too, and check the file at two more sizes."
+    ),
 )
 """ What a network is converted to when it is written."""
 

@@ -116,7 +116,20 @@ def inferred_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     rank = first.weight.dim() - 2
     if rank == 3:
         return [(2, first.in_channels, depth, side, side) for depth in SIZES[3] for side in (112, 224, 64, depth)]
-    return [(2, first.in_channels, *[size] * rank) for size in SIZES[rank]]
+    shapes = [(2, first.in_channels, *[size] * rank) for size in SIZES[rank]]
+    own = _own_size(model) if rank == 2 else None
+    return shapes if own is None else list(dict.fromkeys([(2, first.in_channels, *own), *shapes]))
+
+
+def _own_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width that a network records: in itself, in its configuration, or in its trainer's arguments."""
+    for holder in (model, getattr(model, "config", None), getattr(model, "args", None)):
+        for name in ("image_size", "img_size", "imgsz"):
+            size = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+            sides = [size, size] if isinstance(size, int) else size
+            if isinstance(sides, list | tuple) and len(sides) == 2 and all(type(s) is int and s >= 8 for s in sides):
+                return tuple(sides)
+    return None
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

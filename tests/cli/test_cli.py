@@ -254,6 +254,14 @@ def logged():
         logger.removeHandler(handler)
 
 
+def test_the_size_is_left_open_on_request(se_inject, tiny):
+    done = se_inject("tiny.pt", *SMALL, "-o", "net.onnx", "--dynamic-size", "--opset", "13")
+    assert "tracing exporter, opset 13, dynamic batch, input batch×3×height×width)" in done.out
+    assert " and at " in done.out
+    done = se_inject("tiny.pt", *SMALL, "-o", "other.onnx", "--opset", "9", code=2)
+    assert "no file of opset 9 can be written" in done.err and "verif" not in done.out
+
+
 def test_the_input_is_inferred_and_told(se_inject):
     done = se_inject("nets.py:cifar", "--dry-run")
     assert "note: input inferred: 1 input of 2×3×32×32" in done.out

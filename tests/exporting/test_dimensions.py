@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -338,3 +339,22 @@ def test_a_faster_rcnn_is_recorded_at_its_batch(tmp_path):
         for name, value in want.items():
             np.testing.assert_allclose(got[f"output_0_{name}"], value, rtol=1e-3, atol=1e-3)
     assert found > 20
+
+
+# The size that is assumed ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda net: setattr(net, "image_size", 48),
+        lambda net: setattr(net, "config", SimpleNamespace(image_size=(48, 48))),
+        lambda net: setattr(net, "args", {"imgsz": 48}),
+    ],
+)
+def test_the_size_that_a_network_records_is_assumed(own):
+    net = Small()
+    own(net)
+    assert si.plan(net).notes[0] == "input inferred: 1 input of 2×3×48×48"
+    net.args = net.config = net.image_size = "no size"
+    assert si.plan(net).notes[0] == "input inferred: 1 input of 2×3×224×224"

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import socket
 import subprocess
 import sys
 
@@ -131,8 +132,11 @@ def worker(rank, port, kind, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("kind", "port"), [("ddp", 29731), ("fsdp2", 29732)])
-def test_two_processes_train_it(kind, port):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_it(kind):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(worker, (port, kind, results), nprocs=2)
