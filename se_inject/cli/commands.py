@@ -116,7 +116,13 @@ def inject(
         if targets:
             args, kwargs = _real_inputs(planned, injected)
             exported = write_all(
-                injected, planned, targets, args, example_kwargs=kwargs, force=force, **_conversion(options, "opset", "dynamic_size")
+                injected,
+                planned,
+                targets,
+                args,
+                example_kwargs=kwargs,
+                force=force,
+                **_conversion(options, "opset", "dynamic_size"),
             )
             data["files"] = [exported_data(item) for item in exported]
             say("\n" + "\n".join(line for item in exported for line in exported_lines(item)))
@@ -247,7 +253,9 @@ def eject(
         f"{entries} entries of the state dict left, as they were\n"
     )
     args, kwargs = example_of(network, _example(inputs, network))
-    exported = export_all(network, outputs, args, example_kwargs=kwargs, force=force, **_conversion(options, "opset", "dynamic_size"))
+    exported = export_all(
+        network, outputs, args, example_kwargs=kwargs, force=force, **_conversion(options, "opset", "dynamic_size")
+    )
     click.echo("\n".join(line for item in exported for line in exported_lines(item)))
 
 
