@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import socket
 import warnings
 
 import pytest
@@ -297,6 +298,12 @@ def test_a_compiled_training_step(frozen):
 # -- several processes -------------------------------------------------------------------------------------
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def sharded(rank, port, folder, results):
     """Train on two processes, save a checkpoint, load it into a fresh network, and compare."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -330,7 +337,7 @@ def sharded(rank, port, folder, results):
 def test_a_distributed_checkpoint_is_loaded_back(tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(sharded, (29741, tmp_path / "checkpoint", results), nprocs=2)
+        mp.spawn(sharded, (free_port(), tmp_path / "checkpoint", results), nprocs=2)
         assert dict(results) == {0: (True, True, True), 1: (True, True, True)}
 
 
