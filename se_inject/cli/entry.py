@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from se_inject._version import __version__
-from se_inject.cli import gates, options
+from se_inject.cli import gates, options, pictures
 from se_inject.cli.running import OutputPath, WorkerCommand, reported
 
 
@@ -189,6 +189,7 @@ def blocks(**given: Any) -> None:
 
 
 cli.add_command(gates.excitations)
+cli.add_command(pictures.draw)
 
 
 def main() -> None:

@@ -49,6 +49,18 @@ class Ratios(click.ParamType):  # type: ignore[type-arg]  # generic since click 
             self.fail(f"`{value}` is no list of numbers; write it as 4,8,16", param, ctx)
 
 
+def example_of(inputs: tuple[str, ...], network: Any) -> Any:
+    """Example inputs without numbers, of the shapes that ``--input`` gives; None if it is left out."""
+    import torch
+
+    from se_inject.tracing import parse_shape
+
+    if not inputs:
+        return None
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    return tuple(torch.empty(parse_shape(text), device="meta", dtype=dtype) for text in inputs)
+
+
 def together(*decorators: Decorator) -> Decorator:
     """Several decorators as one; the first is the first in the help."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import html
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ from se_inject.errors import (
     printable,
 )
 from se_inject.forwards import is_plain_name, original_class
+from se_inject.pictures import Picture, picture
 from se_inject.plans.text import plan_text
 from se_inject.sites import place_of, sites_in
 from se_inject.surgery import Step, first_problem, inject_, steps_of
@@ -203,6 +205,48 @@ class Plan:
         if trace is None:
             raise OptionError("a stored plan needs the network to say what it costs", hint="plan.cost(model)")
         return cost_of_steps(trace.model, trace, self.steps)
+
+    def draw(
+        self,
+        model: nn.Module | None = None,
+        gates: Iterable[Any] | None = None,
+        *,
+        by: str = "variation",
+        example_inputs: Any = None,
+    ) -> Picture:
+        """Draw the network as data flows through it, with the plan's blocks where they sit. Nothing is computed or written.
+
+        A notebook shows what is returned; ``.save("net.svg")`` writes it.
+
+        Args:
+            model: the network, if the plan was loaded from JSON or read from an injected network.
+            gates: from ``si.excitations``: colour the blocks by what their gates did.
+            by: by which figure of theirs: ``variation``, ``between_images``, ``spread`` or ``average``.
+            example_inputs: inputs of the model, if those of the plan or inferred ones don't do.
+
+        Raises:
+            OptionError: the plan has no trace and no model is given, or there is no such figure.
+        """
+        trace = self.trace
+        if model is not None:
+            held = {step.path for step in steps_of(model)}
+            is_in = bool(held) and all(step.path in held for step in self.steps)
+            inputs = self._stored_inputs() if example_inputs is None else example_inputs
+            trace = observe_model(model, inputs) if is_in else self.fitted(model, example_inputs).trace
+        if trace is None:
+            raise OptionError("a stored plan needs the network to be drawn", hint="plan.draw(model)")
+        figures: dict[str, float] = {}
+        for block in gates or ():
+            if not isinstance(getattr(block, by, None), int | float):
+                raise OptionError(
+                    f"no figure of gates is called `{by}`", seen="variation, between_images, spread, average"
+                )
+            figures.setdefault(block.path, float(getattr(block, by)))
+        return picture(trace, sites_in(trace), self.steps, figures=figures, figure=by.replace("_", " "))
+
+    def _repr_html_(self) -> str:
+        table = f"<pre>{html.escape(str(self))}</pre>"
+        return table if self.trace is None else self.draw().svg() + table
 
     def to_json(self) -> str:
         """The plan as JSON text; ``from_json`` reads it back.

@@ -6,8 +6,9 @@ Must not know: which block will be put in, how a forward is edited, or what anyt
 
 from se_inject.sites.finder import find_sites, sites_in
 from se_inject.sites.operations import labels, returned
+from se_inject.sites.parts import Operation, Parts, parts_of
 from se_inject.sites.positions import POSITIONS, Place, place_of
-from se_inject.sites.selection import ALL, ALL_BUT_LAST, ATTENDED, NECK, Site, Sites
+from se_inject.sites.selection import ALL, ALL_BUT_LAST, ATTENDED, NECK, Site, Sites, Stage
 from se_inject.sites.text import sites_data, sites_text, stages_text
 
 __all__ = [
@@ -16,11 +17,15 @@ __all__ = [
     "ATTENDED",
     "NECK",
     "POSITIONS",
+    "Operation",
+    "Parts",
     "Place",
     "Site",
     "Sites",
+    "Stage",
     "find_sites",
     "labels",
+    "parts_of",
     "place_of",
     "returned",
     "sites_data",

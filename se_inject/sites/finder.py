@@ -17,6 +17,7 @@ Within one another, the inner unit has the site: an outer addition or concatenat
 from __future__ import annotations
 
 import re
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -66,11 +67,17 @@ def sites_in(trace: Trace) -> Sites:
     Returns:
         the sites that nothing holds back chosen, the others in ``all_sites``.
     """
-    finder = Finder(trace)
-    sites = staged(trace, finder.sites())
-    refused = (*(Refusal(path or "(the network)", reason) for path, reason in trace.failures.items()), *finder.refused)
-    chosen = tuple(site for site in sites if site.stage is not None and site.held_back is None)
-    return Sites(chosen, refused, sites, trace.size)
+    if trace not in _FOUND:
+        finder = Finder(trace)
+        sites = staged(trace, finder.sites())
+        failed = (Refusal(path or "(the network)", reason) for path, reason in trace.failures.items())
+        chosen = tuple(site for site in sites if site.stage is not None and site.held_back is None)
+        _FOUND[trace] = Sites(chosen, (*failed, *finder.refused), sites, trace.size)
+    return _FOUND[trace]
+
+
+_FOUND: weakref.WeakKeyDictionary[Trace, Sites] = weakref.WeakKeyDictionary()
+"""The sites of every trace that is still in use: a trace is a value, and to look again costs seconds on long networks."""
 
 
 class Finder:

@@ -110,13 +110,17 @@ def is_data(argument: object) -> bool:
 
 def is_constant(node: fx.Node) -> bool:
     """Whether a node's value depends on parameters and plain numbers only."""
-    known = node.meta.get("constant")
-    if known is None:
-        known = node.op == "get_attr" or (
-            node.op != "placeholder" and all(is_constant(source) for source in node.all_input_nodes)
-        )
-        node.meta["constant"] = known
-    return bool(known)
+    pending = [node]  # no recursion: a network may be a thousand modules in a row
+    while pending:
+        current = pending[-1]
+        unknown = [source for source in current.all_input_nodes if "constant" not in source.meta]
+        if current.op in ("get_attr", "placeholder") or "constant" in current.meta or not unknown:
+            pending.pop()
+            inputs = all(source.meta.get("constant") for source in current.all_input_nodes)
+            current.meta["constant"] = current.op == "get_attr" or (current.op != "placeholder" and inputs)
+        else:
+            pending += unknown
+    return bool(node.meta["constant"])
 
 
 def passed_through(trace: Trace, owner: str, node: fx.Node) -> fx.Node | None:

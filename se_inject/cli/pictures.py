@@ -1,0 +1,68 @@
+"""The command that draws a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from se_inject.cli import options
+
+
+@click.command(short_help="Draw MODEL with the blocks in it.")
+@options.network
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File to write: .svg, or .png (needs matplotlib); may be repeated.",
+)
+@options.force
+@click.option("--stages", metavar="LIST", help="Stages as for the main command.")
+@click.option("--at", multiple=True, metavar="PATTERN", help="Sites by address, as for the main command.")
+@options.attended
+@click.option("--r", "--reduction", "reduction", type=float, help="Reduction ratio.  [default: 16]")
+@options.block
+def draw(**given: Any) -> None:
+    """Draw MODEL as data flows through it: stages, units, and where in a unit each block sits.
+
+    Of an injected MODEL, its own blocks are drawn; of another, those that the main command would put in. Nothing is
+    computed or changed.
+    """
+    from se_inject.cli.block_texts import parsed_blocks
+    from se_inject.errors import OptionError
+    from se_inject.loading import load
+    from se_inject.pictures import check_picture
+    from se_inject.plans import plan, plan_of
+    from se_inject.surgery import steps_of
+
+    for path in given["outputs"]:
+        check_picture(path, force=given["force"])
+    packages = tuple(name for name in given["trust"] if not name.endswith(".py"))
+    network = load(given["model"], arch=given["arch"], weights=given["weights"], trust=packages, mmap=True)
+    example = options.example_of(given["inputs"], network)
+    if steps_of(network):
+        if given["stages"] or given["at"]:
+            raise OptionError("MODEL holds blocks, and these are drawn", hint="leave out --stages and --at")
+        drawn = plan_of(network, example, trust=given["trust"]).draw(network, example_inputs=example)
+    else:
+        chosen = {key: given[key] for key in ("reduction", "divisor", "bias") if given.get(key) is not None}
+        block = parsed_blocks([given["block"]], given["settings"], chosen)[0]
+        drawn = plan(
+            network,
+            example,
+            stages=given["stages"],
+            at=given["at"] or None,
+            attended=given["attended"],
+            block=block.name,
+            position=given["position"],
+            init=given["init"],
+            **block.options,
+        ).draw()
+    for path in given["outputs"]:
+        drawn.save(path, force=given["force"])
+        click.echo(f"wrote {path}", err=True)

@@ -1,0 +1,18 @@
+"""Draw networks: stages, units from the inside, and blocks where they sit.
+
+In: a ``Trace``, its ``Sites`` and steps. Out: a ``Drawing`` of shapes, written as SVG, or as PNG with matplotlib.
+Must not know: how a plan is made, what a report holds, or the command line.
+"""
+
+from se_inject.pictures.network import draw_network
+from se_inject.pictures.picture import Picture, check_picture, picture
+from se_inject.pictures.shapes import Drawing, svg
+
+__all__ = [
+    "Drawing",
+    "Picture",
+    "check_picture",
+    "draw_network",
+    "picture",
+    "svg",
+]
