@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from se_inject.cli import options
+from se_inject.cli.running import OutputPath, WorkerCommand
 
 
-@click.command(short_help="Draw MODEL with the blocks in it.")
+@click.command(cls=WorkerCommand, short_help="Draw MODEL with the blocks in it.")
 @options.network
 @click.option(
     "-o",
@@ -18,7 +18,7 @@ from se_inject.cli import options
     "outputs",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
+    type=OutputPath(),
     help="File to write: .svg, or .png (needs matplotlib); may be repeated.",
 )
 @options.force
