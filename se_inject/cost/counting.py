@@ -159,9 +159,9 @@ def cost_of_model(model: nn.Module, trace: Trace) -> tuple[Cost, tuple[str, ...]
             trace.inputs, batch=batch, device=torch.device("meta"), dtype=float_like(model).dtype
         )
         try:
-            with standing_in(model, trace.how) as place, _Counter() as counter:
-                counter.leave_out(model)
-                model(*place(args), **place(kwargs))
+            with standing_in(model, trace.how) as (twin, matching), _Counter() as counter:
+                counter.leave_out(twin)
+                twin(*matching(args), **matching(kwargs))
             break
         except Exception:
             if batch == own:

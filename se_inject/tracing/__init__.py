@@ -20,10 +20,13 @@ from se_inject.tracing.inputs import (
     shapes_of,
 )
 from se_inject.tracing.nodes import CONVOLUTIONS, ancestors, function_name_of, is_gating, sources
-from se_inject.tracing.observer import is_leaf, training_graph
-from se_inject.tracing.substitutes import preserved, standing_in
+from se_inject.tracing.observer import is_leaf
+from se_inject.tracing.proxy import Untraceable, holds_tensor
+from se_inject.tracing.snapshots import preserved, random_state, set_random_state
+from se_inject.tracing.substitutes import rehearsed, standing_in
 from se_inject.tracing.trace import Counts, OwnerGraph, Trace, float_like
-from se_inject.tracing.tracer import Untraceable, holds_tensor, random_state, set_random_state
+from se_inject.tracing.training_mode import training_graph
+from se_inject.tracing.twin import twin_of
 
 __all__ = [
     "CONVOLUTIONS",
@@ -51,9 +54,11 @@ __all__ = [
     "preserved",
     "random_state",
     "real_inputs",
+    "rehearsed",
     "set_random_state",
     "shapes_of",
     "sources",
     "standing_in",
     "training_graph",
+    "twin_of",
 ]

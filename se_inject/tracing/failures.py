@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from se_inject.tracing.tracer import Untraceable
+from se_inject.tracing.proxy import Untraceable
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> str:

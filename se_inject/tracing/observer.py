@@ -2,45 +2,38 @@
 
 One pass does both: whenever a module with a forward of its own is called, its forward runs on proxies that
 carry the values of that call, and its children run as leaves, each in turn written down the same way. The
-values are tensors on the meta device, so nothing is computed and no weight is copied. The model is left as it
-was found: attributes, flags and hooks.
+values are tensors on the meta device, so nothing is computed and no weight is copied. What is called is a twin
+of the model: the model itself, which other threads may be using, is only read.
 """
 
 from __future__ import annotations
 
-import builtins
-import contextlib
-import inspect
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
 
 from se_inject.errors import TraceError
 from se_inject.tracing.failures import describe, location, reason_of
 from se_inject.tracing.nodes import CONVOLUTIONS, function_name_of, gates_in
-from se_inject.tracing.substitutes import forget_modes, preserved, shapes_only, standing_in, swapped
-from se_inject.tracing.trace import Counts, Guards, OwnerGraph, Trace
-from se_inject.tracing.tracer import (
-    OwnerTracer,
-    Untraceable,
-    ValueProxy,
-    random_state,
-    set_random_state,
-)
+from se_inject.tracing.proxy import Untraceable
+from se_inject.tracing.snapshots import containers_in, drawing, preserved, random_state, refill
+from se_inject.tracing.substitutes import standing_in
+from se_inject.tracing.trace import Counts, OwnerGraph, Trace
+from se_inject.tracing.tracer import OwnerTracer
+from se_inject.tracing.watching import Watch, observing, plain_call, watched
 
 
 @dataclass
 class Record:
-    """A trace in the making."""
+    """A trace in the making: of a twin of the model."""
 
     model: nn.Module
+    twin: nn.Module
     how: str
     graphs: dict[str, OwnerGraph] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -52,12 +45,12 @@ class Record:
     size: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for path, module in self.model.named_modules(remove_duplicate=False):
+        for path, module in self.twin.named_modules(remove_duplicate=False):
             known = self.paths.setdefault(id(module), path)
             if known != path:
                 self.aliases.setdefault(known, []).append(path)
 
-    def frozen(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], outputs: Any, macs: int) -> Trace:
+    def frozen(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], outputs: Any, macs: int, watch: Watch) -> Trace:
         """The trace that was made."""
         return Trace(
             model=self.model,
@@ -72,54 +65,8 @@ class Record:
             outputs=outputs,
             macs=macs,
             size=self.size,
+            known={"": (self.twin, watch)} if self.how != "fake" else {},
         )
-
-
-def training_graph(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
-    """The owner's graph and guards with its ``training`` flag set, its children's outputs taken from the first one.
-
-    It is observed once; the trace does not change.
-
-    Raises:
-        Untraceable: the training branch can't be written down.
-    """
-    if owner.path not in trace.known:
-        try:
-            trace.known[owner.path] = _training_graph(trace, owner)
-        except Untraceable as error:
-            trace.known[owner.path] = str(error)
-    found: tuple[fx.Graph, Guards] | str = trace.known[owner.path]
-    if isinstance(found, str):
-        raise Untraceable(found)
-    return found
-
-
-def _training_graph(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
-    replay: dict[str, list[Any]] = {}
-    for node in owner.graph.nodes:
-        if node.op == "call_module":
-            replay.setdefault(str(node.target), []).append(node.meta["val"])
-    how = "real" if trace.how == "real" else "meta"
-    inputs = owner.inputs
-    if trace.how == "fake":  # its values belong to a mode that is closed
-        replay, inputs = tree_map_only(Tensor, shapes_only, (replay, inputs))
-    observer = Observer(Record(trace.model, how, dict(trace.graphs), dict(trace.failures)))
-    tracer = OwnerTracer(observer, owner.module, owner.path, training=True, replay=replay)
-    state = random_state()
-    try:
-        with preserved(owner.module), warnings.catch_warnings(), swapped(owner.module, how):
-            warnings.simplefilter("ignore")
-            forget_modes(owner.module)
-            with observer.watching():
-                observer.trace(tracer, inputs)
-    except Exception as error:
-        raise Untraceable(f"in training: {reason_of(error)}") from error
-    finally:
-        moved = random_state() != state
-        set_random_state(state)
-    if moved:
-        raise Untraceable("in training: it draws random numbers that a graph can't hold")
-    return tracer.graph, tuple(tracer.guards)
 
 
 class Observer:
@@ -188,28 +135,48 @@ class Observer:
         path = self.result.paths.get(id(module))
         try:
             if path is None:
-                return _CALL(module, *args, **kwargs)
-            self.result.calls[path] = self.result.calls.get(path, 0) + 1
-            if not _grad_enabled():
+                return plain_call(module, args, kwargs)
+            calls = self.result.calls
+            calls[path] = calls.get(path, 0) + 1
+            try:
+                output = self._run_known(module, path, args, kwargs, symbolic)
+            except BaseException:
+                calls[path] -= 1  # the caller may go on without it
+                if not calls[path]:
+                    del calls[path]
+                    self.result.failures.pop(path, None)
+                raise
+            if not torch._C.is_grad_enabled():
                 self.result.without_grad.add(path)
-            if not is_leaf(module):
-                kinds = self.result.kinds.setdefault(path, set())
-                kinds.add(_kinds((args, kwargs)))
-                if path not in self.result.graphs and path not in self.result.failures:
-                    return self._run_traced(module, path, args, kwargs, symbolic)
-                return _CALL(module, *args, **kwargs)
-            output = self._known_result(module, args[0]) if len(args) == 1 and not kwargs else None
-            if output is None:
-                output = _CALL(module, *args, **kwargs)
-            self._count_attention(type(module).__name__, output)
-            self._attention += isinstance(module, nn.MultiheadAttention)
-            if isinstance(module, nn.modules.conv._ConvNd) and isinstance(output, Tensor):
-                self._count_convolution(
-                    output, module.weight, transposed=module.transposed, x=args[0] if args else output
-                )
             return output
         finally:
             self.tracer = outer
+
+    def _run_known(
+        self,
+        module: nn.Module,
+        path: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        symbolic: frozenset[int | str],
+    ) -> Any:
+        """Call a module of the network: torch's own are counted, others traced the first time."""
+        if not is_leaf(module):
+            kind = _kinds((args, kwargs))
+            if path in self.result.graphs or path in self.result.failures:
+                output = plain_call(module, args, kwargs)
+            else:
+                output = self._run_traced(module, path, args, kwargs, symbolic)
+            self.result.kinds.setdefault(path, set()).add(kind)
+            return output
+        output = self._known_result(module, args[0]) if len(args) == 1 and not kwargs else None
+        if output is None:
+            output = plain_call(module, args, kwargs)
+        self._count_attention(type(module).__name__, output)
+        self._attention += isinstance(module, nn.MultiheadAttention)
+        if isinstance(module, nn.modules.conv._ConvNd) and isinstance(output, Tensor):
+            self._count_convolution(output, module.weight, transposed=module.transposed, x=args[0] if args else output)
+        return output
 
     def _known_result(self, module: nn.Module, x: Any) -> Tensor | None:
         """A result that is known without a call: it need not be computed, and on the meta device torch is slow to find it.
@@ -254,7 +221,7 @@ class Observer:
         def forward(*args: Any, **kwargs: Any) -> Any:
             _put_back(module, own)
             tracer = OwnerTracer(self, module, path)
-            before = (dict(self.result.calls), self.counts())
+            before = (dict(self.result.calls), self.counts(), containers_in((args, kwargs)))
             try:
                 if own is not None:
                     raise Untraceable("its forward was replaced on the instance")
@@ -264,11 +231,12 @@ class Observer:
                 self.result.calls.clear()
                 self.result.calls.update(before[0])
                 self._convs, self._macs, self._gates, self._attention = before[1]
+                refill(before[2])
                 self.tracer = None
                 return module.forward(*args, **kwargs)
             self.result.graphs[path] = OwnerGraph(
                 path=path,
-                module=module,
+                module=self.result.model.get_submodule(path),
                 kind=type(module),
                 graph=tracer.graph,
                 constants=MappingProxyType(tracer.constants),
@@ -283,7 +251,7 @@ class Observer:
 
         module.__dict__["forward"] = forward
         try:
-            return _CALL(module, *args, **kwargs)
+            return plain_call(module, args, kwargs)
         finally:
             _put_back(module, own)
 
@@ -295,77 +263,24 @@ class Observer:
         finally:
             self.tracer = outer
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """While this is open, calls of modules, reads of their tensors, and ``isinstance`` know about proxies."""
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call of one of the twin's modules gives: a node where a forward is being traced, else the values."""
+        if self.tracer is None:
+            return self.run(module, args, kwargs)
+        return self.tracer.call_module(module, args, kwargs)
 
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.tracer is None:
-                return self.run(module, args, kwargs)
-            return self.tracer.call_module(module, args, kwargs)
-
-        def read(module: nn.Module, name: str) -> Any:
-            tracer = self.tracer
-            if tracer is not None:
-                if name == "training":
-                    if module is not tracer.owner:
-                        raise Untraceable(f"reads the mode of a {type(module).__name__} in it")
-                    tracer.reads_training = True
-                    return tracer.training
-                if module is tracer.owner and name in tracer.settings:
-                    tracer.settings_read[name] = tracer.settings[name]
-                    return tracer.settings[name]
-                value = read_attribute(module, name)
-                return tracer.attribute(module, name, value) if isinstance(value, Tensor) else value
-            if name == "training":
-                return False
-            return read_attribute(module, name)
-
-        def is_instance(value: Any, kind: Any) -> bool:
-            return _isinstance(value, kind) or (type(value) is ValueProxy and _isinstance(value.value, kind))
-
-        def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
-            if any(type(argument) is ValueProxy for argument in args):
-                raise Untraceable("calls an autograd function of its own")
-            return apply_function.__get__(None, function)(*args, **kwargs)
-
-        def is_grad_enabled() -> bool:
-            if self.tracer is not None:
-                raise Untraceable("asks for the grad mode, or changes it")
-            return _grad_enabled()
-
-        def enter_autocast(context: Any) -> Any:
-            if self.tracer is not None:
-                raise Untraceable("changes the autocast mode")
-            return enter(context)  # type: ignore[no-untyped-call]
-
-        read_attribute = nn.Module.__getattr__
-        apply_function = inspect.getattr_static(torch.autograd.Function, "apply")
-        enter = torch.autocast.__enter__
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        nn.Module.__getattr__ = read  # type: ignore[method-assign, assignment]
-        builtins.isinstance = is_instance  # type: ignore[assignment]
-        own_apply = "apply" in torch.autograd.Function.__dict__
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
-        torch.is_grad_enabled = is_grad_enabled  # type: ignore[assignment]
-        torch.autocast.__enter__ = enter_autocast  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
-            torch.is_grad_enabled = _grad_enabled
-            if own_apply:
-                torch.autograd.Function.apply = apply_function
-            else:
-                del torch.autograd.Function.apply
-            builtins.isinstance = _isinstance
-            nn.Module.__getattr__ = read_attribute  # type: ignore[method-assign]
-            nn.Module.__call__ = _CALL  # type: ignore[method-assign]
-
-
-_grad_enabled = torch.is_grad_enabled
-_CALL: Callable[..., Any] = nn.Module.__call__
-_isinstance = builtins.isinstance
+    def setting(self, module: nn.Module, name: str, value: Any) -> Any:
+        """What a read of a module's mode, or of a plain attribute of the owner, gives. It is noted."""
+        tracer = self.tracer
+        if tracer is None:
+            return value
+        if name != "training":
+            tracer.settings_read[name] = value
+            return value
+        if module is not tracer.owner:
+            raise Untraceable(f"reads the mode of a {type(module).__name__} in it")
+        tracer.reads_training = True
+        return tracer.training
 
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Trace:
@@ -379,13 +294,8 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     """
     first: Exception | None = None
     for how in ("meta", "fake", "real"):
-        record = Record(model, how)
-        observer = Observer(record)
         try:
-            with standing_in(model, how) as place, observer.watching():
-                forget_modes(model)
-                outputs = observer.run(model, place(args), place(kwargs or {}))
-            return record.frozen((args, kwargs or {}), outputs, observer.counts().macs)
+            return _observed(model, args, kwargs or {}, how)
         except Exception as error:
             first = first or error
             last = error
@@ -395,6 +305,25 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
         seen=f"{type(own).__name__}: {str(own).strip().splitlines()[0] if str(own).strip() else ''} {location(own)}".strip(),
         hint="pass inputs that the network accepts: `example_inputs=` in Python, `--input 3x224x224` on the command line",
     ) from last
+
+
+def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], how: str) -> Trace:
+    """One try: a trace of a new twin. The random generators are put back where the forward drew from them."""
+
+    def trace() -> Trace:
+        with standing_in(model, how) as (twin, matching):
+            record = Record(model, twin, how)
+            observer = Observer(record)
+            watch = watched(twin)
+            with preserved(twin), observing(watch, observer):
+                outputs = observer.run(twin, matching(args), matching(kwargs))
+            return record.frozen((args, kwargs), outputs, observer.counts().macs, watch)
+
+    state = random_state()
+    try:
+        return trace()
+    finally:
+        drawing(trace, state)
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -1,90 +1,81 @@
-"""A model with stand-ins for its tensors, and everything as before afterwards."""
+"""Twins of a network for one purpose each: to be looked at with tensors that hold no numbers, or to be run."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import random
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_map_only
 
-from se_inject.tracing.tracer import restore, snapshot
+from se_inject.tracing.patches import quiet
+from se_inject.tracing.twin import twin_of
 
 
-@contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Put every module's attributes back as they were: flags, hooks, and whatever its forward stores or caches."""
-    before = [(module, snapshot(module)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, state in before:
-            restore(module, state)
+def substituted(model: nn.Module, how: str, mode: Any = None) -> nn.Module:
+    """A network's twin with other tensors.
 
-
-@contextlib.contextmanager
-def standing_in(model: nn.Module, how: str) -> Iterator[Callable[[Any], Any]]:
-    """The model in eval mode with stand-ins for its tensors; the function given makes inputs that match them.
-
-    Afterwards everything is as before: attributes, modes, hooks, and the random generator.
+    Args:
+        model: the network. It is only read.
+        how: ``meta``: tensors without numbers; ``fake``: those that know their device, of ``mode``; ``real``: the
+            network's own parameters, detached, and copies of all else.
+        mode: a ``FakeTensorMode``.
     """
-    python_state = random.getstate()
-    chatter = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, chatter.disabled = chatter.disabled, True
-    with preserved(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        warnings.simplefilter("ignore")
-        for module in model.modules():
-            module.training = False
-        try:
-            with swapped(model, how) as place:
-                yield place
-        finally:
-            random.setstate(python_state)
-            chatter.disabled = disabled
+    if how == "meta":
+        return twin_of(model, _on_meta)
+    if how == "fake":
+        return twin_of(model, lambda tensor: mode.from_tensor(tensor.detach(), static_shapes=True))
+    return twin_of(
+        model, lambda tensor: tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+    )
+
+
+def rehearsed(model: nn.Module, parameters: dict[int, Tensor] | None = None) -> nn.Module:
+    """A network's twin that computes what the network would, and may be changed: nothing of it is the network's.
+
+    But for its parameters, which are the network's own, so that gradients reach them.
+
+    Args:
+        model: the network. It is only read.
+        parameters: id of a parameter → what the twin has instead.
+    """
+
+    def tensor(own: Tensor) -> Tensor:
+        other = (parameters or {}).get(id(own))
+        return other if other is not None else own if isinstance(own, nn.Parameter) else own.detach().clone()
+
+    return twin_of(model, tensor)
 
 
 @contextlib.contextmanager
-def swapped(module: nn.Module, how: str) -> Iterator[Callable[[Any], Any]]:
-    """Stand-ins for all parameters and buffers, and the function that makes the inputs match them."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    if how == "real":
-        state = {
-            name: tensor.detach().clone() if name not in dict(module.named_parameters()) else tensor.detach()
-            for name, tensor in tensors.items()
-        }
-        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-        with _reparametrize_module(module, state, tie_weights=True):
-            yield lambda inputs: tree_map_only(Tensor, lambda t: _with_numbers(t).to(device, copy=True), inputs)
-        return
-    if how == "meta":
-        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        with _reparametrize_module(module, meta, tie_weights=True):
-            yield lambda inputs: tree_map_only(Tensor, lambda t: t.detach().to("meta"), inputs)
-        return
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def standing_in(model: nn.Module, how: str) -> Iterator[tuple[nn.Module, Callable[[Any], Any]]]:
+    """A network's twin in eval mode with other tensors, and a function that makes inputs which match them.
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake: dict[str, Tensor] = {
-            name: mode.from_tensor(tensor.detach(), static_shapes=True) for name, tensor in tensors.items()
-        }
-        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-        with _reparametrize_module(module, fake, tie_weights=True):
-            yield lambda inputs: tree_map_only(
-                Tensor, lambda t: mode.from_tensor(_with_numbers(t).to(device), static_shapes=True), inputs
-            )
+    Meanwhile this thread is quiet and records gradients. The network, and other threads, don't notice.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet())
+        stack.enter_context(torch.enable_grad())
+        mode = None
+        if how == "fake":
+            from torch._subclasses.fake_tensor import FakeTensorMode
 
+            mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        twin = substituted(model, how, mode)
+        for module in twin.modules():
+            module.training = False
+        like = next((each.device for each in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
-def forget_modes(model: nn.Module) -> None:
-    """Take the mode flags out of the modules' own attributes, so that every read of one passes the observer."""
-    for module in model.modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            module.__dict__.pop("training", None)
+        def matching(tensor: Tensor) -> Tensor:
+            if how == "meta":
+                return tensor.detach().to("meta")
+            if mode is not None:
+                return mode.from_tensor(_with_numbers(tensor).to(like), static_shapes=True)  # type: ignore[no-any-return]
+            return _with_numbers(tensor).to(like, copy=True)
+
+        yield twin, lambda inputs: tree_map_only(Tensor, matching, inputs)
 
 
 def shapes_only(tensor: Tensor) -> Tensor:
@@ -92,8 +83,15 @@ def shapes_only(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
+def _on_meta(tensor: Tensor) -> Tensor:
+    try:
+        return torch.empty_like(tensor, device="meta", requires_grad=False)
+    except Exception:  # a subclass of somebody's
+        return shapes_only(tensor)
+
+
 def _with_numbers(tensor: Tensor) -> Tensor:
-    """A tensor with numbers in it."""
+    """A tensor with numbers in it, the same ones each time."""
     if tensor.device.type != "meta":
         return tensor.detach()
-    return torch.randn(tensor.shape).to(tensor.dtype)
+    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.dtype)

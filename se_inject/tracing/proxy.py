@@ -1,0 +1,229 @@
+"""Values that flow through a forward while it is written down: each knows its node in the graph."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import dis
+import functools
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+if TYPE_CHECKING:
+    from se_inject.tracing.tracer import OwnerTracer
+
+
+class Untraceable(Exception):
+    """Why this forward can't be written down as a graph; it loses its own sites and nothing else."""
+
+
+_STRUCTURES = (tuple, list, dict)
+_BAKED_ATTRIBUTES = frozenset({"ndim", "layout", "is_quantized", "is_sparse", "is_nested"})
+_BAKED_METHODS = frozenset({"dim", "ndimension", "is_floating_point", "keys"})
+_UNKNOWN = {
+    **dict.fromkeys(("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "get_device"), "asks for its input's device"),
+    **dict.fromkeys(("requires_grad", "grad_fn", "is_leaf"), "asks whether its input needs grad"),
+    "is_contiguous": "asks for its input's memory format",
+}
+"""What a tensor on the meta device can't tell about the ones to come."""
+
+
+class ValueProxy(fx.Proxy):
+    """A node of the graph and the value it had in the observed call.
+
+    ``isinstance`` in Python code is answered for the value. Code written in C++ that asks is told the truth: it would
+    take the proxy's memory for a tensor's.
+    """
+
+    tracer: OwnerTracer
+    __getitem__: Callable[[Any, Any], Any]
+
+    def __init__(self, node: fx.Node, tracer: OwnerTracer, value: Any) -> None:
+        fx.Proxy.__init__(self, node, tracer)
+        self.value = value
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        frame = sys._getframe(1)
+        return type(self.value) if _is_isinstance(frame.f_code, frame.f_lasti) else ValueProxy
+
+    def __repr__(self) -> str:
+        return f"ValueProxy({self.node.name})"
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self.value, name)  # an AttributeError is the author's own
+        if name in _BAKED_ATTRIBUTES:
+            return attribute
+        if name in _UNKNOWN and isinstance(self.value, Tensor):
+            raise Untraceable(_UNKNOWN[name])
+        fields = getattr(type(self.value), "_fields", ())
+        if name in fields:
+            return self[fields.index(name)]
+        if callable(attribute):
+            if name in _BAKED_METHODS:
+                return attribute
+            if isinstance(self.value, dict) and name in ("items", "values", "get"):
+                return getattr({key: self[key] for key in self.value}, name)
+            return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def keys(self) -> Any:
+        return self.value.keys()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise Untraceable("calls a value as a function")
+
+    def __len__(self) -> int:
+        if isinstance(self.value, _STRUCTURES):
+            return len(self.value)
+        raise Untraceable("takes the length of a tensor")
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.value, dict):
+            return iter(self.value)
+        if isinstance(self.value, _STRUCTURES):
+            return iter([self[i] for i in range(len(self.value))])
+        raise Untraceable("iterates over a tensor")
+
+    def __bool__(self) -> bool:
+        if isinstance(self.value, _STRUCTURES):
+            return bool(self.value)
+        if isinstance(self.value, Tensor):
+            raise Untraceable("its control flow depends on the data")
+        answer = bool(self.value)
+        self.tracer.guard(self, answer)
+        return answer
+
+    def __contains__(self, item: Any) -> bool:
+        if isinstance(self.value, dict):
+            return item in self.value
+        raise Untraceable("asks whether a value holds another")
+
+    def __int__(self) -> int:
+        raise Untraceable("turns a size or a tensor into a Python number")
+
+    __index__ = __float__ = __int__  # type: ignore[method-assign]
+
+    def __setitem__(self, index: Any, item: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, item), {})
+
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
+
+
+def _inplace(name: str) -> Callable[[ValueProxy, Any], Any]:
+    target = getattr(operator, name)
+
+    def method(self: ValueProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv"):
+    setattr(ValueProxy, f"__{_name}__", _inplace(_name))
+
+
+@functools.lru_cache(maxsize=10_000)
+def _is_isinstance(code: CodeType, position: int) -> bool:
+    """Whether the instruction at this position is Python's own check of a class: ``isinstance(…, …)``, or ``match``.
+
+    Goes back from the call over what its two arguments push on the stack, to the instruction that loaded the function.
+    """
+    done = []
+    for instruction in dis.get_instructions(code):
+        done.append(instruction)
+        if instruction.offset == position:
+            break
+    call = done.pop()
+    if call.opname == "MATCH_CLASS":
+        return True
+    if not call.opname.startswith(("CALL", "PRECALL")) or call.arg != 2:
+        return False
+    missing = 2
+    while missing > 0 and done:
+        before = done.pop()
+        if before.opname != "PRECALL":
+            missing -= dis.stack_effect(before.opcode, before.arg, jump=False)
+    return bool(done) and done[-1].opname in ("LOAD_GLOBAL", "LOAD_NAME") and done[-1].argval == "isinstance"
+
+
+def is_proxy(value: Any) -> bool:
+    """Whether a value is a proxy itself."""
+    return type(value) is ValueProxy
+
+
+def values_of(argument: Any) -> Any:
+    """The same arguments with every proxy replaced by its value."""
+    if type(argument) is ValueProxy:
+        return argument.value
+    if isinstance(argument, tuple):
+        items = [values_of(item) for item in argument]
+        if type(argument) is tuple:
+            return tuple(items)
+        return type(argument)(*items) if hasattr(argument, "_fields") else tuple.__new__(type(argument), items)
+    if isinstance(argument, list):
+        if type(argument) is list:
+            return [values_of(item) for item in argument]
+        twin = copy.copy(argument)
+        list.__setitem__(twin, slice(None), [values_of(item) for item in argument])
+        return twin
+    if isinstance(argument, dict):
+        if type(argument) is dict:
+            return {key: values_of(item) for key, item in argument.items()}
+        copied = copy.copy(argument)
+        for key in dict.keys(argument):
+            dict.__setitem__(copied, key, values_of(dict.__getitem__(argument, key)))
+        return copied
+    if dataclasses.is_dataclass(argument) and not isinstance(argument, type):
+        result: Any = copy.copy(argument)
+        for item in dataclasses.fields(argument):
+            object.__setattr__(result, item.name, values_of(getattr(argument, item.name)))
+        return result
+    if isinstance(argument, slice):
+        return slice(values_of(argument.start), values_of(argument.stop), values_of(argument.step))
+    return argument
+
+
+def holds_tensor(argument: Any) -> bool:
+    """Whether a tensor is in this argument, at any depth of tuples, lists and dicts."""
+    if isinstance(argument, Tensor):
+        return True
+    if isinstance(argument, dict):
+        return any(holds_tensor(item) for item in argument.values())
+    return isinstance(argument, tuple | list) and any(holds_tensor(item) for item in argument)
+
+
+def is_numbers(value: Any) -> bool:
+    """Whether a value is a plain number, or a tuple or list of some."""
+    if isinstance(value, tuple | list):
+        return bool(value) and all(map(is_numbers, value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def holds_proxy(argument: Any) -> bool:
+    """Whether an argument is a proxy, or a tuple or list with one in it."""
+    return type(argument) is ValueProxy or (
+        isinstance(argument, tuple | list) and any(type(item) is ValueProxy for item in argument)
+    )
+
+
+def contents_of(argument: Any) -> Any:
+    """What plain containers hold, at any depth, by identity: equal before and after a call that changes none of them."""
+    if isinstance(argument, dict):
+        return [(key, contents_of(value)) for key, value in dict.items(argument)]
+    if isinstance(argument, list | tuple):
+        return [contents_of(value) for value in argument]
+    return frozenset(argument) if isinstance(argument, set) else id(argument)

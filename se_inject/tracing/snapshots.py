@@ -1,0 +1,148 @@
+"""State that is put back: a module's attributes, and the random generators."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A module's attributes, and copies of the plain lists, dicts and sets among them; hooks are in dicts too."""
+    attributes = dict(module.__dict__)
+    contents = {key: value.copy() if value else () for key, value in attributes.items() if type(value) in _PLAIN}
+    return attributes, contents
+
+
+_PLAIN = frozenset([dict, OrderedDict, list, set])  # others may run code of their own when they are copied
+
+
+def restore(module: nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> list[str]:
+    """Put back what ``snapshot`` saved, and return the names of the attributes that had changed."""
+    attributes, contents = state
+    now = module.__dict__
+    changed = [key for key, value in now.items() if key not in attributes or attributes[key] is not value]
+    if changed or len(now) != len(attributes):
+        now.clear()
+        now.update(attributes)
+    for key, content in contents.items():
+        value = attributes[key]
+        if len(value) != len(content) or (content and not _same_items(value, content)):
+            changed.append(key)
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+    return changed
+
+
+def _same_items(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return all(other.get(key, other) is value for key, value in one.items())
+    if isinstance(one, list):
+        return all(a is b for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Put every module's attributes back as they were: flags, hooks, and whatever its forward stores or caches."""
+    before = [(module, snapshot(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, state in before:
+            restore(module, state)
+
+
+def containers_in(value: Any) -> list[tuple[Any, Any]]:
+    """The plain lists, dicts and sets in a value, at any depth, each with a copy."""
+    if isinstance(value, dict):
+        inside = [pair for item in value.values() for pair in containers_in(item)]
+    elif isinstance(value, list | tuple):
+        inside = [pair for item in value for pair in containers_in(item)]
+    else:
+        inside = []
+    return [(value, value.copy()), *inside] if type(value) in _PLAIN else inside
+
+
+def refill(containers: list[tuple[Any, Any]]) -> None:
+    """Give containers the contents back that ``containers_in`` found."""
+    for container, contents in containers:
+        container.clear()
+        container.extend(contents) if isinstance(container, list) else container.update(contents)
+
+
+def random_state() -> Any:
+    """The state of every random generator that a forward may use on the CPU."""
+    numpy = sys.modules.get("numpy")
+    drawn = numpy.random.get_state() if numpy is not None else None
+    listed = None if drawn is None else (drawn[0], drawn[1].tolist(), *drawn[2:])
+    return torch.get_rng_state().tolist(), random.getstate(), listed
+
+
+def set_random_state(state: Any) -> None:
+    """Put the generators back."""
+    torch.set_rng_state(torch.tensor(state[0], dtype=torch.uint8, device="cpu"))
+    random.setstate(state[1])
+    if state[2] is not None:
+        sys.modules["numpy"].random.set_state(state[2])
+
+
+class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices whether this thread draws random numbers on the CPU: from torch's generator, Python's or numpy's.
+
+    The generators are the process's: that a state has moved doesn't say who moved it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.any = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.any |= any(isinstance(leaf, Tensor) and leaf.device.type == "cpu" for leaf in tree_leaves(output))
+        return output
+
+    def _called(self, frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and type(getattr(function, "__self__", None)).__name__ in _GENERATORS:
+            self.any = True
+
+    def __enter__(self) -> Draws:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._before = sys.getprofile()
+        sys.setprofile(self._called)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        sys.setprofile(self._before)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+
+_GENERATORS = ("Random", "RandomState", "Generator")
+
+
+def drawing(again: Callable[[], Any], state: Any) -> bool:
+    """Whether a call in this thread drew random numbers, after which the generators are put back.
+
+    Args:
+        again: makes the call once more, should other threads be the ones who drew.
+        state: of the generators before the call.
+    """
+    if random_state() == state:
+        return False
+    if threading.active_count() > 1:
+        with contextlib.suppress(Exception), Draws() as draws:
+            again()
+        if not draws.any:
+            return False
+    set_random_state(state)
+    return True

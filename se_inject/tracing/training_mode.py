@@ -1,0 +1,86 @@
+"""An owner's forward as it is in training, from a trace that was made in eval mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from se_inject.tracing.failures import reason_of
+from se_inject.tracing.observer import Observer, Record
+from se_inject.tracing.patches import quiet
+from se_inject.tracing.proxy import Untraceable
+from se_inject.tracing.snapshots import drawing, preserved, random_state
+from se_inject.tracing.substitutes import shapes_only, substituted
+from se_inject.tracing.trace import Guards, OwnerGraph, Trace
+from se_inject.tracing.tracer import OwnerTracer
+from se_inject.tracing.watching import Watch, observing, watched
+
+
+def training_graph(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
+    """The owner's graph and guards with its ``training`` flag set, its children's outputs taken from the first one.
+
+    It is observed once; the trace does not change.
+
+    Raises:
+        Untraceable: the training branch can't be written down.
+    """
+    key = ("training", owner.path)
+    if key not in trace.known:
+        try:
+            trace.known[key] = _observed(trace, owner)
+        except Untraceable as error:
+            trace.known[key] = str(error)
+    found: tuple[fx.Graph, Guards] | str = trace.known[key]
+    if isinstance(found, str):
+        raise Untraceable(found)
+    return found
+
+
+def _observed(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
+    inputs, outputs = owner.inputs, _children_outputs(owner)
+    if trace.how == "fake":  # its values belong to a mode that is closed
+        outputs, inputs = tree_map_only(Tensor, shapes_only, (outputs, inputs))
+    twin, watch = _twin(trace)
+    module = twin.get_submodule(owner.path)
+
+    def traced() -> OwnerTracer:
+        how = "real" if trace.how == "real" else "meta"
+        observer = Observer(Record(trace.model, twin, how, dict(trace.graphs), dict(trace.failures)))
+        replay = {path: list(values) for path, values in outputs.items()}
+        tracer = OwnerTracer(observer, module, owner.path, training=True, replay=replay)
+        with preserved(module), quiet(), torch.enable_grad(), observing(watch, observer):
+            observer.trace(tracer, inputs)
+        return tracer
+
+    state = random_state()
+    drawn = False
+    try:
+        tracer = traced()
+    except Exception as error:
+        raise Untraceable(f"in training: {reason_of(error)}") from error
+    finally:
+        drawn = drawing(traced, state)
+    if drawn:
+        raise Untraceable("in training: it draws random numbers that a graph can't hold")
+    return tracer.graph, tuple(tracer.guards)
+
+
+def _children_outputs(owner: OwnerGraph) -> dict[str, list[Any]]:
+    """By path, what each child returned in the first call, in the order of its calls."""
+    outputs: dict[str, list[Any]] = {}
+    for node in owner.graph.nodes:
+        if node.op == "call_module":
+            outputs.setdefault(str(node.target), []).append(node.meta["val"])
+    return outputs
+
+
+def _twin(trace: Trace) -> tuple[nn.Module, Watch]:
+    """The twin that was observed, or a new one on the meta device."""
+    if "" not in trace.known:
+        twin = substituted(trace.model, "meta")
+        trace.known[""] = (twin, watched(twin))
+    found: tuple[nn.Module, Watch] = trace.known[""]
+    return found

@@ -1,0 +1,123 @@
+"""A twin that tells its observer of every call of its modules, and of every read of their tensors and settings.
+
+Nothing of torch is patched for this. ``nn.Module`` calls ``_compiled_call_impl`` where a module has one, which is how
+``module.compile()`` works; and it looks an attribute that is not in ``__dict__`` up in ``_parameters``, which here is a
+dict that answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from se_inject.tracing.patches import patched
+from se_inject.tracing.proxy import Untraceable
+
+if TYPE_CHECKING:
+    from se_inject.tracing.observer import Observer
+
+
+class Watch:
+    """Where the calls and reads of one twin go: to its observer, or nowhere while there is none."""
+
+    observer: Observer | None = None
+
+    def call(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """What a module does when it is called."""
+        if self.observer is None:
+            return plain_call(module, args, kwargs)
+        return self.observer.called(module, args, kwargs)
+
+
+def plain_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a module with its hooks, as torch does."""
+    return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+class WatchedTensors(dict[str, Any]):
+    """A module's parameters or buffers. The former also answer for attributes that are hidden from ``__dict__``."""
+
+    def __init__(self, tensors: dict[str, Any], module: nn.Module, watch: Watch) -> None:
+        super().__init__(tensors)
+        self.module = module
+        self.watch = watch
+        self.hidden: dict[str, Any] = {}
+        """Attributes of which every read is to be noticed, and their values."""
+
+    def __contains__(self, name: object) -> bool:
+        if dict.__contains__(self, name):
+            return True
+        if name not in self.hidden:
+            return False
+        asking = sys._getframe(1).f_code
+        if asking is _STORES and self.watch.observer is not None and self.watch.observer.tracer is not None:
+            raise Untraceable(f"stores into `{name}` of a {type(self.module).__name__}")
+        return asking is _READS
+
+    def __getitem__(self, name: str) -> Any:
+        observer = self.watch.observer
+        if not dict.__contains__(self, name) and name in self.hidden:
+            return self.hidden[name] if observer is None else observer.setting(self.module, name, self.hidden[name])
+        value = dict.__getitem__(self, name)
+        if value is None or observer is None or observer.tracer is None:
+            return value
+        return observer.tracer.attribute(self.module, name, value)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if self.watch.observer is not None and self.watch.observer.tracer is not None:
+            raise Untraceable(f"stores into `{name}` of a {type(self.module).__name__}")
+        dict.__setitem__(self, name, value)
+
+
+_READS = nn.Module.__getattr__.__code__
+_STORES = nn.Module.__setattr__.__code__
+
+
+def watched(twin: nn.Module) -> Watch:
+    """Let a twin in eval mode tell of its calls and reads.
+
+    Args:
+        twin: nobody else's; its modules' mode, parameters and buffers are hidden behind the watch.
+    """
+    watch = Watch()
+    for module in twin.modules():
+        attributes = module.__dict__
+        attributes["_compiled_call_impl"] = functools.partial(watch.call, module)
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        attributes["_parameters"] = WatchedTensors(module._parameters, module, watch)
+        attributes["_buffers"] = WatchedTensors(module._buffers, module, watch)
+        if attributes.pop("training", None) is not None:
+            attributes["_parameters"].hidden["training"] = False
+    return watch
+
+
+@contextlib.contextmanager
+def observing(watch: Watch, observer: Observer) -> Iterator[None]:
+    """Let an observer see what the twin does, and this thread's questions for the grad and autocast modes."""
+
+    def is_grad_enabled(original: Any) -> Any:
+        if observer.tracer is not None:
+            raise Untraceable("asks for the grad mode, or changes it")
+        return original()
+
+    def enter_autocast(original: Any, context: Any) -> Any:
+        if observer.tracer is not None:
+            raise Untraceable("changes the autocast mode")
+        return original(context)
+
+    watch.observer = observer
+    try:
+        with (
+            patched(torch, "is_grad_enabled", is_grad_enabled),
+            patched(torch.autocast, "__enter__", enter_autocast),
+        ):
+            yield
+    finally:
+        watch.observer = None
