@@ -228,7 +228,9 @@ class OwnerTracer(TracerBase):
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, *_: Any, **__: Any
     ) -> Any:
         if _modes() != self._modes:
-            raise Untraceable("part of it runs under another grad or autocast mode, or in an autograd function of its own")
+            raise Untraceable(
+                "part of it runs under another grad or autocast mode, or in an autograd function of its own"
+            )
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name)  # type: ignore[arg-type]
         try:
             value = self._value(kind, target, values_of(args), values_of(kwargs), node)

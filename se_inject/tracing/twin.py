@@ -183,7 +183,9 @@ def _is_plain_object(kind: type) -> bool:
     """Whether instances are no more than their attributes, and nobody wrote how to copy or to end them."""
     own: Any = kind
     return bool(
-        own.__reduce_ex__ is object.__reduce_ex__
+        kind.__dictoffset__
+        and own.__new__ is object.__new__
+        and own.__reduce_ex__ is object.__reduce_ex__
         and own.__reduce__ is object.__reduce__
         and not any(hasattr(kind, name) for name in ("__deepcopy__", "__setstate__", "__getnewargs__", "__del__"))
         and kind.__flags__ & _HEAP
