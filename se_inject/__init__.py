@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from se_inject.exporting import Exported as Exported
     from se_inject.exporting import export as export
     from se_inject.gates import Excitations as Excitations
+    from se_inject.gates import Pruned as Pruned
     from se_inject.gates import excitations as excitations
+    from se_inject.gates import prune_blocks_ as prune_blocks_
     from se_inject.loading import load as load
     from se_inject.loading import load_weights_ as load_weights_
     from se_inject.plans import CostGrid as CostGrid
@@ -51,6 +53,7 @@ _HOME = {
     "Exported": "exporting",
     "InjectError": "errors",
     "Plan": "plans",
+    "Pruned": "gates",
     "Site": "sites",
     "Sites": "sites",
     "Trainable": "training",
@@ -70,6 +73,7 @@ _HOME = {
     "load_weights_": "loading",
     "plan": "plans",
     "plan_of": "plans",
+    "prune_blocks_": "gates",
     "save_adapter": "adapters",
     "trainable": "training",
     "verify": "verification",

@@ -189,6 +189,7 @@ def blocks(**given: Any) -> None:
 
 
 cli.add_command(gates.excitations)
+cli.add_command(gates.prune)
 cli.add_command(pictures.draw)
 
 

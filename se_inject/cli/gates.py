@@ -66,7 +66,94 @@ def excitations(**given: Any) -> None:
         click.echo(f"wrote {given['plot']}", err=True)
 
 
-def loaded(given: dict[str, Any], *, data_model: str | None = None) -> tuple[nn.Module, Data]:
+@click.command(cls=WorkerCommand, short_help="Fold away the blocks of MODEL whose gates hardly depend on the image.")
+@options.network
+@data
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    default=0.01,
+    show_default=True,
+    help="The most that the output may change: the root mean square of the difference over that of the output.",
+)
+@click.option(
+    "--metric",
+    metavar="FILE.py:FUNCTION",
+    help="Measure with this function of the network instead, better the larger it is; the tolerance is the most it may lose.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    required=True,
+    type=OutputPath(),
+    help="File to write: .onnx, .torchscript, .pt2 or .pt; may be repeated.",
+)
+@options.force
+@options.targets
+@options.tables
+def prune(**given: Any) -> None:
+    """Fold away the blocks of MODEL whose gates hardly depend on the image, and write what is left.
+
+    Such a block becomes the mean of its gate, multiplied into the convolution or norm in front of it. The blocks whose
+    gates vary least go first, as long as the measured change stays within the tolerance. Nothing is trained.
+    """
+    import copy
+
+    from se_inject.cost import latency_line
+    from se_inject.errors import OptionError
+    from se_inject.exporting import check_targets, export_all, exported_data, exported_lines
+    from se_inject.gates import excitations as measure
+    from se_inject.gates import latency_beside, prune_blocks_, pruned_data, pruned_text
+    from se_inject.tables import as_json
+    from se_inject.tracing import example_of
+    from se_inject.user_code import named
+
+    conversion = {key: given[key] for key in ("device", "dtype", "memory_format")}
+    check_targets(given["outputs"], force=given["force"], **conversion)
+    metric = None
+    if given["metric"] is not None:
+        place, _, attribute = given["metric"].rpartition(":")
+        if not callable(metric := named(place, attribute)):
+            raise OptionError(f"`{given['metric']}` is no function", hint="it takes the network and returns a number")
+    network, batches = loaded(given)
+    batches = limited(batches, given["limit"])
+    example = options.example_of(given["inputs"], network)
+    found = measure(network, batches, progress=progress("gates: "))
+    before = copy.deepcopy(network)
+    pruned = prune_blocks_(
+        network,
+        found,
+        tolerance=given["tolerance"],
+        metric=metric,
+        example_inputs=example,
+        progress=progress("pruning: "),
+    )
+    end_of_progress()
+    args, kwargs = example_of(network, example)
+    latency = latency_beside(before, network, args, kwargs) if pruned.dropped else None
+    del before
+    exported = export_all(
+        network, given["outputs"], args, example_kwargs=kwargs, force=given["force"], opset=given["opset"], **conversion
+    )
+    for note in (*found.notes, *batches.all_notes()):
+        click.echo(f"note: {note}", err=True)
+    if given["as_json"]:
+        timed = None if latency is None else vars(latency)
+        click.echo(
+            as_json({**pruned_data(pruned), "latency": timed, "files": [exported_data(each) for each in exported]})
+        )
+    else:
+        click.echo(pruned_text(pruned, given["style"]))
+        for line in [latency_line(latency)] if latency is not None else []:
+            click.echo(f"\n{line}", err=given["style"] == "csv")
+        click.echo(
+            "\n" + "\n".join(line for each in exported for line in exported_lines(each)), err=given["style"] == "csv"
+        )
+
+
+def loaded(given: dict[str, Any]) -> tuple[nn.Module, Data]:
     """The network and the data that the options name."""
     from se_inject.gates import open_data, preprocessing_for
     from se_inject.loading import load

@@ -7,16 +7,22 @@ Must not know: the command line, how plans are made, or how files are exported.
 from se_inject.gates.data import Data, open_data, preprocessing_for
 from se_inject.gates.excitations import BlockGates, Excitations, excitations
 from se_inject.gates.plot import plot_gates
-from se_inject.gates.text import excitations_data, excitations_text
+from se_inject.gates.prune import Pruned, latency_beside, prune_blocks_
+from se_inject.gates.text import excitations_data, excitations_text, pruned_data, pruned_text
 
 __all__ = [
     "BlockGates",
     "Data",
     "Excitations",
+    "Pruned",
     "excitations",
     "excitations_data",
     "excitations_text",
+    "latency_beside",
     "open_data",
     "plot_gates",
     "preprocessing_for",
+    "prune_blocks_",
+    "pruned_data",
+    "pruned_text",
 ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from se_inject.tables import counted, table
+from se_inject.cost import cost_dict
+from se_inject.tables import counted, short, table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from se_inject.gates.excitations import BlockGates, Excitations
+    from se_inject.gates.prune import Pruned
 
 HEADERS = ("mean", "spread", "varies", "of that by class", "saturated", "always on", "always off")
 _LEGEND = (
@@ -140,3 +142,52 @@ def rounded(values: Tensor) -> Sequence[float | None]:
 
 def _finite(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
+
+
+def pruned_text(pruned: Pruned, style: str = "text") -> str:
+    """What was folded into what, what it saves, and what stayed, with the reasons."""
+    saved = pruned.saved
+    whole = len(pruned.dropped) + len(pruned.kept)
+    head = (
+        f"{len(pruned.dropped)} of {counted(whole, 'block')} of {pruned.model} folded away: {saved.params:,} parameters, "
+        f"{short(saved.macs)} MACs and {short(saved.bytes, 'B')} of activations saved for each example\n"
+        f"{pruned.measure}: {pruned.change:.3g}, at most {pruned.tolerance:g} allowed; "
+        f"the data was gone through {counted(pruned.passes, 'time')}"
+    )
+    rows = [
+        [each.path, ", ".join(each.into), f"{each.variation:.3g}", f"{each.change:.3g}", each.saved.params]
+        for each in pruned.dropped
+    ]
+    dropped = table(
+        ("dropped", "folded into", "variation", "change so far", "parameters"), rows, style, right=(2, 3, 4)
+    )
+    if style == "csv":
+        return dropped
+    parts = [head, *([dropped] if rows else [])]
+    if pruned.kept:
+        parts.append(table(("kept", "why"), [[path, why] for path, why in pruned.kept.items()], style))
+    return "\n\n".join(parts) + "".join(f"\nnote: {note}" for note in pruned.notes)
+
+
+def pruned_data(pruned: Pruned) -> dict[str, Any]:
+    """The same for ``--json``."""
+    return {
+        "model": pruned.model,
+        "dropped": [
+            {
+                "path": each.path,
+                "into": list(each.into),
+                "variation": _finite(each.variation),
+                "change": each.change,
+                "saved": cost_dict(each.saved),
+            }
+            for each in pruned.dropped
+        ],
+        "kept": pruned.kept,
+        "measure": pruned.measure,
+        "change": pruned.change,
+        "tolerance": pruned.tolerance,
+        "passes": pruned.passes,
+        "saved": cost_dict(pruned.saved),
+        "notes": list(pruned.notes),
+    }

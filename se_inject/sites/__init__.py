@@ -5,7 +5,7 @@ Must not know: which block will be put in, how a forward is edited, or what anyt
 """
 
 from se_inject.sites.finder import find_sites, sites_in
-from se_inject.sites.operations import labels, returned
+from se_inject.sites.operations import labels, operation, returned
 from se_inject.sites.parts import Operation, Parts, parts_of
 from se_inject.sites.positions import POSITIONS, Place, place_of
 from se_inject.sites.selection import ALL, ALL_BUT_LAST, ATTENDED, NECK, Site, Sites, Stage
@@ -25,6 +25,7 @@ __all__ = [
     "Stage",
     "find_sites",
     "labels",
+    "operation",
     "parts_of",
     "place_of",
     "returned",

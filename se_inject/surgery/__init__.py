@@ -5,6 +5,7 @@ Must not know: how sites are found or chosen, or how anything is printed.
 """
 
 from se_inject.surgery.freeze import freeze_statistics_, thaw_statistics_
+from se_inject.surgery.remove import put_back_, remove_
 from se_inject.surgery.schema import first_problem
 from se_inject.surgery.step import Step
 from se_inject.surgery.swap import eject_, inject_, injected_blocks, own_steps, steps_of
@@ -17,6 +18,8 @@ __all__ = [
     "inject_",
     "injected_blocks",
     "own_steps",
+    "put_back_",
+    "remove_",
     "steps_of",
     "thaw_statistics_",
 ]

@@ -84,11 +84,16 @@ def eject_(model: nn.Module) -> nn.Module:
             )
     for module in list(model.modules()):
         thaw_statistics_(module, model.training)
-        body = body_of(module)
-        if body is not None:
-            names = [step["block_name"] for step in body["steps"]]
-            _restore(module, type(module)._se_inject_original, names, body["was_none"])  # type: ignore[attr-defined]
+        restore(module)
     return model
+
+
+def restore(owner: nn.Module) -> None:
+    """Give one module its original class again, without its blocks; one that holds none is left as it is."""
+    body = body_of(owner)
+    if body is not None:
+        names = [step["block_name"] for step in body["steps"]]
+        _restore(owner, type(owner)._se_inject_original, names, body["was_none"])  # type: ignore[attr-defined]
 
 
 def body_of(module: nn.Module) -> dict[str, Any] | None:

@@ -1,0 +1,363 @@
+"""Blocks that can go: a gate that hardly depends on the image becomes its mean, folded into the weights in front."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from se_inject.cost import Cost, Latency, measure_latency, rows_of_steps
+from se_inject.errors import DataError, OptionError, SurgeryError
+from se_inject.forwards import original_class
+from se_inject.gates.batches import Progress, moved, outputs_of
+from se_inject.gates.excitations import Excitations, eval_mode
+from se_inject.gates.folding import Fold, Folds, NotFoldable, fold_
+from se_inject.gates.text import pruned_text
+from se_inject.surgery import Step, own_steps, put_back_, remove_
+from se_inject.tables import counted
+from se_inject.tracing import Trace, copied, observe_model
+
+Metric = Callable[[nn.Module], float]
+"""A figure of a network that is better the larger it is: its accuracy, say."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dropped:
+    """One block that was folded away.
+
+    Args:
+        path: where it was.
+        step: what had been put where.
+        into: paths of the modules into whose weights its mean gate went.
+        variation: how much its gate varied, as a share of its size.
+        change: the change measured with it and all before it gone.
+        saved: what it had cost.
+    """
+
+    path: str
+    step: Step
+    into: tuple[str, ...]
+    variation: float
+    change: float
+    saved: Cost
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """What ``prune_blocks_`` did; printed as a table.
+
+    Args:
+        model: class name of the network.
+        dropped: the blocks that are gone, in the order in which they went.
+        kept: those that stayed, by path, with the reason.
+        change: the change of the output, or the loss of the metric, with all of them gone.
+        tolerance: the most that was allowed.
+        measure: what was measured.
+        passes: how often the data was gone through.
+        notes: what the user should know.
+    """
+
+    model: str
+    dropped: tuple[Dropped, ...]
+    kept: dict[str, str]
+    change: float
+    tolerance: float
+    measure: str
+    passes: int
+    notes: tuple[str, ...] = ()
+    _weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _blocks: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    _steps: tuple[Step, ...] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.dropped)
+
+    def __str__(self) -> str:
+        return pruned_text(self)
+
+    @property
+    def saved(self) -> Cost:
+        """What all dropped blocks had cost together."""
+        return sum((block.saved for block in self.dropped), Cost())
+
+    def undo_(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
+        """Put the blocks and the weights in front of them back, bit for bit, in this process.
+
+        Args:
+            model: the network that was pruned; it must not have been trained since.
+            example_inputs: as for ``plan``.
+
+        Raises:
+            SurgeryError: the weights are not those that pruning left.
+        """
+        state = dict(model.named_parameters())
+        if missing := [name for name in self._weights if name not in state]:
+            raise SurgeryError("this is not the network that was pruned", seen=f"it has no `{missing[0]}`")
+        if self._blocks:
+            put_back_(model, observe_model(model, example_inputs), self._steps, self._blocks)
+        with torch.no_grad():
+            for name, tensor in self._weights.items():
+                state[name].copy_(tensor)
+        return model
+
+
+def prune_blocks_(
+    model: nn.Module,
+    excitations: Excitations,
+    *,
+    tolerance: float = 0.01,
+    batches: Iterable[Any] | None = None,
+    metric: Metric | None = None,
+    example_inputs: Any = None,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Drop the blocks whose gates hardly depend on the image, in place.
+
+    Each becomes the mean of its gate, multiplied into the convolution or norm in front of it, which for a constant gate
+    changes nothing but rounding. The blocks whose gates vary least go first. After each the change is measured over the
+    data, against the network as it was, and the block stays if it would be more than the tolerance. The data is gone
+    through at most twice for each block that goes, and once more. Blocks that can't be folded exactly (behind a SiLU, at a
+    value that is read elsewhere too) stay. Nothing is trained, and nothing of the network is changed if an error is raised.
+
+    Args:
+        model: an injected network.
+        excitations: what its gates do, from ``excitations``.
+        tolerance: the most that may change: of the outputs the root mean square of the difference over that of the
+            outputs, or of the metric how much smaller it may become.
+        batches: the data to measure on; None: that of the excitations, if it can be gone through again.
+        metric: a function of the network to measure instead, better the larger it is.
+        example_inputs: as for ``plan``; None: the first batch.
+        progress: called after every batch.
+
+    Raises:
+        SurgeryError: the network holds no block of ours, or not those of the excitations.
+        OptionError: a negative tolerance, or no data to measure on.
+        DataError: the network fails on the data.
+    """
+    steps = {step.path: step for step in own_steps(model)}
+    batches = excitations.source if batches is None else batches
+    _check(excitations, steps, tolerance, batches, metric)
+    trace = _observed(model, example_inputs, batches)
+    folds, kept = _foldable(model, trace, excitations, steps)
+    ranked = sorted(folds, key=lambda path: _variation(excitations, path))
+    means = {path: _mean_gate(excitations, path) for path in ranked}
+    meter = _Meter(model, batches, metric, progress)
+    chosen: dict[str, float] = {}
+    for path in ranked:
+        constant = all(block.is_constant for block in excitations if block.path == path)
+        if meter.tries > max(2 * len(chosen) - 1, 0) and not constant:
+            kept[path] = "not tried: enough passes over the data"
+            continue
+        change = meter.change({each: means[each] for each in (*chosen, path)})
+        if change <= tolerance:
+            chosen[path] = change
+        else:
+            kept[path] = f"without it the change would be {change:.3g}"
+    return _fold_all(model, trace, excitations, steps, folds, chosen, means, kept, tolerance, meter)
+
+
+def _observed(model: nn.Module, example_inputs: Any, batches: Any) -> Trace:
+    """One call of the network: on the example inputs, or on the first batch of the data."""
+    if example_inputs is None and batches is not None:
+        first = next(moved(model, batches))
+        return observe_model(model, first.args, first.kwargs)
+    return observe_model(model, example_inputs)
+
+
+def _check(
+    excitations: Excitations, steps: dict[str, Step], tolerance: float, batches: Any, metric: Metric | None
+) -> None:
+    if not 0 <= tolerance < math.inf:
+        raise OptionError("the tolerance is a number from 0 up", seen=str(tolerance))
+    if batches is None and metric is None:
+        raise OptionError(
+            "there is no data to measure the change on",
+            seen="the excitations are of batches that can't be gone through again",
+            hint="prune_blocks_(model, excitations, batches=loader)",
+        )
+    if strange := [block.path for block in excitations if block.path not in steps]:
+        raise SurgeryError(
+            "the excitations are of another network", seen=f"there is no block `{strange[0]}` in this one"
+        )
+    for block in excitations:
+        if block.channels != steps[block.path].channels:
+            seen = f"`{block.path}` has {steps[block.path].channels} channels, not {block.channels}"
+            raise SurgeryError("the excitations are of another network", seen=seen)
+
+
+def _foldable(
+    model: nn.Module, trace: Trace, excitations: Excitations, steps: dict[str, Step]
+) -> tuple[dict[str, tuple[Fold, ...]], dict[str, str]]:
+    """What each block's gate could be folded into, and why that of others could not."""
+    finder = Folds(trace, list(steps))
+    folds: dict[str, tuple[Fold, ...]] = {}
+    kept = dict.fromkeys(steps, "its gate was not seen")
+    for block in excitations:
+        if block.path in folds or (block.path in kept and kept[block.path] != "its gate was not seen"):
+            continue
+        try:
+            if block.positions > 1:
+                raise NotFoldable("it has a gate for every position")
+            if callable(getattr(type(model.get_submodule(block.path)), "channel_gate", None)):
+                raise NotFoldable("its channel gate is a part of what it does")
+            found = finder.of(block.path, block.channels)
+            negative = any(float(each.mean.min()) < 0 for each in excitations if each.path == block.path)
+            if negative and any(fold.needs_positive for fold in found):
+                raise NotFoldable("its mean gate is negative, and a ReLU or a max pooling stands in front")
+            folds[block.path] = found
+            del kept[block.path]
+        except NotFoldable as reason:
+            kept[block.path] = f"it can't be folded: {reason}"
+    return folds, kept
+
+
+def _variation(excitations: Excitations, path: str) -> float:
+    return max(block.variation for block in excitations if block.path == path)
+
+
+def _mean_gate(excitations: Excitations, path: str) -> Tensor:
+    """The mean gate of a block over the examples and calls."""
+    blocks = [block for block in excitations if block.path == path]
+    whole = sum(block.examples for block in blocks)
+    return torch.stack([block.mean * (block.examples / whole) for block in blocks]).sum(0)
+
+
+class _Meter:
+    """Measures what changes when some blocks are replaced by constant gates."""
+
+    def __init__(self, model: nn.Module, batches: Any, metric: Metric | None, progress: Progress | None) -> None:
+        self.model, self.batches, self.metric, self.progress = model, batches, metric, progress
+        self.passes = 1  # the excitations, by which the blocks are ranked
+        self.tries = 0
+        self.before: float | None = None
+        self.lost = 0
+
+    def change(self, gates: dict[str, Tensor]) -> float:
+        """The change of the outputs, or the loss of the metric, with these blocks as constants."""
+        self.passes += 1
+        self.tries += 1
+        if self.metric is not None:
+            if self.before is None:
+                self.before = self._measured()
+                self.passes += 1
+            with constant_gates(self.model, gates):
+                return self.before - self._measured()
+        sums: dict[int, tuple[float, float]] = {}
+        self.lost = 0
+        with eval_mode(self.model):
+            for batch in moved(self.model, self.batches, self.progress):
+                again = batch._replace(args=copied(batch.args), kwargs=copied(batch.kwargs))
+                before = _numbers(outputs_of(self.model, batch))
+                with constant_gates(self.model, gates):
+                    after = _numbers(outputs_of(self.model, again))
+                if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
+                    return math.inf
+                for number, (one, other) in enumerate(zip(before, after, strict=True)):
+                    good = one.isfinite() & other.isfinite()
+                    self.lost += int((~good).sum())
+                    difference, size = sums.get(number, (0.0, 0.0))
+                    sums[number] = (
+                        difference + float((one - other)[good].square().sum()),
+                        size + float(one[good].square().sum()),
+                    )
+        if not sums:
+            raise DataError("the network's output holds no numbers to compare", hint="give a `metric`")
+        return max(_relative(difference, size) for difference, size in sums.values())
+
+    def _measured(self) -> float:
+        assert self.metric is not None
+        with eval_mode(self.model):
+            value = float(self.metric(self.model))
+        if not math.isfinite(value):
+            raise DataError("the metric is no finite number", seen=str(value))
+        return value
+
+
+def _relative(difference: float, size: float) -> float:
+    return math.sqrt(difference / size) if size else (math.inf if difference else 0.0)
+
+
+def _numbers(output: Any) -> list[Tensor]:
+    return [leaf.double() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+@contextlib.contextmanager
+def constant_gates(model: nn.Module, gates: dict[str, Tensor]) -> Iterator[None]:
+    """Let these blocks multiply by a constant for each channel for a while, instead of by their gates."""
+    blocks = [(model.get_submodule(path), gate) for path, gate in gates.items()]
+    try:
+        for block, gate in blocks:
+            block.__dict__["forward"] = _constant(gate)
+        yield
+    finally:
+        for block, _ in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _constant(gate: Tensor) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return x * gate.to(device=x.device, dtype=x.dtype).reshape(1, -1, *[1] * (x.dim() - 2))
+
+    return forward
+
+
+def _fold_all(
+    model: nn.Module,
+    trace: Trace,
+    excitations: Excitations,
+    steps: dict[str, Step],
+    folds: dict[str, tuple[Fold, ...]],
+    chosen: dict[str, float],
+    means: dict[str, Tensor],
+    kept: dict[str, str],
+    tolerance: float,
+    meter: _Meter,
+) -> Pruned:
+    """Fold the chosen blocks and take them out."""
+    rows = {row.site: row.cost for row in rows_of_steps(trace, [steps[path] for path in chosen])}
+    blocks = {path: model.get_submodule(path) for path in chosen}
+    weights: dict[str, Tensor] = {}
+    dropped = []
+    for path, change in chosen.items():
+        step = steps[path]
+        into = tuple(fold.module for fold in folds[path])
+        dropped.append(Dropped(path, step, into, _variation(excitations, path), change, rows.get(step.site, Cost())))
+    remove_(model, trace, list(chosen))
+    for path in chosen:
+        for fold in folds[path]:
+            weights = fold_(model, fold, means[path]) | weights  # the first copy is the original
+    notes = []
+    if meter.lost:
+        notes.append(f"{counted(meter.lost, 'number')} of the outputs were NaN or infinite and are left out")
+    if not chosen:
+        notes.append("no block was dropped")
+    measure = "relative change of the output" if meter.metric is None else "loss of the metric"
+    last = max(chosen.values(), default=0.0) if meter.metric is None else list(chosen.values() or [0.0])[-1]
+    name = original_class(model).__name__
+    return Pruned(
+        name,
+        tuple(dropped),
+        kept,
+        last,
+        tolerance,
+        measure,
+        meter.passes,
+        tuple(notes),
+        weights,
+        blocks,
+        tuple(steps.values()),
+    )
+
+
+def latency_beside(
+    before: nn.Module, after: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float = 3.0
+) -> Latency:
+    """Time two networks in turns, both in eval mode, for about so many seconds."""
+    with eval_mode(before), eval_mode(after):
+        return measure_latency(before, after, args, kwargs, seconds)
