@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from se_inject.cost import Cost, Latency, measure_latency, rows_of_steps
-from se_inject.errors import DataError, OptionError, SurgeryError
+from se_inject.errors import DataError, OptionError, SurgeryError, TraceError
 from se_inject.forwards import original_class
 from se_inject.gates.batches import Progress, moved, outputs_of
 from se_inject.gates.excitations import Excitations, eval_mode
@@ -166,7 +166,10 @@ def _observed(model: nn.Module, example_inputs: Any, batches: Any) -> Trace:
     """One call of the network: on the example inputs, or on the first batch of the data."""
     if example_inputs is None and batches is not None:
         first = next(moved(model, batches))
-        return observe_model(model, first.args, first.kwargs)
+        try:
+            return observe_model(model, first.args, first.kwargs)
+        except TraceError as error:
+            raise DataError("the network fails on the data", seen=error.seen, hint=error.hint) from error
     return observe_model(model, example_inputs)
 
 
