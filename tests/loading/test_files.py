@@ -1,6 +1,8 @@
 """Files as tools make them: what each is found to be, programs in archives, weights whose network is recognised."""
 
 import io
+import subprocess
+import sys
 import warnings
 import zipfile
 
@@ -219,13 +221,63 @@ def test_no_program(tmp_path):
         load_program(tmp_path / "gone.pt2")
 
 
-def test_a_program_for_another_device(tmp_path):
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_program_for_another_device_is_read_onto_the_cpu(device, tmp_path):
     data = records(original("pt2"))
     for name, content in data.items():
-        data[name] = content.replace(b'"type": "cpu"', b'"type": "cuda"')
+        content = content.replace(b'"type": "cpu", "index": null', f'"type": "{device}", "index": 0'.encode())
+        assert b'"type": "cpu"' not in content
+        data[name] = content
+    (tmp_path / "cpu.pt2").write_bytes(original("pt2"))
     (tmp_path / "model.pt2").write_bytes(zipped(data))
-    with pytest.raises(LoadError, match="exported for cuda"):
-        load_program(tmp_path / "model.pt2")
+    images = torch.rand(2, 3, 8, 8)
+    expected = load_program(tmp_path / "cpu.pt2").module()(images)
+    assert torch.equal(load_program(tmp_path / "model.pt2").module()(images), expected)
+    loaded = si.load(tmp_path / "model.pt2")
+    assert torch.equal(loaded(images), expected)
+    assert {str(tensor.device) for tensor in loaded.state_dict().values()} == {"cpu"}
+
+
+IN_A_SCRIPT = """
+import sys, torch
+from torch import nn
+
+class Net(nn.Module):
+    class Unit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        def forward(self, x):
+            return x + torch.relu(self.conv(x))
+    def __init__(self):
+        super().__init__()
+        self.stem, self.unit = nn.Conv2d(3, 8, 3), self.Unit()
+    def forward(self, x):
+        return self.unit(self.stem(x))
+
+def local():
+    class Inner(Net):
+        pass
+    return Inner()
+
+images = torch.rand(2, 3, 8, 8)
+for name, network in (("main", Net().eval()), ("local", local().eval())):
+    for strict in (False, True):
+        program = torch.export.export(network, (images,), strict=strict)
+        torch.export.save(program, f"{name}{strict}.pt2")
+    torch.save((images, network(images)), name)
+"""
+
+
+def test_programs_of_classes_that_a_script_defines(tmp_path):
+    subprocess.run([sys.executable, "-c", IN_A_SCRIPT], cwd=tmp_path, check=True)
+    for name in ("main", "local"):
+        images, expected = torch.load(tmp_path / name)
+        for strict in (False, True):
+            network = si.load(tmp_path / f"{name}{strict}.pt2")
+            assert {"stem", "unit.conv"} <= dict(network.named_modules()).keys()
+            assert torch.equal(network(images), expected)
+            assert len(si.find_sites(network, (images,))) > 0
 
 
 # -- whose weights? ----------------------------------------------------------------------------------------

@@ -106,6 +106,10 @@ _MOST_EXPRESSION_NODES = 200
 _HIGHER_ORDER = frozenset(["wrap_with_set_grad_enabled", "wrap_with_autocast", "cond"])
 _SYMBOLIC = frozenset(["sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite", "sym_sum", "_sym_sqrt"])
 _TREES = frozenset([None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"])
+_DEVICES = frozenset(["device", "as_device"])
+_CLASS = re.compile(r"((__main__|__mp_main__)\.)?(?!__)[^\W\d]\w*(\.((?!__)[^\W\d]\w*|<locals>))*|")
+"""A class's name. A script's own classes are in `__main__`, or `__mp_main__` in a process that it started."""
+
 _CUSTOM = frozenset(["as_custom_obj", "custom_obj"])
 _WITH_NAMES_OF_VALUES = frozenset(["tensor_values", "sym_int_values", "sym_bool_values", "sym_float_values"])
 
@@ -181,8 +185,7 @@ def _tensors(archive: Archive, folder: str, config: str) -> dict[str, Any]:
         meta, record = entry["tensor_meta"], entry["path_name"]
         if entry["use_pickle"] or meta is None or not str(record).startswith(("weight_", "tensor_")):
             raise LoadError(f"its `{name}` is pickled or an object of C++, not a plain tensor")
-        if meta["device"]["type"] != "cpu":
-            raise LoadError(f"it is exported for {meta['device']['type']}", hint="export it from the CPU")
+        _on_the_cpu(meta["device"])
         dtype = deserialize_scalar_type(ScalarType(meta["dtype"]))
         if record not in records:
             view = archive.view(folder + record)
@@ -234,6 +237,8 @@ def _checked_program(program: Any) -> Any:
         elif isinstance(part, dict):
             if {"target", "inputs", "outputs", "metadata"} <= part.keys():
                 part["metadata"] = _checked_metadata(part["metadata"])
+            for key in _DEVICES & part.keys():
+                part[key] = _on_the_cpu(part[key])
             for key, value in part.items():
                 if key in _CUSTOM or (key == "custom_obj_values" and value):
                     raise LoadError("an exported program with an object of C++")
@@ -250,12 +255,24 @@ def _unchecked(value: Any) -> None:
 
 
 def _checked_metadata(metadata: Any) -> dict[str, str]:
+    """Of a node's metadata the modules that it came from: `key,path,class` of each, from the network inwards."""
     stack = metadata.get("nn_module_stack")
     if stack is None:
         return {}
-    if not isinstance(stack, str) or not stack.isprintable() or re.search(r"[\"'\\]|\b__", stack):
-        raise LoadError("an exported program with a module path that is no path")
+    if not isinstance(stack, str) or not stack.isprintable():
+        raise LoadError("an exported program with a module path that can't be read", seen=repr(stack)[:80])
+    for entry in stack.split(";"):
+        place, _, kind = entry.rpartition(",")
+        if re.search(r"[\"'\\]|\b__", place) or not _CLASS.fullmatch(kind):
+            raise LoadError("an exported program with a module path that can't be read", seen=repr(entry)[:80])
     return {"nn_module_stack": stack}
+
+
+def _on_the_cpu(device: Any) -> Any:
+    """The device that a program names, or the CPU if it is one that computes: its numbers are read onto that."""
+    if not isinstance(device, dict) or not re.fullmatch(r"[a-z]{2,20}", str(device.get("type"))):
+        raise LoadError("an exported program for a device that has no name", seen=repr(device)[:80])
+    return device if device["type"] == "meta" else {"type": "cpu", "index": None}
 
 
 def _check_name(name: Any) -> None:
