@@ -6,15 +6,22 @@ Must not know: sites, plans, blocks to be put in, or the command line.
 
 from se_inject.loading.exported.network import arguments_of
 from se_inject.loading.formats import described, form_of
+from se_inject.loading.inspection import Inspection, Named, inspect_file
 from se_inject.loading.models import describe, is_program, load, load_program, load_weights_
+from se_inject.loading.opened import opened, read_text
 
 __all__ = [
+    "Inspection",
+    "Named",
     "arguments_of",
     "describe",
     "described",
     "form_of",
+    "inspect_file",
     "is_program",
     "load",
     "load_program",
     "load_weights_",
+    "opened",
+    "read_text",
 ]

@@ -25,6 +25,7 @@ from se_inject.errors import LoadError, OptionError, UntrustedGlobals
 from se_inject.forwards import original_class
 from se_inject.loading.architectures import architectures_of
 from se_inject.loading.formats import PICKLES, PROGRAMS, form_of, unreadable
+from se_inject.loading.opened import opened
 from se_inject.loading.pickles.allowlist import NETWORKS, within
 from se_inject.loading.pickles.containers import unpickle
 from se_inject.loading.pickles.module_checks import holds_inert
@@ -37,7 +38,7 @@ from se_inject.loading.weights import (
     other_classes,
     without_prefix,
 )
-from se_inject.user_code import ZOOS, NoSuchFile, did_you_mean, fact, from_code, from_zoo, importable
+from se_inject.user_code import ZOOS, NoSuchFile, fact, from_code, from_zoo, importable
 
 __all__ = ["NoSuchFile", "describe", "is_program", "load", "load_program", "load_weights_"]
 
@@ -127,7 +128,7 @@ def _weights_in(path: Path) -> Mapping[str, Any]:
         LoadError: no state dict in it.
     """
     refused: dict[str, str | None] = {}
-    with _opened(path) as file:
+    with opened(path) as file:
         form = form_of(file)
         if form not in ("safetensors", *PICKLES):
             raise unreadable(path, form)
@@ -182,7 +183,7 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram | torch.jit.Sc
         LoadError: no such archive, or one that can't be read safely.
     """
     path = Path(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         form = form_of(file)
         if form not in PROGRAMS:
             raise LoadError(f"`{path}` is neither an exported program nor a TorchScript archive")
@@ -196,7 +197,7 @@ def is_program(source: str | os.PathLike[str]) -> bool:
     """Whether this is a file with a program that ``load`` makes modules of."""
     if not os.path.isfile(source):
         return False
-    with _opened(Path(source)) as file:
+    with opened(Path(source)) as file:
         return form_of(file) in PROGRAMS
 
 
@@ -212,7 +213,7 @@ def describe(source: str | os.PathLike[str], model: nn.Module, arch: str | None 
     """
     if not os.path.exists(source):
         return None
-    with _opened(Path(source)) as file:
+    with opened(Path(source)) as file:
         form = form_of(file)
         writer = _WRITERS[form]
         if form == "pt2":
@@ -248,7 +249,7 @@ _BESIDE_A_NETWORK = (
 
 def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
     refused: dict[str, str | None] = {}
-    with _opened(path) as file:
+    with opened(path) as file:
         form = form_of(file)
         if form == "safetensors":
             raise _only_weights(path, form, _read(path, lambda: _contents_of(file, form, {})))
@@ -304,38 +305,6 @@ def _only_weights(path: Path, form: str, state: Mapping[str, Any]) -> LoadError:
         return unreadable(path, form, seen)
     seen += f"; its keys and shapes are those of {listed(names, most=3)}"
     return unreadable(path, form, seen, hint=f"`se-inject {path} --arch {names[0]}`")
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    if path.is_dir():
-        raise LoadError(f"`{path}` is a directory", hint=_in_directory(path))
-    if path.exists() and not path.is_file():
-        raise LoadError(f"`{path}` is no file, but a device, a pipe or a socket")
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - the error is about opening, not about what is done with it
-    except FileNotFoundError as error:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, siblings)
-        if path.is_symlink():
-            raise NoSuchFile(f"`{path}` is a link to a file that does not exist", seen=os.readlink(path)) from error
-        if not path.suffix and path.name == str(path):
-            hint = f"a network has its package in front: `torchvision:{path}`, `timm:{path}`"
-        raise NoSuchFile(f"no file `{path}`", hint=hint) from error
-    except OSError as error:
-        raise LoadError(f"`{path}` can't be opened", seen=str(error)) from error
-    with file:
-        yield file
-
-
-def _in_directory(path: Path) -> str:
-    names = sorted(entry.name for entry in path.iterdir())
-    if "saved_model.pb" in names:
-        return "a SavedModel of TensorFlow: convert the network to PyTorch first"
-    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
-        return "a distributed checkpoint: torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes one file"
-    files = [name for name in names if name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors"))]
-    return f"pass the file in it that is meant{': ' + listed(files) if files else ''}"
 
 
 def _read(path: Path, read: Callable[[], T]) -> T:

@@ -18,6 +18,7 @@ import sys
 import tarfile
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -269,15 +270,7 @@ def test_attributes_come_back(tmp_path):
         "dtype": torch.bfloat16,
         "raw": b"\0\xff",
     }
-    model.more = [
-        nn.functional.relu,
-        nn.functional.gelu,
-        torch.relu,
-        slice(1, 2),
-        {1, 2},
-        torch.device("cpu"),
-        nn.ReLU,
-    ]
+    model.more = [slice(1, 2), {1, 2}, torch.device("cpu"), range(3), (None, 1.5, "text")]
     model[0].weight.note = "an attribute of a parameter"
     model.register_buffer("hidden", torch.ones(2), persistent=False)
     torch.save(model, tmp_path / "model.pt")
@@ -286,6 +279,18 @@ def test_attributes_come_back(tmp_path):
     assert (loaded.extra, loaded.more) == (model.extra, model.more)
     assert loaded[0].weight.note == "an attribute of a parameter"
     assert torch.equal(loaded.hidden, torch.ones(2))
+
+
+@pytest.mark.parametrize("value", [nn.functional.relu, nn.functional.gelu, torch.relu, nn.ReLU, partial(nn.ReLU)])
+@pytest.mark.parametrize("wrap", [lambda value: value, lambda value: [1, {"a": (value,)}]])
+def test_functions_and_classes_are_no_data(value, wrap, tmp_path):
+    """A class of the library that calls what it finds there would call it."""
+    model = small()
+    model[1].more = wrap(value)
+    torch.save(model, tmp_path / "model.pt")
+    with pytest.raises(LoadError, match=r"holds .* as its `more`") as caught:
+        load(tmp_path / "model.pt")
+    assert "it is `1`" in caught.value.seen
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -474,7 +479,7 @@ def test_a_distributed_checkpoint(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(LoadError, match="is no file"):
+    with pytest.raises(LoadError, match="is not a file"):
         load(tmp_path / "pipe")
 
 

@@ -30,6 +30,7 @@ from torch.export import ExportedProgram
 
 from se_inject.errors import LoadError
 from se_inject.forwards import checked_path, function_named
+from se_inject.loading.operators import is_allowed_check, is_allowed_function
 from se_inject.loading.pickles.constructors import check_view
 from se_inject.loading.pickles.containers import unpickle
 from se_inject.loading.zip_archive import Archive
@@ -285,20 +286,26 @@ def _check_name_of_path(path: Any) -> None:
         checked_path(path)
 
 
+def is_allowed_target(target: str) -> bool:
+    """Whether a program may call what it names so: ``torch.ops.aten.relu.default``, ``_operator.add``."""
+    head, _, name = target.partition(".")
+    if head in ("_operator", "math"):
+        return is_allowed_function(f"{head.removeprefix('_')}:{name}")
+    if target.startswith("torch.ops.higher_order."):
+        return name.rpartition(".")[2] in _HIGHER_ORDER
+    if target.startswith("torch.ops."):
+        operator = target.removeprefix("torch.ops.")
+        return is_allowed_function(f"ops:{operator}") or is_allowed_check(operator)
+    return head == "torch" and name in _SYMBOLIC
+
+
 def _check_target(target: Any) -> None:
     if not isinstance(target, str):
-        raise LoadError("an exported program with an operator that is no name")
-    head, _, name = target.partition(".")
-    if head == "_operator":
-        function_named(f"operator:{name}")
-    elif head == "math":
-        function_named(f"math:{name}")
-    elif target.startswith("torch.ops.higher_order.") and name.rpartition(".")[2] in _HIGHER_ORDER:
-        return
-    elif target.startswith("torch.ops."):
+        raise LoadError("an exported program with an operator that has no name", seen=repr(target)[:80])
+    if not is_allowed_target(target):
+        raise LoadError(f"an exported program calls `{target[:80]}`, which a file may not")
+    if target.startswith("torch.ops.aten."):
         function_named(f"ops:{target.removeprefix('torch.ops.')}")
-    elif not (head == "torch" and name in _SYMBOLIC):
-        raise LoadError(f"an exported program calls `{target[:80]}`, which is no tensor operation of torch")
 
 
 def _check_tree(text: Any) -> None:

@@ -5,6 +5,7 @@ The lists are what the pickles of all networks of torchvision 0.29 and timm 1.0.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,16 @@ NOT_NETWORKS = (
     torch.fx.GraphModule,  # is source code
     torch.jit.ScriptModule,
 )
+_TRACING = (
+    "timm.models._features.FeatureHookNet",
+    "timm.models._features_fx.",
+    "torch.nn.parallel.",
+    "torch.nn.utils._expanded_weights.",
+    "torchvision.models.feature_extraction.",
+    "se_inject.generated.",
+)
+"""Where classes are that trace, load or build source when they are made; they are in no network's file."""
+
 BUILDERS = frozenset(
     [
         *(f"builtins.{name}" for name in ("bytearray", "complex", "frozenset", "range", "set", "slice")),
@@ -73,6 +84,7 @@ REFERENCES = frozenset(
         "torchvision.ops.boxes.box_iou",
     ]
 )
+_CALLED = ("builtins.getattr", "functools.partial", "torch.storage._load_from_bytes")
 ACTIVATIONS = frozenset(["relu", "sigmoid", "tanh", "selu", "celu", "rrelu", "prelu", "softmax", "log_softmax"])
 LISTED = BUILDERS | DATA | REFERENCES
 
@@ -96,7 +108,8 @@ def is_network(found: Any) -> bool:
     """Whether this is a module class that belongs to one of ``NETWORKS``, not only to be found there."""
     if not (isinstance(found, type) and issubclass(found, nn.Module)) or issubclass(found, NOT_NETWORKS):
         return False
-    return within(f"{found.__module__}.{found.__qualname__}", NETWORKS)
+    name = f"{found.__module__}.{found.__qualname__}"
+    return within(name, NETWORKS) and (issubclass(found, nn.DataParallel) or not name.startswith(_TRACING))
 
 
 def is_data(found: Any) -> bool:
@@ -116,3 +129,40 @@ def _is_tensor_function(module: str, found: Any) -> bool:
     if module == "torch.nn.functional":
         return inspect.isfunction(found) and found.__module__ == module
     return module == "torch._C._nn" and inspect.isbuiltin(found)
+
+
+def may_be_called(full: str) -> bool:
+    """Whether a file may call what has this name, with arguments that are checked."""
+    return full in BUILDERS or full in _CALLED
+
+
+def may_be_got(name: str) -> bool:
+    """Whether a file may get an attribute of this name of a module or of torch's functions."""
+    return name.startswith("forward") or name in ACTIVATIONS
+
+
+def who_allows(module: str, name: str) -> tuple[str, str | None]:
+    """What a name in a pickle is, and which rule lets a file have it; None if none does.
+
+    Only torch, torchvision, timm and this package are imported to find out.
+    """
+    full = f"{module}.{name}"
+    if may_be_called(full) and full not in ("builtins.getattr", "functools.partial"):
+        return "function", "makes tensors or plain data; its arguments are checked"
+    if full == "builtins.getattr":
+        return "function", "for a module's own forward and for torch's activations alone"
+    if module in ("torch", "torch.cuda") and name.endswith("Storage"):
+        return "class", "a tensor's numbers"
+    if not may_be_looked_up(module, name):
+        return ("class" if name[:1].isupper() else "function"), None
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return "class", None
+    if is_network(found):
+        return "class", f"a network class of {module.partition('.')[0]}"
+    if is_data(found) or isinstance(found, torch.dtype):
+        return "class" if isinstance(found, type) else "value", "plain data"
+    if is_harmless(module, name, found):
+        return "function", "a function of tensors, where the library's own constructor puts it"
+    return "class" if isinstance(found, type) else "function", None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import pickle
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +17,20 @@ from torch import nn
 
 from se_inject.errors import LoadError
 from se_inject.forwards import Program, check_program, check_targets
+from se_inject.loading.operators import check_vocabulary
 from se_inject.loading.pickles.allowlist import within
+from se_inject.loading.pickles.layers import check_layer
 from se_inject.loading.pickles.unpickler import Inert, Reading
+from se_inject.loading.pickles.values import ValueChecks
 
 MOST_PATHS = 100_000
 """Submodules and their tensors, counted once for each path that leads to them."""
 
 DEEPEST = 100
 _QUOTES = frozenset("\"'\\")
+_LARGEST_INPUT = 10_000
+"""Of the sides of the input that a network says it takes."""
+
 _TABLES: dict[str, type] = {"_modules": nn.Module, "_parameters": nn.Parameter, "_buffers": torch.Tensor}
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
@@ -49,24 +56,65 @@ def check_modules(reading: Reading) -> None:
                 continue
             if not isinstance(values, dict) or not all(v is None or isinstance(v, kind) for v in values.values()):
                 raise pickle.UnpicklingError(f"a module whose {name} are none")
-            _check_names(values)
+            _check_names(values, _QUOTES | {"."})
             seen.add((name, id(values), is_inert))
         if not is_inert:
             _check_names(state)
-    checked: set[tuple[type, int]] = set()
-    for module in reading.modules:
-        kind, state = type(module), vars(module)
-        if kind is not Inert and not within(kind.__module__, reading.trust):
-            _check_attributes(module, state)
-            for table in (state[name] for name in _TABLES):
-                if (kind, id(table)) not in checked:
-                    checked.add((kind, id(table)))
-                    _check_parts(kind, table)
-        if hasattr(type(module), "_se_inject_body"):
-            check_targets(module)
-        if isinstance(module, Program):
-            check_program(module)
     _check_tree(reading.modules)
+    checked: set[tuple[type, int]] = set()
+    values = ValueChecks(reading.trust)
+    for module in reading.modules:
+        try:
+            _check_one(module, reading.trust, values, checked)
+        except LoadError as error:
+            place = _place_of(module, reading.modules)
+            raise LoadError(
+                error.message, seen=f"{error.seen}; {place}" if error.seen else place, hint=error.hint
+            ) from error
+
+
+def _check_one(module: nn.Module, trust: Sequence[str], values: ValueChecks, checked: set[tuple[type, int]]) -> None:
+    kind, state = type(module), vars(module)
+    if kind is not Inert and not within(kind.__module__, trust):
+        _check_attributes(module, state)
+        for table in (state[name] for name in _TABLES):
+            if (kind, id(table)) not in checked:
+                checked.add((kind, id(table)))
+                _check_parts(kind, table)
+        values.check(module, {name: value for name, value in state.items() if name not in _TABLES})
+        check_layer(module)
+        _check_config(module, state)
+    if hasattr(kind, "_se_inject_body"):
+        check_targets(module)
+    if isinstance(module, Program):
+        check_program(module)
+    if not trust:
+        check_vocabulary(module)
+
+
+def _place_of(module: nn.Module, modules: list[nn.Module]) -> str:
+    """Where a module is in its network, for an error."""
+    parents = {id(child): (owner, name) for owner in modules for name, child in vars(owner)["_modules"].items()}
+    path: list[str] = []
+    while id(module) in parents and len(path) < DEEPEST:
+        module, name = parents[id(module)]
+        path.insert(0, name)
+    return f"it is `{'.'.join(path)}`" if path else "it is the network itself"
+
+
+def _check_config(module: nn.Module, state: dict[str, Any]) -> None:
+    """timm writes on its networks what inputs they take, and a network is tried on those."""
+    for name in ("pretrained_cfg", "default_cfg"):
+        config = state.get(name)
+        size = config.get("input_size") if isinstance(config, dict) else None
+        is_size = (
+            isinstance(size, tuple | list)
+            and len(size) == 3
+            and all(type(n) is int and 0 < n <= _LARGEST_INPUT for n in size)
+        )
+        if not (config is None or isinstance(config, dict)) or not (size is None or is_size):
+            shown = f"{config!r:.80}" if size is None else f"an input of size {size!r:.80}"
+            raise LoadError(f"a {type(module).__name__} in this file has a `{name}` that can't be right", seen=shown)
 
 
 def holds_inert(model: nn.Module) -> bool:
@@ -93,10 +141,10 @@ def holds_inert(model: nn.Module) -> bool:
     return False
 
 
-def _check_names(names: Any) -> None:
+def _check_names(names: Any, forbidden: frozenset[str] = _QUOTES) -> None:
     """Where torch.fx writes an attribute's name into source text, it must not be more than a name."""
     for name in names:
-        if not isinstance(name, str) or not name.isprintable() or _QUOTES.intersection(name):
+        if not isinstance(name, str) or not name or not name.isprintable() or forbidden.intersection(name):
             raise LoadError("a module in this file has an attribute that is no name", seen=repr(name)[:80])
 
 

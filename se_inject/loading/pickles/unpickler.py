@@ -58,7 +58,8 @@ _WIDE = re.compile(rb"[\xc4-\xff]")
 _LONG_READ = 1 << 20
 _TABLES = ("_modules", "_parameters", "_buffers")
 _MOST_LAYERS_OF_AN_RNN = 1000
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # protocol 2 writes the old names
+_OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
+"""Protocol 2 writes modules by their names in Python 2; torch before 1.8 had another module."""
 _UNUSED = (
     pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID, pickle.STRING,
     pickle.UNICODE,
@@ -112,6 +113,11 @@ class Reading:
         self.spare_bytes -= size
         if self.spare_bytes < 0:
             raise Absurd("it unfolds to far more than its own size")
+
+
+def spelled_today(module: str) -> str:
+    """The name that a module has now."""
+    return _OLD_NAMES.get(module, module)
 
 
 def _may_be_partial(function: Any) -> bool:
@@ -185,8 +191,7 @@ class Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What has this name if the file may have it, else something inert."""
-        module = _PYTHON_2.get(module, module)
-        module = "torch._tensor" if module == "torch.tensor" else module  # before torch 1.8
+        module = spelled_today(module)
         full = f"{module}.{name}"
         trusted = within(module, self._reading.trust)
         if full in ("builtins.getattr", "torch.storage._load_from_bytes"):

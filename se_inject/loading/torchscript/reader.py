@@ -20,12 +20,13 @@ from typing import IO, Any
 import torch
 
 from se_inject.errors import LoadError
+from se_inject.loading.operators import is_allowed_instruction
 from se_inject.loading.pickles.containers import check_script_pickles
 from se_inject.loading.pickles.module_checks import MOST_PATHS
 from se_inject.loading.zip_archive import Archive
 
 _FORBIDDEN = frozenset({"save", "load", "from_file", "classes", "__setstate__", "hasattr"})
-_NAMESPACES = frozenset({"aten", "prim", "prims", "torchvision", "quantized"})
+_NAMESPACES = frozenset({"aten", "prim", "torchvision"})
 _FOLDERS = ("code/", "constants/", "data/", "traced_inputs/", "extra/", ".data/")
 _FILES = frozenset(
     ["data.pkl", "constants.pkl", "traced_inputs.pkl", "version", "byteorder", ".format_version", ".storage_alignment"]
@@ -33,6 +34,8 @@ _FILES = frozenset(
 _READ = re.compile(r"(code/.*\.py|(data|constants)(\.pkl|/.*)|(\.data/)?version|byteorder)", re.DOTALL)
 """The records that make the module; others are for people who look for errors in it."""
 
+_CASTS = ("prim::unchecked_cast", "prim::unchecked_unwrap_optional")
+_PRINTING = ("prim::Print", "aten::warn")
 _PICKLES = ("data.pkl", "constants.pkl")
 _TOKEN = re.compile(rb"\w+|[^\w\s]")
 _MOST_TOKENS = 200_000
@@ -124,8 +127,17 @@ def _reads_a_child(call: ast.Call) -> bool:
     return is_value and isinstance(name, str) and name not in _FORBIDDEN and bool(re.fullmatch(r"[\w.-]+", name))
 
 
-def _check_graphs(module: Any, unit: Any) -> None:
-    """Look at every operator that the module may call. Nothing has been run, and there is no ``__setstate__``."""
+def operators_of(module: Any, unit: Any = None) -> set[str]:
+    """Every operator that a module may call, as ``aten::relu``.
+
+    Args:
+        module: of TorchScript; it isn't run.
+        unit: the archive's functions; None: those that the module's methods call themselves.
+    """
+    return {node.kind() for node in _nodes(getattr(module, "_c", module), unit)}
+
+
+def _nodes(module: Any, unit: Any) -> Iterator[Any]:
     modules, paths = [module], 0
     kinds = {}
     while modules:
@@ -136,13 +148,39 @@ def _check_graphs(module: Any, unit: Any) -> None:
         kinds[part._type().qualified_name()] = part
         modules += [child for _, child in torch._C.ModuleDict(part).items()]
     todo = [part._get_method(name).graph for part in kinds.values() for name in part._method_names()]
-    todo += [function.graph for function in unit.get_functions()]
+    todo += [function.graph for function in unit.get_functions()] if unit is not None else []
     while todo:
         for node in todo.pop().nodes():
-            space, _, name = node.kind().partition("::")
-            if space not in _NAMESPACES or name in _FORBIDDEN:
-                raise LoadError(f"a TorchScript archive that calls `{node.kind()}`")
+            yield node
             todo += node.blocks()
+
+
+def _check_graphs(module: Any, unit: Any) -> None:
+    """Look at every operator that the module may call; take out what writes to the terminal. Nothing has been run."""
+    printing = []
+    for node in _nodes(module, unit):
+        kind = node.kind()
+        if not is_allowed_instruction(kind) or kind.partition("::")[2] in _FORBIDDEN:
+            raise LoadError(f"a TorchScript archive that calls `{kind}`", seen="it is not on the list of operators")
+        if kind in _CASTS:
+            _check_cast(node)
+        if kind in _PRINTING:
+            printing.append(node)
+    for node in printing:
+        node.destroy()
+
+
+def _check_cast(node: Any) -> None:
+    """TorchScript casts to what a value is if it isn't None, and the interpreter believes it without a look."""
+    given, made = node.input().type(), node.output().type()
+    if given.kind() == "OptionalType" and given.getElementType().annotation_str == made.annotation_str:
+        return
+    parts = [part.annotation_str for part in given.containedTypes()] if given.kind() == "UnionType" else []
+    if given.annotation_str != made.annotation_str and made.annotation_str not in parts:
+        raise LoadError(
+            "a TorchScript archive with an unchecked cast",
+            seen=f"from {given.annotation_str[:80]} to {made.annotation_str[:80]}",
+        )
 
 
 def _word(node: Any) -> str | None:

@@ -1,0 +1,128 @@
+"""The operators, functions and methods that a stranger's file may name: an allow-list, ``operators.json``.
+
+``tests/census/operators.py`` makes it. A forward that is written in this process may say more (``se_inject.forwards``):
+there the user's own code chose the operators.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any
+
+from torch import nn
+
+from se_inject.errors import LoadError
+from se_inject.forwards import Program
+
+_PYTHON = ("getattr", "round", "assert")
+_CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async")
+"""What exported programs look at their inputs with; a network doesn't take them over."""
+
+
+@functools.cache
+def _table() -> dict[str, frozenset[str]]:
+    text = resources.files("se_inject.loading").joinpath("operators.json").read_text()
+    return {space: frozenset(names) for space, names in json.loads(text).items()}
+
+
+def is_allowed_operator(space: str, name: str, overload: str = "") -> bool:
+    """Whether a file may call this operator of torch's dispatcher: ``aten``, ``conv2d``, ``padding``."""
+    return name in _table().get(space, ()) and "out" not in overload.split("_")
+
+
+def is_allowed_function(name: str) -> bool:
+    """Whether a file may call the function that ``se_inject.forwards`` stores under this name."""
+    space, _, short = name.partition(":")
+    if space == "ops":
+        parts = short.split(".")
+        return 2 <= len(parts) <= 3 and is_allowed_operator(*parts)
+    if not short:
+        return name in _PYTHON
+    return space == "python" or short in _table().get(space, ())
+
+
+def is_allowed_check(operator: str) -> bool:
+    """Whether this operator, ``aten._assert_scalar.default``, only looks whether a program's inputs are as they were."""
+    space, _, rest = operator.partition(".")
+    return space == "aten" and rest.partition(".")[0] in _CHECKS
+
+
+def is_allowed_method(name: Any) -> bool:
+    """Whether a file may call this method of tensors, sizes, lists and dicts."""
+    return isinstance(name, str) and name in _table()["methods"]
+
+
+def is_allowed_attribute(name: Any) -> bool:
+    """Whether a file may read this attribute of tensors."""
+    return isinstance(name, str) and name in _table()["attributes"]
+
+
+def is_allowed_instruction(kind: str) -> bool:
+    """Whether a TorchScript archive may hold this node: ``prim::If``, ``aten::relu_``."""
+    space, _, name = kind.partition("::")
+    return name in _table().get(space, ()) or name in _table()["script"] & {name if space == "aten" else ""}
+
+
+def check_vocabulary(module: nn.Module) -> None:
+    """Look at every operator, method and attribute that a module's stored forward names.
+
+    Args:
+        module: one whose forward is data, out of a file; another one has nothing to look at.
+
+    Raises:
+        LoadError: it names one that files may not use.
+    """
+    for kind, name in named_in(module):
+        allowed = {"function": is_allowed_function, "method": is_allowed_method, "attribute": is_allowed_attribute}[
+            kind
+        ]
+        if not allowed(name):
+            where = type(module).__name__
+            raise LoadError(f"a forward in this file uses the {kind} `{str(name)[:80]}`", seen=f"in its {where}")
+
+
+def named_in(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The operators, methods and attributes in a module's stored forward, each as its kind and name."""
+    body = getattr(type(module), "_se_inject_body", None)
+    if body is not None:
+        yield from _in_rows(json.loads(body))
+    if isinstance(module, Program):
+        yield from _in_lines(json.loads(type(module).program)["lines"])
+
+
+def named_in_text(text: str) -> Iterator[tuple[str, Any]]:
+    """The same for the JSON text of a stored forward; nothing if it is none."""
+    try:
+        data = json.loads(text)
+        found = _in_lines(data["lines"]) if "lines" in data else _in_rows(data)
+        yield from list(found)
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return
+
+
+def _in_rows(data: Any) -> Iterator[tuple[str, Any]]:
+    for _, op, target, args, _ in (*(data["eval"] or []), *(data["train"] or [])):
+        if op == "call_function":
+            yield "function", target
+        elif op == "call_method":
+            yield "method", target
+        if op == "call_function" and target == "getattr":
+            yield "attribute", args["tuple"][1]
+
+
+def _in_lines(lines: Any) -> Iterator[tuple[str, Any]]:
+    for kind, *parts in lines:
+        if kind == "set":
+            yield "function", parts[1]
+        elif kind == "method":
+            yield "method", parts[1]
+        elif kind == "attribute":
+            yield "attribute", parts[2]
+        elif kind == "if":
+            yield from _in_lines(parts[1])
+            yield from _in_lines(parts[2])
+        elif kind == "loop":
+            yield from _in_lines(parts[3])
