@@ -94,7 +94,8 @@ def _check_one(module: nn.Module, trust: Sequence[str], values: ValueChecks, che
 
 def _place_of(module: nn.Module, modules: list[nn.Module]) -> str:
     """Where a module is in its network, for an error."""
-    parents = {id(child): (owner, name) for owner in modules for name, child in vars(owner)["_modules"].items()}
+    owners = {id(vars(owner)["_modules"]): owner for owner in modules}  # many may share a table
+    parents = {id(child): (owner, name) for owner in owners.values() for name, child in vars(owner)["_modules"].items()}
     path: list[str] = []
     while id(module) in parents and len(path) < DEEPEST:
         module, name = parents[id(module)]

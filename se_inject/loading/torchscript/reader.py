@@ -127,17 +127,13 @@ def _reads_a_child(call: ast.Call) -> bool:
     return is_value and isinstance(name, str) and name not in _FORBIDDEN and bool(re.fullmatch(r"[\w.-]+", name))
 
 
-def operators_of(module: Any, unit: Any = None) -> set[str]:
-    """Every operator that a module may call, as ``aten::relu``.
-
-    Args:
-        module: of TorchScript; it isn't run.
-        unit: the archive's functions; None: those that the module's methods call themselves.
-    """
-    return {node.kind() for node in _nodes(getattr(module, "_c", module), unit)}
+def operators_of(module: Any) -> set[str]:
+    """Every operator that a module's methods call themselves, as ``aten::relu``; it isn't run."""
+    return {node.kind() for graph in _graphs(module._c) for node in _nodes(graph)}
 
 
-def _nodes(module: Any, unit: Any) -> Iterator[Any]:
+def _graphs(module: Any, unit: Any = None) -> list[Any]:
+    """The graphs of a module's methods, and of an archive's functions."""
     modules, paths = [module], 0
     kinds = {}
     while modules:
@@ -147,8 +143,13 @@ def _nodes(module: Any, unit: Any) -> Iterator[Any]:
             raise LoadError("a TorchScript archive of modules within modules without end")
         kinds[part._type().qualified_name()] = part
         modules += [child for _, child in torch._C.ModuleDict(part).items()]
-    todo = [part._get_method(name).graph for part in kinds.values() for name in part._method_names()]
-    todo += [function.graph for function in unit.get_functions()] if unit is not None else []
+    found = [part._get_method(name).graph for part in kinds.values() for name in part._method_names()]
+    return found + ([function.graph for function in unit.get_functions()] if unit is not None else [])
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """All nodes of a graph, and of the blocks in it."""
+    todo = [graph]
     while todo:
         for node in todo.pop().nodes():
             yield node
@@ -157,17 +158,18 @@ def _nodes(module: Any, unit: Any) -> Iterator[Any]:
 
 def _check_graphs(module: Any, unit: Any) -> None:
     """Look at every operator that the module may call; take out what writes to the terminal. Nothing has been run."""
-    printing = []
-    for node in _nodes(module, unit):
-        kind = node.kind()
-        if not is_allowed_instruction(kind) or kind.partition("::")[2] in _FORBIDDEN:
-            raise LoadError(f"a TorchScript archive that calls `{kind}`", seen="it is not on the list of operators")
-        if kind in _CASTS:
-            _check_cast(node)
-        if kind in _PRINTING:
-            printing.append(node)
-    for node in printing:
-        node.destroy()
+    for graph in _graphs(module, unit):
+        printing = []
+        for node in _nodes(graph):
+            kind = node.kind()
+            if not is_allowed_instruction(kind) or kind.partition("::")[2] in _FORBIDDEN:
+                raise LoadError(f"a TorchScript archive that calls `{kind}`", seen="it is not on the list of operators")
+            if kind in _CASTS:
+                _check_cast(node)
+            if kind in _PRINTING:
+                printing.append(node)
+        for node in printing:
+            node.destroy()
 
 
 def _check_cast(node: Any) -> None:
