@@ -75,6 +75,7 @@ def check_vocabulary(module: nn.Module) -> None:
     Raises:
         LoadError: it names one that files may not use.
     """
+    _check_arguments(module)
     for kind, name in named_in(module):
         allowed = {"function": is_allowed_function, "method": is_allowed_method, "attribute": is_allowed_attribute}[
             kind
@@ -82,6 +83,21 @@ def check_vocabulary(module: nn.Module) -> None:
         if not allowed(name):
             where = type(module).__name__
             raise LoadError(f"a forward in this file uses the {kind} `{str(name)[:80]}`", seen=f"in its {where}")
+
+
+def _check_arguments(module: nn.Module) -> None:
+    """Some operators crash on arguments that no program has."""
+    if not isinstance(module, Program):
+        return
+    todo = list(json.loads(type(module).program)["lines"])
+    while todo:
+        kind, *parts = todo.pop()
+        if kind in ("if", "loop"):
+            todo += [line for part in parts if isinstance(part, list) for line in part if isinstance(line, list)]
+        elif kind == "set" and parts[1] == "ops:aten._native_batch_norm_legit.no_stats":
+            training = parts[2][3] if len(parts[2]) > 3 else parts[3].get("training")
+            if training is not True:
+                raise LoadError("a program in this file normalises by statistics that it doesn't have")
 
 
 def named_in(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -41,6 +41,8 @@ UNDERSCORED = {
     "_convolution",  # what tracing makes of every convolution
     "_convolution_mode",
     "_native_batch_norm_legit_no_training",  # of a program that was decomposed
+    "_native_batch_norm_legit_functional",
+    "_native_batch_norm_legit",
     "_to_copy",
     "_softmax",
     "_log_softmax",
@@ -48,11 +50,11 @@ UNDERSCORED = {
 }
 EXCLUDED = re.compile(
     r"^_|unsafe|sparse|nested|quantiz|quantis|qint|backward|mkldnn|cudnn|miopen|mps_|xnnpack|fbgemm|from_file|^save$|^load$|fused|"
-    r"loss|rnn|^lstm|^gru|^native_(group|batch|multi)|batch_norm_(elemt|stats|gather|update)|embedding_bag|segment|max_unpool|"
+    r"loss|^native_(group|batch|multi)|batch_norm_(elemt|stats|gather|update)|embedding_bag|segment|max_unpool|"
     r"fractional|roi_pool|ps_roi|deform|qnms|qroi|rotated|_with_distance|^fill|^resize|as_strided|^set_|from_numpy|from_buffer|"
     r"^call$|getter|methodcaller|register|storage|data_ptr|numpy|^share|^module_|^record|^apply|^map|tolist|^is_|autocast|^get_|"
     r"deterministic|^compile$|typename|^new$|to_dense|^indices$|^values$|to_padded|linear_cross_entropy|dlpack|^vmap$|^index$|"
-    r"bincount|histc|^name$|^type$|^cuda$|^xpu$|^ipu$|^mtia$|_init$|clear|^detach_$|^requires_grad_$|affine_grid_generator"
+    r"bincount|histc|^name$|^type$|^cuda$|^xpu$|^ipu$|^mtia$|_init$|clear|^requires_grad_$|affine_grid_generator"
 )
 KIN = {
     "operator": """add sub mul truediv floordiv mod pow matmul neg pos abs eq ne lt le gt ge and_ or_ xor not_ invert lshift rshift
@@ -89,7 +91,7 @@ KIN = {
         upsample_nearest_exact2d upsample_nearest_exact3d type_as empty_permuted channel_shuffle glu dim_order fft_fft fft_ifft fft_fft2
         fft_ifft2 fft_fftn fft_ifftn fft_rfft fft_irfft fft_rfft2 fft_irfft2 fft_rfftn fft_irfftn fft_fftshift fft_ifftshift
         linalg_vector_norm linalg_norm linalg_matrix_norm linalg_cross linalg_inv linalg_inv_ex special_expit special_erf copy
-        gelu_ new_zeros new_ones new_full new_empty arange_like""",
+        lstm gru rnn_tanh rnn_relu detach_ bernoulli bernoulli_ normal_ uniform_ exponential_ gelu_ new_zeros new_ones new_full new_empty arange_like""",
     "torch.nn.functional": """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
         adaptive_max_pool3d adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices affine_grid alpha_dropout avg_pool1d
         avg_pool2d avg_pool3d batch_norm bilinear celu channel_shuffle conv1d conv2d conv3d conv_transpose1d conv_transpose2d
@@ -124,7 +126,7 @@ KIN = {
         RaiseException TupleConstruct TupleIndex TupleSlice TupleUnpack Uninitialized abs max min device dtype is_cuda is_cpu is_nested is_sparse is_mkldnn is_quantized
         is_mps is_xpu is_meta isinstance itemsize layout ndim requires_grad data shape unchecked_cast unchecked_unwrap_optional min_max type
         annotate Enter Exit CreateObject EnumName EnumValue Guard tolist is_ipu name index unpackage grad sqrt""",
-    "methods": """abs abs_ add add_ addcdiv addcdiv_ addcmul addcmul_ all amax amin aminmax any argmax argmin argsort baddbmm bfloat16 bmm bool
+    "methods": """detach_ bernoulli bernoulli_ uniform_ normal_ abs abs_ add add_ addcdiv addcdiv_ addcmul addcmul_ all amax amin aminmax any argmax argmin argsort baddbmm bfloat16 bmm bool
         broadcast_to byte ceil ceil_ chunk clamp clamp_ clamp_max clamp_max_ clamp_min clamp_min_ clip clip_ clone contiguous
         copy_ cos cosh count_nonzero cpu cross cummax cummin cumprod cumsum detach diag diag_embed diagonal diff dim dist div div_ divide
         dot double dsplit eq erf exp exp_ exp2 expand expand_as expm1 flatten flip fliplr flipud float float_power floor floor_

@@ -1,0 +1,268 @@
+"""Networks out of strangers' files, while they run: what a forward has no business with is refused.
+
+In: a network that ``loading`` made of a file that nobody trusts. Out: a ``LoadError`` that names the module which compiled source,
+wrote a file, started a process, opened a connection or made a module. Must not know: files, sites, or what runs the network.
+
+Python tells an audit hook of each such act before it happens (PEP 578). The hook is installed once, when the first network is
+marked, and returns at once unless the current thread is within ``guarded``; other threads are never looked at. An act counts
+as the network's if a forward of one of its modules is being called: what torch does before and after that is torch's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from se_inject.errors import LoadError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_marked: weakref.WeakSet[Any] = weakref.WeakSet()
+_guards: dict[int, _Guard] = {}
+"""By thread; a thread has one at most."""
+
+_lock = threading.Lock()
+_is_installed = False
+
+_HINT = "a network has no business with that: don't trust this file"
+_ACTS = {
+    "compile": "compiles source text",
+    "exec": "executes code",
+    "code.__new__": "makes code",
+    "marshal.loads": "makes code",
+    "marshal.load": "makes code",
+    "pickle.find_class": "reads a pickle",
+    "import": "imports what is not loaded",
+    "_thread.": "starts a thread",
+    "subprocess.": "starts a process",
+    "pty.": "starts a process",
+    "os.": "changes the system",
+    "shutil.": "changes files",
+    "tempfile.": "makes files",
+    "socket.": "opens a connection",
+    "urllib.": "opens a connection",
+    "http.": "opens a connection",
+    "ftplib.": "opens a connection",
+    "smtplib.": "opens a connection",
+    "imaplib.": "opens a connection",
+    "poplib.": "opens a connection",
+    "webbrowser.": "opens a browser",
+    "sqlite3.": "opens a database",
+    "ctypes.": "calls C",
+    "mmap.": "maps memory",
+    "fcntl.": "changes files",
+    "msvcrt.": "changes files",
+    "winreg.": "changes the registry",
+    "_winapi.": "changes the system",
+    "signal.": "sends a signal",
+    "resource.": "changes limits",
+    "syslog.": "writes to the system's log",
+    "gc.": "looks into memory",
+    "sys.settrace": "watches the interpreter",
+    "sys.setprofile": "watches the interpreter",
+    "sys.addaudithook": "watches the interpreter",
+    "sys._current_": "watches the interpreter",
+    "builtins.": "asks at the terminal",
+    "cpython.": "runs Python",
+}  # fmt: skip
+_READING = frozenset(
+    [
+        "os.listdir",
+        "os.scandir",
+        "os.walk",
+        "os.fwalk",
+        "os.getxattr",
+        "os.listxattr",
+        "builtins.id",
+        "socket.gethostname",
+    ]
+)
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_IMPORTING = "<frozen importlib._bootstrap"
+_PACKAGES = ("torch.nn.", "torchvision.", "timm.", "se_inject", "torch.ao.")
+_OF_TORCH_ITSELF = (
+    "symbolic_shapes.py",
+    "collections/__init__.py",
+    "dataclasses.py",
+    "/sympy/",
+    "enum.py",
+    "typing.py",
+)
+"""Files whose functions make small functions of text for torch, none of which is the network's."""
+
+
+class _Guard:
+    """One thread that runs a stranger's network."""
+
+    def __init__(self, models: tuple[Any, ...], frame: types.FrameType | None) -> None:
+        self.models = models
+        self.frame = frame
+        self.refusal: LoadError | None = None
+        self.is_looking = False
+
+
+def mark(model: nn.Module) -> None:
+    """Remember that a network came out of a file that nobody trusts, and each module in it."""
+    _install()
+    _marked.update(model.modules())
+
+
+def mark_like(copy: nn.Module, original: nn.Module) -> None:
+    """Remember it of a copy too."""
+    if is_marked(original):
+        mark(copy)
+
+
+def is_marked(model: nn.Module) -> bool:
+    """Whether a network, or one of its modules, came out of a file that nobody trusts."""
+    return len(_marked) > 0 and any(module in _marked for module in model.modules())
+
+
+@contextlib.contextmanager
+def guarded(*models: nn.Module) -> Iterator[None]:
+    """Refuse what a forward has no business with, if one of these networks came out of a stranger's file.
+
+    In this thread, and until the block ends; without such a network nothing is different.
+
+    Args:
+        *models: the networks that are run within.
+
+    Raises:
+        LoadError: a module of theirs did what it must not; it hasn't happened.
+    """
+    thread = threading.get_ident()
+    if thread in _guards or not any(map(is_marked, models)):
+        yield
+        return
+    guard = _Guard(models, sys._getframe(2))
+    with _lock:
+        _guards[thread] = guard
+        _patch()
+    try:
+        yield
+    except BaseException as error:
+        if guard.refusal is not None and error is not guard.refusal:  # somebody caught it, and stumbled
+            raise guard.refusal from error
+        raise
+    finally:
+        with _lock:
+            del _guards[thread]
+            _patch()
+        guard.frame = None
+    if guard.refusal is not None:
+        raise guard.refusal
+
+
+# -- Python's acts -----------------------------------------------------------------------------------------
+
+
+def _install() -> None:
+    global _is_installed
+    with _lock:
+        if not _is_installed:
+            _is_installed = True
+            sys.addaudithook(_audit)
+
+
+def _audit(event: str, args: tuple[Any, ...]) -> None:
+    if not _guards:
+        return
+    guard = _guards.get(threading.get_ident())
+    if guard is None or guard.is_looking:
+        return
+    guard.is_looking = True  # looking raises events of its own
+    try:
+        what = _forbidden(event, args)
+        if what is not None:
+            _refuse(guard, what, event)
+    finally:
+        guard.is_looking = False
+
+
+def _forbidden(event: str, args: tuple[Any, ...]) -> str | None:
+    """What an event is, if a forward has no business with it."""
+    if event in _READING:
+        return None
+    if event == "open":
+        _, mode, flags = args
+        writes = any(letter in mode for letter in "wax+") if isinstance(mode, str) else bool((flags or 0) & _WRITING)
+        return "opens a file for writing" if writes else None
+    if event == "import":
+        top = str(args[0]).partition(".")[0]
+        return None if top in sys.modules or top in sys.stdlib_module_names else _ACTS["import"]
+    return _ACTS.get(event) or _ACTS.get(event[: event.find(".") + 1] or event) or _starting(event)
+
+
+def _starting(event: str) -> str | None:
+    return next((what for start, what in _ACTS.items() if event.startswith(start) and "." in start), None)
+
+
+def _refuse(guard: _Guard, what: str, event: str) -> None:
+    module = _running(guard, event in ("compile", "exec"))
+    if module is None:
+        return
+    place = next((path for model in guard.models for path, each in model.named_modules() if each is module), "")
+    kind = type(module).__name__
+    where = f"`{place}`, a {kind}," if place else f"a {kind}"
+    guard.refusal = LoadError(f"{where} of this network {what} when it is run", seen=f"`{event}`", hint=_HINT)
+    raise guard.refusal
+
+
+def _running(guard: _Guard, is_code: bool) -> Any:
+    """The module whose forward is at work; None if none is, or if what happens is an import or torch's own."""
+    frame: types.FrameType | None = sys._getframe(3)
+    if is_code and frame is not None and any(part in frame.f_code.co_filename for part in _OF_TORCH_ITSELF):
+        return None
+    while frame is not None and frame is not guard.frame:
+        code = frame.f_code
+        if code.co_filename.startswith(_IMPORTING):
+            return None
+        if code.co_argcount and (code.co_name.startswith("forward") or code.co_name == "_call_impl"):
+            found = frame.f_locals.get(code.co_varnames[0])
+            if _is_of_a_network(found):
+                return found
+        frame = frame.f_back
+    return None
+
+
+def _is_of_a_network(found: Any) -> bool:
+    from torch import fx, nn
+
+    is_module = isinstance(found, nn.Module) and not isinstance(found, fx.GraphModule)
+    return is_module and f"{type(found).__module__}.".startswith(_PACKAGES)
+
+
+# -- modules -----------------------------------------------------------------------------------------------
+
+_original: Any = None
+
+
+def _patch() -> None:
+    """While a thread is guarded, making a module is looked at; it acts in that thread alone."""
+    global _original
+    from torch import nn
+
+    if _guards and _original is None:
+        _original = nn.Module.__init__
+        nn.Module.__init__ = _init  # type: ignore[assignment,method-assign]
+    elif not _guards and _original is not None:
+        nn.Module.__init__, _original = _original, None  # type: ignore[method-assign]
+
+
+def _init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    original = _original
+    guard = _guards.get(threading.get_ident())
+    if guard is not None:
+        _refuse(guard, f"makes a module, a {type(self).__name__},", "torch.nn.Module.__init__")
+    if original is None:  # the last guard has just gone
+        from torch import nn
+
+        original = nn.Module.__init__
+    original(self, *args, **kwargs)
