@@ -145,6 +145,9 @@ KIN = {
         itemsize nbytes is_leaf data""",
 }
 ALSO = {
+    "is_",
+    "is_not",
+    "as_strided",
     "values",
     "index",
     "numel",
