@@ -39,9 +39,11 @@ if TYPE_CHECKING:
     from se_inject.surgery import eject_ as eject_
     from se_inject.training import Trainable as Trainable
     from se_inject.training import add_to_optimizer as add_to_optimizer
+    from se_inject.training import disabled as disabled
     from se_inject.training import freeze_backbone_ as freeze_backbone_
     from se_inject.training import injected_parameters as injected_parameters
     from se_inject.training import trainable as trainable
+    from se_inject.training import unfreeze_backbone_ as unfreeze_backbone_
     from se_inject.verification import Verdict as Verdict
     from se_inject.verification import verify as verify
 
@@ -60,6 +62,7 @@ _HOME = {
     "Verdict": "verification",
     "add_to_optimizer": "training",
     "cost_grid": "plans",
+    "disabled": "training",
     "eject_": "surgery",
     "excitations": "gates",
     "export": "exporting",
@@ -76,6 +79,7 @@ _HOME = {
     "prune_blocks_": "gates",
     "save_adapter": "adapters",
     "trainable": "training",
+    "unfreeze_backbone_": "training",
     "verify": "verification",
 }
 """The public names, and the room (or module) of each. The only list of them: see ``__getattr__``."""

@@ -1,9 +1,13 @@
-"""What an injected network is trained with: its new parameters, a frozen backbone, an optimizer group."""
+"""What an injected network is trained with: its new parameters, a frozen backbone, an optimizer group, blocks off."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
+import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +37,14 @@ class Trainable:
 
 
 def trainable(model: nn.Module) -> Trainable:
-    """How many of a network's parameters require gradients. Nothing is changed."""
+    """Count the parameters of a network that require gradients. Nothing is changed."""
     parameters = list(model.parameters())
     frozen = sum(hasattr(type(module), "_se_inject_thawed") for module in model.modules())
     return Trainable(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters), frozen)
 
 
 def injected_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of the injected blocks alone, each once, for an optimizer group of their own."""
+    """Iterate over the parameters of the injected blocks alone, each once, for an optimizer group of their own."""
     for _, parameter in _named_parameters(model):
         yield parameter
 
@@ -51,7 +55,7 @@ def freeze_backbone_(model: nn.Module, *, batch_norm: bool = False) -> nn.Module
     Batch normalisation goes on updating its running statistics in training mode, frozen parameters or not, unless
     ``batch_norm`` is set. Then the backbone's normalisations stay in eval mode: they use the statistics they have and
     keep them bit for bit, also after ``model.train()``. For that each gets a subclass of its own class that ignores
-    ``train()``; ``freeze_backbone_(model)`` takes it back, ``eject_`` does as well.
+    ``train()``. Statistics that are frozen already stay so; ``unfreeze_backbone_`` and ``eject_`` thaw them.
 
     Args:
         model: an injected network.
@@ -68,13 +72,99 @@ def freeze_backbone_(model: nn.Module, *, batch_norm: bool = False) -> nn.Module
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in ours)
     for module in model.modules():
-        if id(module) in inside:
-            continue
-        if batch_norm:
+        if batch_norm and id(module) not in inside:
             freeze_statistics_(module)
-        else:
+    return model
+
+
+def unfreeze_backbone_(model: nn.Module, *, batch_norm: bool = True) -> nn.Module:
+    """Let the whole network be trained again: all parameters require gradients, frozen statistics are updated.
+
+    The way back from ``freeze_backbone_``; ``model.requires_grad_(True)`` alone leaves frozen statistics frozen. Doesn't
+    remember which parameters did not require gradients before. An optimizer made in between has only the parameters it
+    was given: ``optimizer.add_param_group`` adds the rest.
+
+    Args:
+        model: any network.
+        batch_norm: thaw the statistics of batch normalisation too; they take the mode, train or eval, of the model.
+
+    Returns:
+        the model itself.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(True)
+    for module in model.modules():
+        if batch_norm:
             thaw_statistics_(module, model.training)
     return model
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Switch the injected blocks off inside a ``with``: every block returns what it is given.
+
+    The network then computes what it computes without blocks, bit for bit, and keeps its parameters, buffers, modes
+    and state dict. It holds for calls made in this thread (or asyncio task): other threads that use the same network at
+    the same time have the blocks on. The blocks are on again when the ``with`` is left, by an exception too. It nests.
+
+    A compiled network is compiled once more for calls with the blocks off. What is traced or exported inside holds the
+    network without blocks; a file that was exported before is not changed by it. Where activations are recomputed in the
+    backward pass (checkpointing), that pass must be inside as well.
+
+    Args:
+        model: an injected network.
+
+    Yields:
+        the model itself.
+
+    Raises:
+        SurgeryError: it holds no block of ours.
+    """
+    blocks = list({id(block): block for _, block in _blocks(model)}.values())
+    with _switching:
+        for block in blocks:
+            _users[id(block)] = _users.get(id(block), 0) + 1
+            if _users[id(block)] == 1:
+                block.__class__ = _switchable(type(block))
+    before = _off.set(_off.get() | {id(block) for block in blocks})
+    try:
+        yield model
+    finally:
+        _off.reset(before)
+        with _switching:
+            for block in blocks:
+                _users[id(block)] -= 1
+                if not _users[id(block)]:
+                    del _users[id(block)]
+                    block.__class__ = vars(type(block))["_se_inject_always_on"]
+
+
+_off: ContextVar[frozenset[int]] = ContextVar("blocks that are off", default=frozenset())
+_users: dict[int, int] = {}  # how many `with disabled` a block is in at present, in all threads
+_switching = threading.Lock()
+
+
+@functools.cache
+def _switchable(original: Any) -> Any:
+    """The subclass of a block's class that returns what it is given, where the block is off."""
+
+    def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x if id(self) in _off.get() else original.forward(self, x, *args, **kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # copies and pickles are of the block's own class
+        function, made_of, *rest = original.__reduce_ex__(self, protocol)
+        return function, tuple(original if part is type(self) else part for part in made_of), *rest
+
+    attributes = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": __reduce_ex__,
+        "forward": forward,
+        "_se_inject_always_on": original,
+    }
+    return type(original)(original.__name__, (original,), attributes)
 
 
 def add_to_optimizer(optimizer: Optimizer, model: nn.Module, **group: Any) -> dict[str, Any]:
@@ -138,7 +228,7 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def trainable_line(count: Trainable) -> str:
-    """How much of a network is trained."""
+    """Say how much of a network is trained."""
     share = f" ({100 * count.params / count.total:.1f} %)" if count.total else ""
     frozen = f", statistics of {count.frozen_norms} batch normalisations frozen" if count.frozen_norms else ""
     return f"trainable {_millions(count.params)} of {_millions(count.total)}{share}{frozen}"

@@ -1,8 +1,10 @@
 """Training an injected network: what is trainable, optimizers, averages, scalers, compiled steps, several processes."""
 
+import contextlib
 import copy
 import pickle
 import socket
+import threading
 import warnings
 
 import pytest
@@ -107,12 +109,36 @@ def test_frozen_networks_are_copied_pickled_loaded_scripted_and_exported(tmp_pat
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("undo", [si.freeze_backbone_, si.eject_])
+@pytest.mark.parametrize("undo", [si.unfreeze_backbone_, si.eject_])
 def test_frozen_statistics_thaw(undo, training):
     network = si.freeze_backbone_(injected(), batch_norm=True).train(training)
     undo(network)
     assert type(network.bn1) is nn.BatchNorm2d
     assert all(module.training is training for module in network.modules())
+
+
+def test_thawing_lets_all_be_trained_and_freezing_again_thaws_nothing():
+    network = si.freeze_backbone_(injected(block="bam"), batch_norm=True)
+    network.requires_grad_(True)
+    assert not network.train().bn1.training  # what torch alone can undo
+    si.freeze_backbone_(network)
+    assert not network.train().bn1.training and si.trainable(network).frozen_norms > 0
+    si.unfreeze_backbone_(network, batch_norm=False)
+    assert all(p.requires_grad for p in network.parameters()) and not network.bn1.training
+    assert si.unfreeze_backbone_(network) is network
+    before = state(network)
+    assert str(si.trainable(network)).endswith("(100.0 %)")
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    for _ in range(2):
+        step(network, optimizer)
+    assert changed(before, network) >= {*resnet().state_dict()}
+
+
+def test_a_network_without_blocks_thaws():
+    network = resnet().requires_grad_(False)
+    network.register_parameter("count", nn.Parameter(torch.ones(1, dtype=torch.int64), requires_grad=False))
+    si.unfreeze_backbone_(network)
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["count"]
 
 
 def test_norms_of_other_kinds_are_frozen_with_their_own_class():
@@ -293,6 +319,101 @@ def test_a_compiled_training_step(frozen):
     assert new_keys(networks[1]) <= changed(state(injected()), networks[1])
     for one, other in zip(networks[0].state_dict().values(), networks[1].state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+# -- blocks off ----------------------------------------------------------------------------------------------
+
+
+def strong(**options):
+    """Blocks that change much, with statistics of their own."""
+    network = injected(**options).eval()
+    torch.manual_seed(3)
+    for parameter in si.injected_parameters(network):
+        nn.init.normal_(parameter, std=0.5)
+    return randomise(network, 1)
+
+
+def without(network):
+    return si.eject_(copy.deepcopy(network))
+
+
+@pytest.mark.parametrize("options", [{}, {"block": "bam", "position": "post"}, {"position": "pre"}])
+@pytest.mark.parametrize("training", [False, True])
+def test_blocks_are_off_inside_and_on_outside(options, training):
+    network = strong(**options).train(training)
+    plain, before = without(network), state(network)
+    classes = [type(module) for module in network.modules()]
+    blocks = {key for key in before if key not in plain.state_dict()}
+    with si.disabled(network) as same:
+        assert same is network
+        with si.disabled(network), torch.no_grad():
+            assert torch.equal(network(X), plain(X))
+        assert torch.equal(network(X), plain(X))
+        loss = network(X).square().mean()
+        loss.backward()
+        assert not changed(before, network) & blocks
+        twins = [copy.deepcopy(network), pickle.loads(pickle.dumps(network))]
+    assert all(parameter.grad is None for parameter in si.injected_parameters(network))
+    assert [type(module) for module in network.modules()] == classes
+    for twin in (network, *twins):
+        assert [type(module) for module in twin.modules()] == classes
+        assert not torch.equal(twin.eval()(X), plain.eval()(X))
+
+
+def test_an_exception_leaves_the_blocks_on():
+    network = strong()
+    expected = network(X)
+    with pytest.raises(ZeroDivisionError), si.disabled(network):
+        1 / 0  # noqa: B018
+    assert torch.equal(network(X), expected)
+    with pytest.raises(SurgeryError), si.disabled(resnet()):
+        pass
+
+
+def test_other_threads_have_the_blocks_on():
+    network = strong()
+    plain = without(network)
+    expected = {True: plain(X), False: network(X)}
+    barrier, wrong = threading.Barrier(4), []
+
+    def work(off):
+        barrier.wait()
+        for _ in range(10):
+            with si.disabled(network) if off else contextlib.nullcontext(), torch.no_grad():
+                if not torch.equal(network(X), expected[off]):
+                    wrong.append(off)
+
+    threads = [threading.Thread(target=work, args=(number % 2 == 0,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert type(network.layer2[0].se).__name__ == "SqueezeExcitation" and not vars(type(network.layer2[0].se)).get(
+        "_se_inject_always_on"
+    )
+
+
+def test_a_compiled_network_is_compiled_again_without_blocks():
+    network = strong()
+    plain = without(network)
+    compiled = torch.compile(network, backend="eager")
+    expected = compiled(X)
+    for _ in range(2):
+        with si.disabled(network):
+            assert torch.equal(compiled(X), plain(X))
+        assert torch.equal(compiled(X), expected)
+    torch._dynamo.reset()
+
+
+def test_what_is_exported_inside_has_no_blocks_and_what_was_before_has(tmp_path):
+    network = strong()
+    plain = without(network)
+    before = torch.export.export(network, (X,)).module()
+    with si.disabled(network):
+        inside = torch.export.export(network, (X,)).module()
+        assert not torch.equal(before(X), network(X))
+    torch.testing.assert_close(inside(X), plain(X))
 
 
 # -- several processes -------------------------------------------------------------------------------------
