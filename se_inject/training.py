@@ -125,8 +125,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     with _switching:
         for block in blocks:
             _users[id(block)] = _users.get(id(block), 0) + 1
+            kind: Any = type(block)
             if _users[id(block)] == 1:
-                block.__class__ = _switchable(type(block))
+                _class_of.__set__(block, _switchable(kind))
     before = _off.set(_off.get() | {id(block) for block in blocks})
     try:
         yield model
@@ -143,6 +144,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 _off: ContextVar[frozenset[int]] = ContextVar("blocks that are off", default=frozenset())
 _users: dict[int, int] = {}  # how many `with disabled` a block is in at present, in all threads
 _switching = threading.Lock()
+_class_of: Any = vars(object)["__class__"]
 
 
 @functools.cache
@@ -161,6 +163,7 @@ def _switchable(original: Any) -> Any:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__reduce_ex__": __reduce_ex__,
+        "__class__": property(lambda self: original, _class_of.__set__),  # pickle compares it
         "forward": forward,
         "_se_inject_always_on": original,
     }
