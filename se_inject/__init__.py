@@ -14,9 +14,13 @@ from se_inject._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from se_inject.adapters import BackboneWarning as BackboneWarning
+    from se_inject.adapters import active_adapter as active_adapter
+    from se_inject.adapters import adapters_of as adapters_of
     from se_inject.adapters import load_adapter as load_adapter
     from se_inject.adapters import load_adapter_ as load_adapter_
+    from se_inject.adapters import remove_adapter_ as remove_adapter_
     from se_inject.adapters import save_adapter as save_adapter
+    from se_inject.adapters import set_adapter_ as set_adapter_
     from se_inject.cost import CostReport as CostReport
     from se_inject.errors import InjectError as InjectError
     from se_inject.exporting import Exported as Exported
@@ -60,6 +64,8 @@ _HOME = {
     "Sites": "sites",
     "Trainable": "training",
     "Verdict": "verification",
+    "active_adapter": "adapters",
+    "adapters_of": "adapters",
     "add_to_optimizer": "training",
     "cost_grid": "plans",
     "disabled": "training",
@@ -77,7 +83,9 @@ _HOME = {
     "plan": "plans",
     "plan_of": "plans",
     "prune_blocks_": "gates",
+    "remove_adapter_": "adapters",
     "save_adapter": "adapters",
+    "set_adapter_": "adapters",
     "trainable": "training",
     "unfreeze_backbone_": "training",
     "verify": "verification",

@@ -224,7 +224,7 @@ def test_force_replaces_only_what_has_passed_its_checks(tmp_path, monkeypatch):
 
 
 def test_an_adapter_that_does_not_give_back_what_was_written_does_not_appear(tmp_path, monkeypatch):
-    from se_inject import adapters
+    from se_inject.adapters import files as adapters
 
     network = si.inject(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.empty(1, 3, 8, 8), init="paper")
     path = tmp_path / "x.safetensors"

@@ -221,20 +221,11 @@ def load_adapter(
         SurgeryError: it was made for another network; or, if strict, for other weights.
         AlreadyInjected: the model holds such blocks.
     """
-    return _checked(model, path, strict, trust).put_into(model)
+    return adapter_for(model, path, strict, trust).put_into(model)
 
 
-def load_adapter_(
-    model: nn.Module, path: str | os.PathLike[str], *, strict: bool = False, trust: Sequence[str] = ()
-) -> nn.Module:
-    """Put an adapter's blocks into the backbone itself and return it; as ``load_adapter`` otherwise.
-
-    Nothing of the model is changed if an error is raised.
-    """
-    return _checked(model, path, strict, trust).put_into_(model)
-
-
-def _checked(model: nn.Module, path: str | os.PathLike[str], strict: bool, trust: Sequence[str]) -> Adapter:
+def adapter_for(model: nn.Module, path: str | os.PathLike[str], strict: bool, trust: Sequence[str]) -> Adapter:
+    """Read an adapter, and warn or refuse if it was made for other weights than this model's."""
     if isinstance(trust, str):
         raise OptionError("`trust` is a list of names", seen=f"the text `{trust}`", hint=f"trust=[{trust!r}]")
     adapter = read_adapter(path, trust=trust)
