@@ -7,7 +7,6 @@ digest of each of its tensors. Nothing in it is ever executed. The same blocks g
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ from se_inject.errors import ExportError, InjectError, LoadError, OptionError, S
 from se_inject.loading import described, form_of
 from se_inject.plans import Plan, plan_of
 from se_inject.surgery import injected_blocks
-from se_inject.tracing import check_supported
+from se_inject.tracing import check_supported, duplicate
 from se_inject.user_code import NoSuchFile, fact
 
 VERSION = 1
@@ -78,7 +77,7 @@ class Adapter:
     def put_into(self, model: nn.Module) -> nn.Module:
         """A copy of a backbone with the blocks in it. See ``load_adapter``, which also looks at the weights."""
         fitted = self._fitted(model)
-        return fitted.put_into_(copy.deepcopy(model), self._states())
+        return fitted.put_into_(duplicate(model), self._states())
 
     def put_into_(self, model: nn.Module) -> nn.Module:
         """Put the blocks into a backbone itself. See ``load_adapter_``, which also looks at the weights."""

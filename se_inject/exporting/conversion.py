@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.errors import ExportError, OptionError
+from se_inject.tracing import duplicate, rehearsed
 
 FORMATS = {
     ".onnx": "onnx",
@@ -58,10 +58,10 @@ class Conversion(NamedTuple):
         return tensor
 
     def model(self, model: nn.Module) -> nn.Module:
-        """The model itself if nothing is asked for, else a converted copy."""
+        """A twin with the model's own parameters if nothing is asked for, else a converted copy; the model is not called."""
         if self == (None, None, None):
-            return model
-        model = copy.deepcopy(model).to(device=self.device, dtype=self.dtype)
+            return rehearsed(model)
+        model = duplicate(model).to(device=self.device, dtype=self.dtype)
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = self.tensor(tensor)
         return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import html
 import itertools
 import json
@@ -34,7 +33,7 @@ from se_inject.pictures import Picture, picture
 from se_inject.plans.text import plan_text
 from se_inject.sites import place_of, sites_in
 from se_inject.surgery import Step, first_problem, inject_, steps_of
-from se_inject.tracing import Trace, check_supported, inputs_from, observe_model, shapes_of
+from se_inject.tracing import Trace, check_supported, duplicate, inputs_from, observe_model, shapes_of
 from se_inject.user_code import NoSuchFile
 
 LARGEST = 2**32
@@ -104,7 +103,7 @@ class Plan:
             SurgeryError: the plan does not fit the model.
         """
         checked = self.fitted(model)
-        return checked.put_into_(copy.deepcopy(model))
+        return checked.put_into_(duplicate(model))
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Put the blocks into the model itself and return it. No weight of it is copied or changed.

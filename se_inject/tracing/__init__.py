@@ -23,7 +23,7 @@ from se_inject.tracing.nodes import CONVOLUTIONS, ancestors, function_name_of, i
 from se_inject.tracing.observer import is_leaf
 from se_inject.tracing.proxy import Untraceable, holds_tensor
 from se_inject.tracing.snapshots import preserved, random_state, set_random_state
-from se_inject.tracing.substitutes import rehearsed, standing_in
+from se_inject.tracing.substitutes import duplicate, rehearsed, standing_in
 from se_inject.tracing.trace import Counts, OwnerGraph, Trace, float_like
 from se_inject.tracing.training_mode import training_graph
 from se_inject.tracing.twin import twin_of
@@ -42,6 +42,7 @@ __all__ = [
     "copied",
     "cropped",
     "describe",
+    "duplicate",
     "example_of",
     "float_like",
     "function_name_of",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +48,23 @@ def rehearsed(model: nn.Module, parameters: dict[int, Tensor] | None = None) -> 
         return other if other is not None else own if isinstance(own, nn.Parameter) else own.detach().clone()
 
     return twin_of(model, tensor)
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """Copy a network, weights and all, as ``copy.deepcopy`` does; a twin with copies of all tensors where that refuses.
+
+    It does for networks that hold a tensor with a history (old ``weight_norm``), a lock or an open file. What can't be
+    copied is shared.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception:
+        return twin_of(model, _cloned)
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    clone = tensor.detach().clone(memory_format=torch.preserve_format)
+    return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
 
 
 @contextlib.contextmanager

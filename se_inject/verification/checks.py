@@ -17,7 +17,16 @@ from se_inject.errors import VerificationError
 from se_inject.forwards import original_class
 from se_inject.surgery import Step, injected_blocks, steps_of
 from se_inject.tables import counted
-from se_inject.tracing import Trace, check_has_numbers, copied, describe, float_like, observe_model, real_inputs
+from se_inject.tracing import (
+    Trace,
+    check_has_numbers,
+    copied,
+    describe,
+    float_like,
+    observe_model,
+    real_inputs,
+    rehearsed,
+)
 from se_inject.verification.calls import (
     Seen,
     difference,
@@ -101,14 +110,17 @@ def verify(
     trace = trace or observe_model(before, example_inputs, example_kwargs)
     steps = {step.path for step in steps_of(after)} - {step.path for step in steps_of(before)}
     blocks = {path: block for path, block in injected_blocks(after) if path in steps}
+    kept = [_kept_state(before, after, blocks), _kept_settings(before, after, blocks)]
+    warnings_of_weights = weight_warnings(before)
+    before, after = rehearsed(before), rehearsed(after)  # what is called: others may be using the networks
+    blocks = {path: after.get_submodule(path) for path in blocks}
     inputs, in_eval = observed_in_eval(before, trace)
     checks = [
-        _kept_state(before, after, blocks),
-        _kept_settings(before, after, blocks),
+        *kept,
         *_outputs({"eval": in_eval, "train": observed_in_training(before, inputs)}, after, blocks, inputs, fresh),
         _gradients(after, blocks, inputs),
     ]
-    notes = [f"numeric checks on {describe(*inputs)}", *_overflow(in_eval), *weight_warnings(before)]
+    notes = [f"numeric checks on {describe(*inputs)}", *_overflow(in_eval), *warnings_of_weights]
     return Verdict(tuple(checks), tuple(notes))
 
 
@@ -138,7 +150,7 @@ def check_against_file(network: nn.Module, program: Any, trace: Trace) -> Check:
             why = first_line(error)
             continue
         with torch.no_grad():
-            seen = run(network, (args, kwargs), "eval").output
+            seen = run(rehearsed(network), (args, kwargs), "eval").output
         leaves, others = ([leaf for leaf in tree_leaves(each) if isinstance(leaf, Tensor)] for each in (expected, seen))
         different = difference(leaves, others)
         return Check(name, not different, different or f"bit-equal on {describe(args)}")

@@ -112,11 +112,11 @@ def plan_one(name):
 
 def symbolic(network, trace):
     """Seconds of whole-model symbolic tracing with shape propagation on meta tensors; why not, if it fails."""
-    with standing_in(network, "meta") as place:
-        args = place(trace.inputs[0])
+    with standing_in(network, "meta") as (twin, matching):
+        args = matching(trace.inputs[0])
         start = time.perf_counter()
         try:
-            ShapeProp(torch.fx.symbolic_trace(network)).propagate(*args)
+            ShapeProp(torch.fx.symbolic_trace(twin)).propagate(*args)
         except Exception as error:
             return type(error).__name__
         return round(time.perf_counter() - start, 3)

@@ -248,3 +248,29 @@ def test_patches_are_undone_when_the_forward_fails():
     with pytest.raises(KeyboardInterrupt):
         observe_model(Fails(), X)
     assert patchable() == before
+
+
+def test_networks_serve_and_train_while_they_are_verified_and_costed():
+    served, trained = residual_network(), residual_network()
+    plan = si.plan(served, X)
+    injected = plan.apply(served)
+    with torch.no_grad():
+        expected = served(X)
+    names = [sorted(vars(module)) for model in (served, injected, trained) for module in model.modules()]
+
+    def serve():
+        with torch.no_grad():
+            assert torch.equal(served(X), expected)
+            assert torch.equal(injected(X), expected)
+        assert not any(module.training for model in (served, injected) for module in model.modules())
+
+    def train():
+        trained.train()
+        trained(X).sum().backward()
+        assert all(module.training for module in trained.modules())
+
+    with meanwhile(serve, train):
+        assert si.verify(served, injected, X).passed
+        assert si.verify(trained, si.plan(trained, X).apply(trained), X).passed
+        assert plan.cost(served).rows
+    assert [sorted(vars(module)) for model in (served, injected, trained) for module in model.modules()] == names
