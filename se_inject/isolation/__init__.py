@@ -6,12 +6,14 @@ Must not know: torch (it is imported afterwards, in the child), networks, or the
 """
 
 from se_inject.isolation.confinement import Confinement, code_beside, confine, default_memory, protections
+from se_inject.isolation.spawn import call_isolated
 from se_inject.isolation.worker import Display, Interrupted, can_fork, clean_end, run_in_worker
 
 __all__ = [
     "Confinement",
     "Display",
     "Interrupted",
+    "call_isolated",
     "can_fork",
     "clean_end",
     "code_beside",

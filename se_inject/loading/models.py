@@ -52,10 +52,14 @@ def load(
     weights: str | os.PathLike[str] | None = None,
     trust: Sequence[str] = (),
     mmap: bool = False,
+    isolated: bool = False,
 ) -> nn.Module:
     """Get a model from a file, or by its name.
 
-    Downloads nothing, runs no code out of a file, and leaves training flags as they are.
+    Downloads nothing, runs no code out of a file, and leaves training flags as they are. But the file is read in
+    this process, by torch's readers too, and these can crash at what a hostile file says; with ``isolated`` it is
+    read in a process of its own, which the system confines and limits, and only tensors and plain data of allowed
+    classes come back. That takes the time to start Python and to import torch.
 
     Args:
         source: a file with a whole pickled module, a TorchScript archive or an exported program (``.pt2``), which
@@ -66,13 +70,21 @@ def load(
         weights: a file to take the weights from, as ``load_weights_`` does.
         trust: packages whose code a pickle may import and call.
         mmap: leave the tensors in the file, and read them when they are used. Nobody may write to the file then.
+        isolated: read the file in a confined process; not together with ``trust`` or ``mmap``.
 
     Raises:
         NoSuchFile: a file that doesn't exist.
         UntrustedGlobals: a pickle that refers to other code than it may.
         LoadError: anything else that gives no model.
         OptionError: a package that can't be trusted.
+        WorkerError: with ``isolated``, the process died: of a fault in native code, a limit, or of memory.
     """
+    if isolated:
+        from se_inject.loading.isolated import load_isolated
+
+        if trust or mmap:
+            raise OptionError("isolated=True goes with neither trust nor mmap", hint="leave one of them out")
+        return load_isolated(source, arch=arch, weights=weights)
     trust = _trustworthy([trust] if isinstance(trust, str) else trust)
     if arch is not None:
         if weights is not None:

@@ -1,0 +1,112 @@
+"""A function called in a new, confined Python process, from a process that can't fork: torch and its threads are there.
+
+The new process imports no torch either before it forks its worker; see ``run_in_worker``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from se_inject import atomic_files, errors
+from se_inject.errors import InjectError, WorkerError, out_of_memory
+from se_inject.isolation.confinement import Confinement
+from se_inject.isolation.worker import Interrupted, can_fork, run_in_worker
+
+
+def call_isolated(
+    function: str,
+    arguments: Mapping[str, Any],
+    output: Path,
+    *,
+    readable: Sequence[Path],
+    memory: int | None = None,
+    seconds: int | None = None,
+) -> None:
+    """Have a function write a file, in a new process that is confined before it imports anything of the function's.
+
+    Args:
+        function: ``package.module:name``; it is called with ``output`` as its first argument.
+        arguments: its keyword arguments, as JSON can hold them.
+        output: the file that it writes; in a folder that exists.
+        readable: what it may read.
+        memory: most bytes of memory.
+        seconds: most seconds of processor time.
+
+    Raises:
+        InjectError: what the function raised, or WorkerError if its process died.
+    """
+    if os.name != "posix":
+        raise WorkerError("reading in a process of its own needs a system with `fork`", hint="leave isolated=True out")
+    request = {
+        "function": function,
+        "arguments": dict(arguments),
+        "output": str(output),
+        "readable": [str(path) for path in readable],
+        "memory": memory,
+        "seconds": seconds,
+    }
+    paths = [entry or os.getcwd() for entry in sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", "from se_inject.isolation.spawn import main; main()"],
+        input=json.dumps(request), capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    if done.returncode:
+        raise _error(done.stdout, done.stderr)
+
+
+def _error(out: str, err: str) -> InjectError:
+    """The exception that a process printed as its last line."""
+    try:
+        said = json.loads(out.splitlines()[-1])
+        kind = getattr(errors, said["kind"], InjectError)
+        if issubclass(kind, InjectError):
+            return kind(said["message"], seen=said["seen"], hint=said["hint"])
+    except (ValueError, LookupError, TypeError):
+        pass
+    return WorkerError("the process that was to do the work failed", seen=(err or out)[-300:].strip() or None)
+
+
+def main() -> None:
+    """Do what the request on stdin says; print an exception as a line of JSON."""
+    request = json.load(sys.stdin)
+    output = Path(request["output"])
+    confinement = Confinement(
+        readable=tuple(map(Path, request["readable"])), memory=request["memory"], seconds=request["seconds"]
+    )
+
+    def work() -> int:
+        place, _, name = request["function"].partition(":")
+        try:
+            with atomic_files.atomic(output) as path:
+                getattr(importlib.import_module(place), name)(path, **request["arguments"])
+        except Exception as error:
+            return _print(error)
+        return 0
+
+    try:
+        if not can_fork():
+            raise WorkerError("this process can't fork", seen="another thread, or torch, is there already")
+        sys.exit(run_in_worker(work, confinement, outputs=[output]))
+    except InjectError as error:
+        sys.exit(_print(error))
+    except Interrupted as ending:
+        sys.exit(ending.exit_code)
+
+
+def _print(error: Exception) -> int:
+    if out_of_memory(error):
+        error = WorkerError("memory ran out", hint="use a machine with more memory")
+    if not isinstance(error, InjectError):
+        error = WorkerError(f"this should not have happened: {type(error).__name__}: {error}")
+    kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__]
+    said = {"kind": kinds[0], "message": error.message, "seen": error.seen, "hint": error.hint}
+    print(json.dumps(said), flush=True)
+    return 1

@@ -1,0 +1,59 @@
+"""Read a network in a process of its own; only tensors and plain data of classes that are allowed come back."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from se_inject.errors import OptionError
+from se_inject.isolation import call_isolated, default_memory
+
+
+def load_isolated(
+    source: str | os.PathLike[str], *, arch: str | None = None, weights: str | os.PathLike[str] | None = None
+) -> nn.Module:
+    """Get a network from files that only a confined process opens.
+
+    That process writes the network as this package's own kind of file, and that is read here, with the checks of
+    every file: so whatever the original makes torch's readers do, it does there.
+
+    Args:
+        source: a file, or the name of a network of torchvision or timm.
+        arch: as for ``load``.
+        weights: as for ``load``.
+
+    Raises:
+        OptionError: the source is code of your own, which runs here.
+        LoadError: as for ``load``.
+        WorkerError: the process died: of a fault in native code, of a limit, or of memory.
+    """
+    from se_inject.loading.models import load
+
+    for text in (os.fspath(source), arch or ""):
+        if not os.path.exists(text) and ":" in text and not text.startswith(("torchvision:", "timm:")):
+            raise OptionError(f"`{text}` is code of yours, and isolated=True is for files", hint="leave it out")
+    if ":" not in os.fspath(source) and not os.path.exists(source):
+        return load(source)  # says that there is no such file
+    files = [Path(path).resolve() for path in (source, weights) if path is not None and os.path.exists(path)]
+    with tempfile.TemporaryDirectory(prefix="se-inject-") as folder:
+        output = Path(folder).resolve() / "network.pt"
+        call_isolated(
+            "se_inject.loading.isolated:write_network",
+            {"source": os.fspath(source), "arch": arch, "weights": None if weights is None else os.fspath(weights)},
+            output,
+            readable=files,
+            memory=default_memory(path.stat().st_size for path in files if path.is_file()),
+            seconds=3600 * (os.cpu_count() or 1),
+        )
+        return load(output)
+
+
+def write_network(path: Path, *, source: str, arch: str | None, weights: str | None) -> None:
+    """Read a network and write it as a whole module: what the confined process does."""
+    from se_inject.loading.models import load
+
+    torch.save(load(source, arch=arch, weights=weights), path)
