@@ -4,43 +4,17 @@ from __future__ import annotations
 
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import click
 
 from se_inject._version import __version__
 from se_inject.cli import gates, options, pictures
-from se_inject.cli.running import OutputPath, WorkerCommand, reported
+from se_inject.cli.confined import OutputPath, reported
+from se_inject.cli.running import MainGroup
 
 
-class _MainCommandGroup(click.Group):
-    """`se-inject MODEL …` is `se-inject inject MODEL …`; its help stands on the first page."""
-
-    command_class = WorkerCommand
-
-    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Every command is run in a worker."""
-        if not isinstance(cmd, WorkerCommand):
-            raise TypeError(f"`{cmd.name}` is not a WorkerCommand: write @click.command(cls=WorkerCommand)")
-        super().add_command(cmd, name)
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
-            args = ["inject", *args]
-        return super().parse_args(ctx, args)
-
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage("se-inject", "MODEL [OPTIONS]")
-        others = ("sites MODEL [OPTIONS]", "cost MODEL [OPTIONS]", "eject MODEL -o FILE", "blocks [NAME] [OPTIONS]")
-        for rest in others:
-            formatter.write_usage("se-inject", rest, prefix="       ")
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        self.commands["inject"].format_options(ctx, formatter)
-
-
-@click.group(cls=_MainCommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=MainGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="se-inject")
 def cli() -> None:
     """Put Squeeze-and-Excitation blocks into a network you already have.
@@ -77,25 +51,11 @@ def cli() -> None:
 )
 @options.blocks
 @click.option("--name", help="Attribute that a block becomes on its owner.  [default: se]")
-@click.option(
-    "--plan",
-    "plan_file",
-    type=click.Path(path_type=Path),
-    help="Put in what this file says, which -o plan.json wrote, instead of all these choices.",
-)
-@click.option(
-    "--adapter",
-    type=click.Path(path_type=Path),
-    help="Put in the trained blocks of this file, which -o se.safetensors wrote.",
-)
-@click.option(
-    "-o",
-    "--output",
-    "outputs",
-    multiple=True,
-    type=OutputPath(),
-    help="File to write: .onnx, .torchscript, .pt2, .pt, .safetensors (the blocks alone) or .json (the plan); may be "
+@options.stored
+@options.outputs(
+    "File to write: .onnx, .torchscript, .pt2, .pt, .safetensors (the blocks alone) or .json (the plan); may be "
     "repeated. If left out: <model>-se.pt.",
+    required=False,
 )
 @options.force
 @click.option("--dry-run", is_flag=True, help="Plan and report only.")
@@ -106,29 +66,43 @@ def cli() -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Every site, not only every stage.")
 def inject(**given: Any) -> None:
     """Put blocks into MODEL, verify the result, and write it."""
-    from se_inject.cli import commands
+    from se_inject.cli import injecting
 
-    commands.inject(**given)
+    injecting.inject(**given)
+
+
+@cli.command(short_help="Write MODEL to files, trained or not, with blocks or without.")
+@options.network
+@options.stored
+@options.outputs(
+    "File to write: .onnx, .torchscript, .pt2, .pt; of the blocks in it .safetensors and .json; may be repeated."
+)
+@options.force
+@options.targets
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def export(**given: Any) -> None:
+    """Write MODEL to files as it is, in the formats that the suffixes name, each checked in its own runtime.
+
+    \b
+    se-inject export trained.pt -o trained.onnx
+    se-inject export torchvision:resnet50 --plan plan.json --weights trained.pth -o trained.onnx
+    se-inject export torchvision:resnet50 --weights resnet50.pth --adapter se.safetensors -o trained.pt2
+    """
+    from se_inject.cli import writing
+
+    writing.export(**given)
 
 
 @cli.command(short_help="Take the blocks out of MODEL again.")
 @options.network
-@click.option(
-    "-o",
-    "--output",
-    "outputs",
-    multiple=True,
-    required=True,
-    type=OutputPath(),
-    help="File to write: .onnx, .torchscript, .pt2 or .pt; may be repeated.",
-)
+@options.outputs("File to write: .onnx, .torchscript, .pt2 or .pt; may be repeated.")
 @options.force
 @options.targets
 def eject(**given: Any) -> None:
     """Take the blocks out of MODEL and write the original, bit for bit."""
-    from se_inject.cli import commands
+    from se_inject.cli import writing
 
-    commands.eject(**given)
+    writing.eject(**given)
 
 
 @cli.command(short_help="List the stages of MODEL; -v: every site and every refusal.")
@@ -137,9 +111,9 @@ def eject(**given: Any) -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Every site, and every refusal with its reason.")
 def sites(**given: Any) -> None:
     """List the stages of MODEL, where blocks can go. Nothing is changed or written."""
-    from se_inject.cli import commands
+    from se_inject.cli import looking
 
-    commands.sites(**given)
+    looking.sites(**given)
 
 
 @cli.command(short_help="What blocks would add to MODEL, for many ratios and stages at once.")
@@ -168,9 +142,9 @@ def cost(**given: Any) -> None:
 
     Nothing is computed or changed. MODEL is called once, without numbers, however many ratios and stages there are.
     """
-    from se_inject.cli import commands
+    from se_inject.cli import looking
 
-    commands.cost(**given)
+    looking.cost(**given)
 
 
 @cli.command(short_help="List the blocks that can be put in.")
@@ -183,9 +157,9 @@ def blocks(**given: Any) -> None:
 
     With --on, list what each block (or the one of that NAME) with its defaults adds to a network, and how it starts.
     """
-    from se_inject.cli import commands
+    from se_inject.cli import looking
 
-    commands.blocks(**given)
+    looking.blocks(**given)
 
 
 cli.add_command(gates.excitations)

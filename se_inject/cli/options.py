@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from se_inject.cli.confined import OutputPath
 from se_inject.tables import FORMATS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 POSITIONS = ("standard", "pre", "post", "identity", "conv3x3")
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
-    """``16G``: a number of bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The bytes that the text says; a plain number is GiB."""
-        found = re.fullmatch(r"([\d.]+)\s*([kMGT]?)i?B?", str(value), re.IGNORECASE)
-        try:
-            if found is None:
-                raise ValueError
-            bytes_ = int(float(found[1]) * 1024 ** ("kmgt".index(found[2].lower()) + 1 if found[2] else 3))
-        except ValueError:
-            self.fail(f"`{value}` is not a size; write it as 16G", param, ctx)
-        if bytes_ < 1 << 30:
-            self.fail(f"`{value}` is too little to import torch; at least 1G", param, ctx)
-        return bytes_
 
 
 class Ratios(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
@@ -47,18 +28,6 @@ class Ratios(click.ParamType):  # type: ignore[type-arg]  # generic since click 
             return tuple(float(part) for part in str(value).split(","))
         except ValueError:
             self.fail(f"`{value}` is no list of numbers; write it as 4,8,16", param, ctx)
-
-
-def example_of(inputs: tuple[str, ...], network: Any) -> Any:
-    """Example inputs without numbers, of the shapes that ``--input`` gives; None if it is left out."""
-    import torch
-
-    from se_inject.tracing import parse_shape
-
-    if not inputs:
-        return None
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    return tuple(torch.empty(parse_shape(text), device="meta", dtype=dtype) for text in inputs)
 
 
 def together(*decorators: Decorator) -> Decorator:
@@ -86,19 +55,8 @@ reading = together(
         metavar="SHAPE",
         help="Shape of an input, 3x224x224; once for each input. Inferred if left out.",
     ),
-    click.option(
-        "--max-memory",
-        type=Size(),
-        help="Most memory that reading a file may take, 16G.  [default: 8G and 24 times the files]",
-    ),
-    click.option(
-        "--max-time",
-        type=click.IntRange(min=1),
-        metavar="SECONDS",
-        help="Most processor time, of all threads, that reading a file may take.  [default: an hour for each core]",
-    ),
 )
-""" How MODEL is read, and what goes into it."""
+"""How MODEL is read, and what goes into it."""
 
 network = together(
     click.argument("model"),
@@ -110,7 +68,7 @@ network = together(
     click.option("--arch", metavar="NAME", help="The network's name, if MODEL is a state dict: torchvision:resnet50."),
     reading,
 )
-""" Which network, and what goes into it."""
+"""Which network, and what goes into it."""
 
 attended = click.option("--attended", is_flag=True, help="Also sites that have attention of their own already.")
 
@@ -142,7 +100,7 @@ _built = together(
 block = together(
     click.option("--block", default="se", show_default=True, help="Block to put in; see `se-inject blocks`."), _built
 )
-""" Which block, where in a unit, and how it is built; but for the reduction ratio."""
+"""Which block, where in a unit, and how it is built; but for the reduction ratio."""
 
 blocks = together(
     click.option(
@@ -155,7 +113,7 @@ blocks = together(
     ),
     _built,
 )
-""" The same for several blocks."""
+"""The same for several blocks."""
 
 targets = together(
     click.option("--device", help="Device of the exported network: cpu or cuda."),
@@ -170,7 +128,7 @@ targets = together(
         "--dynamic-size", is_flag=True, help="Leave height and width open too, and check the file at two more sizes."
     ),
 )
-""" What a network is converted to when it is written."""
+"""What a network is converted to when it is written."""
 
 tables = together(
     click.option(
@@ -183,6 +141,27 @@ tables = together(
     ),
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
 )
-""" How results are printed."""
+"""How results are printed."""
+
+stored = together(
+    click.option(
+        "--plan",
+        "plan_file",
+        type=click.Path(path_type=Path),
+        help="Put in what this file says, which -o plan.json wrote, instead of all these choices.",
+    ),
+    click.option(
+        "--adapter",
+        type=click.Path(path_type=Path),
+        help="Put in the trained blocks of this file, which -o se.safetensors wrote.",
+    ),
+)
+"""What was chosen before and is in a file."""
+
+
+def outputs(help: str, required: bool = True) -> Decorator:
+    """``-o FILE``, which may be repeated."""
+    return click.option("-o", "--output", "outputs", multiple=True, required=required, type=OutputPath(), help=help)
+
 
 force = click.option("--force", is_flag=True, help="Replace files that exist.")

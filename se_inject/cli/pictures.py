@@ -33,6 +33,7 @@ def draw(**given: Any) -> None:
     Of an injected MODEL, its own blocks are drawn; of another, those that the main command would put in. Nothing is
     computed or changed.
     """
+    from se_inject.cli.arguments import block_options, example, packages
     from se_inject.cli.block_texts import parsed_blocks
     from se_inject.errors import OptionError
     from se_inject.loading import load
@@ -42,19 +43,19 @@ def draw(**given: Any) -> None:
 
     for path in given["outputs"]:
         check_picture(path, force=given["force"])
-    packages = tuple(name for name in given["trust"] if not name.endswith(".py"))
-    network = load(given["model"], arch=given["arch"], weights=given["weights"], trust=packages, mmap=True)
-    example = options.example_of(given["inputs"], network)
+    network = load(
+        given["model"], arch=given["arch"], weights=given["weights"], trust=packages(given["trust"]), mmap=True
+    )
+    inputs = example(given["inputs"], network)
     if steps_of(network):
         if given["stages"] or given["at"]:
             raise OptionError("MODEL holds blocks, and these are drawn", hint="leave out --stages and --at")
-        drawn = plan_of(network, example, trust=given["trust"]).draw(network, example_inputs=example)
+        drawn = plan_of(network, inputs, trust=given["trust"]).draw(network, example_inputs=inputs)
     else:
-        chosen = {key: given[key] for key in ("reduction", "divisor", "bias") if given.get(key) is not None}
-        block = parsed_blocks([given["block"]], given["settings"], chosen)[0]
+        block = parsed_blocks([given["block"]], given["settings"], block_options(given))[0]
         drawn = plan(
             network,
-            example,
+            inputs,
             stages=given["stages"],
             at=given["at"] or None,
             attended=given["attended"],

@@ -1,203 +1,172 @@
-"""How a command is run: in a process of its own that is confined where it opens a stranger's file.
-
-Importing this imports no torch. In a process that has imported torch already (a notebook, a test), and on a system
-without `fork`, the command runs in the process itself.
-"""
+"""The kinds of commands: how they are run, how their help is laid out, and what is said of a mistyped command line."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 
-from se_inject.cli.progress_line import ProgressLine
-from se_inject.errors import InjectError, out_of_memory
-from se_inject.isolation import (
-    Confinement,
-    Interrupted,
-    can_fork,
-    clean_end,
-    code_beside,
-    default_memory,
-    protections,
-    run_in_worker,
-)
-from se_inject.progress import current_step
+from se_inject.cli.confined import OutputPath as OutputPath
+from se_inject.cli.confined import run
+from se_inject.cli.talk import QUIET
 
-GIB = 1 << 30
-_ZOOS = ("torchvision:", "timm:")
-_STRANGERS = ("model", "models", "weights", "plan_file", "adapter", "adapters")
-_MAY_BE_CODE = ("model", "models", "source")
-_OUTPUTS = ("output", "outputs", "plot", "report")
-_CODE = re.compile(r"(?:^|=)([^,=]+\.py):[\w.]+(?:,|$)")
-_IMPORTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+_SECTIONS = (
+    ("Which network", ("model", "weights", "arch", "entry", "trust", "inputs", "max_memory", "max_time")),
+    ("Which sites", ("stages", "at", "attended", "require_all")),
+    ("Which block", ("block", "blocks", "reduction", "reductions", "position", "settings", "divisor", "bias", "init", "name")),
+    ("Which data", ("source", "batch_size", "limit", "mean", "std", "classes")),
+    ("What was chosen before", ("plan_file", "adapter")),
+    ("What is written", ("outputs", "output", "plot", "force", "device", "dtype", "memory_format", "opset", "dynamic_size")),
+    ("What is done and printed", ("dry_run", "latency", "by", "depth", "seed", "style", "as_json", "verbose", "quiet", "_click_default_help", "help")),
+)  # fmt: skip
+"""Sections of a command's help, with the names of the parameters in each."""
 
 
-class OutputPath(click.Path):
-    """A file that a command writes."""
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """``16G``: a number of bytes."""
 
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes that the text says; a plain number is GiB."""
+        found = re.fullmatch(r"([\d.]+)\s*([kMGT]?)i?B?", str(value), re.IGNORECASE)
+        try:
+            if found is None:
+                raise ValueError
+            exponent = "kmgt".index(found[2].lower()) + 1 if found[2] else 3
+            size = int(float(found[1]) * 1024**exponent)
+        except ValueError:
+            self.fail(f"`{value}` is not a size; write it as 16G", param, ctx)
+        if size < 1 << 30:
+            self.fail(f"`{value}` is too little to import torch; at least 1G", param, ctx)
+        return size
+
+
+def _common_options() -> list[click.Option]:
+    return [
+        click.Option(
+            ["--max-memory"],
+            type=Size(),
+            help="Most memory that reading a file may take, 16G.  [default: 8G and 24 times the files]",
+        ),
+        click.Option(
+            ["--max-time"],
+            type=click.IntRange(min=1),
+            metavar="SECONDS",
+            help="Most processor time, of all threads, that reading a file may take.  [default: an hour for each core]",
+        ),
+        click.Option(["-q", "--quiet"], is_flag=True, help="Print what was asked for and errors, nothing else."),
+    ]
 
 
 class WorkerCommand(click.Command):
     """A command whose function is run in a worker; see ``run_in_worker``."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.params += _common_options()
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command's function with what the command line gave."""
-        limits = {key: ctx.params.pop(key, None) for key in ("max_memory", "max_time")}
-        quiet = ctx.params.get("quiet", False)
-        if not can_fork():
-            _say_how(ctx, None, "this process has imported torch already, or can't fork")
-            with clean_end():
-                return super().invoke(ctx)
-        confinement, why = confinement_for(ctx, **limits)
-        _say_how(ctx, confinement, why)
+        limits = {key: ctx.params.pop(key) for key in ("max_memory", "max_time")}
+        quiet = ctx.meta[QUIET] = ctx.params.pop("quiet")
         work = super().invoke
-        code = run_in_worker(
-            lambda: reported(lambda: work(ctx)),
-            confinement,
-            outputs=outputs_of(self, ctx),
-            force=bool(ctx.params.get("force")),
-            display=ProgressLine.if_wanted(quiet),
-        )
-        raise click.exceptions.Exit(code)
+        return run(self, ctx, lambda: work(ctx), limits, quiet)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; where words are left over, say how the option before them is written."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            if "unexpected extra argument" not in error.message.lower():
+                raise
+            better = self._written_apart(given)
+            if better is None:
+                raise
+            raise click.UsageError(f"{error.message.rstrip('.')}: did you mean `{better}`?", ctx) from error
 
-def reported(work: Callable[[], Any]) -> int:
-    """Run this, print what goes wrong as the command line does, and return the exit code.
-
-    Exit codes: 0 done, 1 could not be done, 2 asked wrongly, 130 interrupted, 143 terminated.
-    """
-    try:
-        result = work()
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return 130
-    except Interrupted as ending:
-        click.echo("interrupted" if ending.exit_code == 130 else "terminated", err=True)
-        return ending.exit_code
-    except click.exceptions.Exit as ending:
-        return ending.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except Exception as error:
-        if out_of_memory(error):
-            _print_out_of_memory()
-        elif isinstance(error, InjectError):
-            click.echo(f"error: {error}", err=True)
-            return error.exit_code
-        elif os.environ.get("SE_INJECT_TRACEBACK"):
-            raise
-        else:
-            click.echo(f"error: this should not have happened: {type(error).__name__}: {error}", err=True)
-            click.echo("\nhint: please report it with what SE_INJECT_TRACEBACK=1 prints; nothing was written", err=True)
-        return 1
-    return result if isinstance(result, int) else 0
-
-
-def _print_out_of_memory() -> None:
-    step = current_step()
-    click.echo(f"error: memory ran out{f' while {step}' if step else ''}", err=True)
-    if limit := _memory_limit():
-        click.echo(f"seen: this process may take {limit / GIB:.1f} GiB", err=True)
-    click.echo("\nhint: nothing was written; `--max-memory 32G` allows more, if the machine has it", err=True)
-
-
-def _memory_limit() -> int | None:
-    try:
-        import resource
-    except ImportError:
+    def _written_apart(self, args: Sequence[str]) -> str | None:
+        """The option that has more than one word behind it, as it is written in one."""
+        options = {text: option for option in self.params for text in option.opts if isinstance(option, click.Option)}
+        for text, words in _runs(args):
+            option = options.get(text)
+            if not isinstance(option, click.Option) or option.is_flag or len(words) < 2:
+                continue
+            if option.name == "inputs" and all(word.isdigit() for word in words):
+                return f"{text} {'x'.join(words)}"
+            words = words if len(words) > 2 or not os.path.exists(words[-1]) else words[:1]
+            if len(words) > 1 and option.name in ("stages", "reductions"):
+                return f"{text} {','.join(word.strip(',') for word in words)}"
+            if len(words) > 1 and option.multiple:
+                return " ".join(f"{text} {word}" for word in words)
         return None
-    return min((n for n in resource.getrlimit(resource.RLIMIT_DATA) if n != resource.RLIM_INFINITY), default=None)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options in sections."""
+        left = {param.name: param for param in self.get_params(ctx) if isinstance(param, click.Option)}
+        sections = [(title, [left.pop(name) for name in names if name in left]) for title, names in _SECTIONS]
+        for title, params in [*sections, ("Others", list(left.values()))]:
+            if params:
+                with formatter.section(title):
+                    formatter.write_dl([record for param in params if (record := param.get_help_record(ctx))])
 
 
-# -- what the command line names ---------------------------------------------------------------------------
+def _runs(args: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each option of a command line, and the words behind it."""
+    option = ""
+    words: list[str] = []
+    for word in args:
+        if word.startswith("-") and len(word) > 1:
+            if option:
+                yield option, words
+            option, words = word, []
+        else:
+            words.append(word)
+    if option:
+        yield option, words
 
 
-def confinement_for(
-    ctx: click.Context, max_memory: int | None = None, max_time: int | None = None
-) -> tuple[Confinement | None, str]:
-    """What a command's process may still do; None, and why not, if it isn't confined.
+class MainGroup(click.Group):
+    """`se-inject MODEL …` is `se-inject inject MODEL …`; its help stands on the first page."""
 
-    Args:
-        ctx: the command line, parsed.
-        max_memory: most bytes of memory; None: as much as files of this size need, and more.
-        max_time: most seconds of processor time; None: an hour for each processor.
-    """
-    if trusted := ctx.params.get("trust"):
-        return None, f"`--trust {trusted[0]}` lets the file's own code run"
-    texts = list(_texts(ctx.params.values()))
-    for text in _texts(ctx.params.get(name) for name in _MAY_BE_CODE):
-        if not os.path.exists(text) and not text.startswith(_ZOOS) and (_IMPORTED.match(text) or _CODE.match(text)):
-            return None, f"`{text}` is code of yours, which may need anything"
-    code = [Path(found[1]) for text in texts if not os.path.exists(text) and (found := _CODE.search(text))]
-    if not any(path for name in _STRANGERS for path in _paths(ctx.params.get(name))):
-        return None, "no file is read that could be a stranger's"
-    named = [path for value in ctx.params.values() for path in _paths(value)]
-    beside = [found for path in code if path.exists() for found in code_beside(path)]
-    sizes = [path.stat().st_size for path in named if path.is_file()]
-    confinement = Confinement(
-        readable=tuple(path.resolve() for path in (*named, *beside)),
-        memory=max_memory or default_memory(sizes),
-        seconds=max_time or 3600 * (os.cpu_count() or 1),
-        file_size=8 * GIB + 16 * sum(sizes),
-        gpu=any(text.startswith("cuda") for text in texts),
-    )
-    return confinement, ""
+    command_class = WorkerCommand
 
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command; every one is run in a worker."""
+        if not isinstance(cmd, WorkerCommand):
+            raise TypeError(f"`{cmd.name}` is not a WorkerCommand: write @click.command(cls=WorkerCommand)")
+        super().add_command(cmd, name)
 
-def outputs_of(command: click.Command, ctx: click.Context) -> list[Path]:
-    """The files that this command line writes."""
-    if ctx.params.get("dry_run"):
-        return []
-    options = [p for p in command.params if isinstance(p.type, OutputPath) or p.name in _OUTPUTS]
-    found = [Path(text) for option in options for text in _texts([ctx.params.get(option.name or "")])]
-    if not found and command.name == "inject":
-        found = [default_output(ctx.params["model"])]
-    return found
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; what begins with no command is a MODEL, unless it is nearly a command."""
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
+            self._refuse_misspelt(ctx, args)
+            args = ["inject", *args]
+        return super().parse_args(ctx, args)
 
+    def _refuse_misspelt(self, ctx: click.Context, args: Sequence[str]) -> None:
+        word = args[0]
+        if not re.fullmatch(r"[A-Za-z_-]+", word) or word.startswith("-") or os.path.exists(word):
+            return
+        close = difflib.get_close_matches(word.lower(), self.commands, cutoff=0.7)
+        if close:
+            raise click.UsageError(f"no command `{word}`; did you mean `{close[0]}`?", ctx)
+        if len(args) > 1 and not args[1].startswith("-"):
+            raise click.UsageError(f"no command `{word}`; there are: {', '.join(sorted(self.commands))}", ctx)
 
-def default_output(model: str) -> Path:
-    """``<model>-se.pt``, beside the input if that is a file."""
-    path = Path(model)
-    if path.is_file():
-        return path.with_name(f"{path.stem}-se.pt")
-    source, _, name = model.rpartition(":")
-    name = name.partition(".")[0] if source == "timm" else name.rpartition(".")[2]
-    return Path(f"{name or 'model'}-se.pt")
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The main command, and the form of the others."""
+        formatter.write_usage("se-inject", "MODEL [OPTIONS]")
+        formatter.write_usage("se-inject", "COMMAND … [OPTIONS]", prefix="       ")
 
-
-def _paths(value: Any) -> Iterator[Path]:
-    """The files and folders that exist among a parameter's values."""
-    for text in _texts([value]):
-        if "\0" not in text and len(text) < 4096 and os.path.exists(text):
-            yield Path(text)
-
-
-def _texts(values: Iterable[Any]) -> Iterator[str]:
-    for value in values:
-        if isinstance(value, str | Path) and str(value):
-            yield str(value)
-        elif isinstance(value, tuple | list):
-            yield from _texts(value)
-
-
-def _say_how(ctx: click.Context, confinement: Confinement | None, why: str) -> None:
-    """With ``-v``: whether the work is confined, and what this system keeps it from."""
-    if not ctx.params.get("verbose"):
-        return
-    if confinement is None:
-        click.echo(f"not confined: {why}", err=True)
-        return
-    memory = (confinement.memory or 0) / GIB
-    click.echo(
-        f"confined, with at most {memory:.1f} GiB of memory and {confinement.seconds} s of processor time:", err=True
-    )
-    for line in protections():
-        click.echo(f"  {line}", err=True)
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands, and the options of the main one."""
+        with formatter.section("Commands (COMMAND --help says more)"):
+            others = [(name, self.commands[name]) for name in self.commands if name != "inject"]
+            formatter.write_dl([(name, command.get_short_help_str(100)) for name, command in others])
+        self.commands["inject"].format_options(ctx, formatter)

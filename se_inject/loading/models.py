@@ -53,6 +53,7 @@ def load(
     trust: Sequence[str] = (),
     mmap: bool = False,
     isolated: bool = False,
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> nn.Module:
     """Get a model from a file, or by its name.
 
@@ -71,6 +72,7 @@ def load(
         trust: packages whose code a pickle may import and call.
         mmap: leave the tensors in the file, and read them when they are used. Nobody may write to the file then.
         isolated: read the file in a confined process; not together with ``trust`` or ``mmap``.
+        prepare: what becomes of the network before weights are loaded into it: ``plan.apply_`` puts blocks in.
 
     Raises:
         NoSuchFile: a file that doesn't exist.
@@ -93,7 +95,7 @@ def load(
             raise OptionError(f"`{arch}` is a file, not the name of an architecture")
         if is_program(source):
             raise OptionError(f"`{source}` is a network already", hint="leave `arch` out")
-        return load(arch, weights=source, trust=trust)
+        return load(arch, weights=source, trust=trust, prepare=prepare)
     text = os.fspath(source)
     zoo, _, name = text.partition(":")
     if os.path.exists(text) or not isinstance(source, str) or not name:
@@ -104,13 +106,14 @@ def load(
         model = from_zoo(zoo, name)
     else:
         model = from_code(*text.rsplit(":", 1))
+    model = prepare(model)
     if weights is None:
         return model
     state = _weights_in(Path(weights))
     current = model.state_dict()
     classes = other_classes(current, without_prefix(state, current)) if zoo in ZOOS else None
     if classes is not None:
-        model = from_zoo(zoo, name, num_classes=classes)
+        model = prepare(from_zoo(zoo, name, num_classes=classes))
     _put_weights_(model, state, Path(weights))
     return model
 

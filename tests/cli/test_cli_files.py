@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import se_inject as si
 from se_inject.surgery import schema as _schema
-from tests.cli.test_cli import SITES, SMALL, document, files, same, se_inject, tiny  # noqa: F401
+from tests.cli.networks import SITES, SMALL, document, files, same
 
 GATES = '''
 """Blocks with one fault each."""
@@ -115,7 +115,7 @@ def gates(tmp_path):
 # -- several blocks ----------------------------------------------------------------------------------------
 
 
-def test_other_blocks_in_other_stages_and_a_chain(se_inject, tiny):  # noqa: F811
+def test_other_blocks_in_other_stages_and_a_chain(se_inject, tiny):
     blocks = ["1=se,reduction=4", "2=se", "2=eca,kernel=5"]
     done = se_inject("tiny.pt", *SMALL, *(part for block in blocks for part in ("--block", block)), "-o", "x.pt")
     assert "2 SE blocks in stage 1: r = 4, bias = yes, identity start" in done.out
@@ -136,7 +136,7 @@ def test_other_blocks_in_other_stages_and_a_chain(se_inject, tiny):  # noqa: F81
     assert same(tiny, injected)
 
 
-def test_a_chain_without_stages_acts_in_the_order_given(se_inject, tiny, gates):  # noqa: F811
+def test_a_chain_without_stages_acts_in_the_order_given(se_inject, tiny, gates):
     two, eca = f"{gates}:Good,start=2", f"{gates}:Good,start=0.5"
     for order in ((two, eca, "se"), ("se", eca, two)):
         se_inject(
@@ -149,7 +149,7 @@ def test_a_chain_without_stages_acts_in_the_order_given(se_inject, tiny, gates):
         ]
 
 
-def test_rows_of_a_chain_add_up(se_inject):  # noqa: F811
+def test_rows_of_a_chain_add_up(se_inject):
     arguments = ("nets.py:tiny", *SMALL, "--dry-run", "--block", "2=se", "--block", "2=eca")
     cost = document(se_inject(*arguments, "--json").out)["cost"]
     assert [row["block"] for row in cost["sites"]] == ["se", "eca"] * 2
@@ -177,7 +177,7 @@ def test_rows_of_a_chain_add_up(se_inject):  # noqa: F811
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_blocks_that_are_asked_for_wrongly(se_inject, arguments, message):  # noqa: F811
+def test_blocks_that_are_asked_for_wrongly(se_inject, arguments, message):
     assert message in se_inject("nets.py:tiny", *SMALL, *arguments, code=2).err
     assert files() == set()
 
@@ -185,7 +185,7 @@ def test_blocks_that_are_asked_for_wrongly(se_inject, arguments, message):  # no
 # -- plans -------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_is_written_edited_and_replayed(se_inject, tiny):  # noqa: F811
+def test_a_plan_is_written_edited_and_replayed(se_inject, tiny):
     first = se_inject("tiny.pt", *SMALL, "--stages", "2", "--r", "4", "--seed", 1, "-o", "plan.json", "-o", "one.pt")
     assert "wrote plan.json" in first.out
     data = json.loads(Path("plan.json").read_text())
@@ -211,11 +211,11 @@ def test_a_plan_is_written_edited_and_replayed(se_inject, tiny):  # noqa: F811
         (("--adapter", "se.safetensors"), 2, "and `--adapter` is given"),
     ],
 )
-def test_a_plan_leaves_nothing_to_choose(se_inject, tiny, option, code, message):  # noqa: F811
+def test_a_plan_leaves_nothing_to_choose(se_inject, tiny, option, code, message):
     assert message in se_inject("tiny.pt", "--plan", "plan.json", *option, code=code).err
 
 
-def test_a_plan_of_another_network_names_the_step(se_inject, tiny):  # noqa: F811
+def test_a_plan_of_another_network_names_the_step(se_inject, tiny):
     se_inject("tiny.pt", *SMALL, "-o", "plan.json")
     done = se_inject("torchvision:resnet18", "--plan", "plan.json", "-o", "x.pt", code=1)
     assert "step 1 of the plan puts a block at `one.0.bn2`" in done.err
@@ -225,7 +225,7 @@ def test_a_plan_of_another_network_names_the_step(se_inject, tiny):  # noqa: F81
     assert files() == {"tiny.pt", "plan.json", "late.json"}
 
 
-def test_code_in_a_plan_needs_trust(se_inject, tiny, gates):  # noqa: F811
+def test_code_in_a_plan_needs_trust(se_inject, tiny, gates):
     se_inject("tiny.pt", *SMALL, "--block", f"{gates}:Good", "-o", "plan.json")
     done = se_inject("tiny.pt", "--plan", "plan.json", "-o", "x.onnx", code=1)
     trust = re.search(r"`(--trust .*?)`", done.err)[1].split()
@@ -245,7 +245,7 @@ def trained(network):
     return injected
 
 
-def test_an_adapter_is_written_and_put_onto_the_backbone_again(se_inject, tiny):  # noqa: F811
+def test_an_adapter_is_written_and_put_onto_the_backbone_again(se_inject, tiny):
     se_inject("tiny.pt", *SMALL, "-o", "start.safetensors")
     assert all(".se." in name for name in load_file("start.safetensors"))
     injected = trained(tiny)
@@ -261,7 +261,7 @@ def test_an_adapter_is_written_and_put_onto_the_backbone_again(se_inject, tiny):
     torch.testing.assert_close(torch.from_numpy(output), injected(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapter_on_other_weights_is_noted_and_on_another_network_refused(se_inject, tiny):  # noqa: F811
+def test_an_adapter_on_other_weights_is_noted_and_on_another_network_refused(se_inject, tiny):
     si.save_adapter(trained(tiny), "se.safetensors")
     done = se_inject("nets.py:tiny", "--adapter", "se.safetensors", *SMALL, "-o", "x.pt")
     assert re.search(r"^note: the adapter was made for other weights: \d+ of its 62 tensors", done.out, re.M), done.out
@@ -274,7 +274,7 @@ def test_an_adapter_on_other_weights_is_noted_and_on_another_network_refused(se_
 # -- the way back ------------------------------------------------------------------------------------------
 
 
-def test_eject_writes_the_original(se_inject, tiny):  # noqa: F811
+def test_eject_writes_the_original(se_inject, tiny):
     se_inject("tiny.pt", *SMALL, "--block", "se", "--block", "eca", "--init", "paper", "-o", "x.pt")
     done = se_inject("eject", "x.pt", *SMALL, "-o", "back.pt", "-o", "back.ts", "-o", "back.onnx", "-o", "back.pt2")
     assert "8 blocks taken out of Sequential from x.pt: 62 of 82 entries of the state dict left" in done.out
@@ -297,7 +297,7 @@ def test_eject_writes_the_original(se_inject, tiny):  # noqa: F811
         (("tiny.pt", "-o", "tiny.pt"), 1, "exists"),
     ],
 )
-def test_what_can_not_be_ejected(se_inject, tiny, arguments, code, message):  # noqa: F811
+def test_what_can_not_be_ejected(se_inject, tiny, arguments, code, message):
     assert message in se_inject("eject", *arguments, code=code).err
     assert files() == {"tiny.pt"}
 
@@ -305,7 +305,7 @@ def test_what_can_not_be_ejected(se_inject, tiny, arguments, code, message):  # 
 # -- files -------------------------------------------------------------------------------------------------
 
 
-def test_plans_and_adapters_appear_with_all_other_files_or_not_at_all(se_inject, tiny):  # noqa: F811
+def test_plans_and_adapters_appear_with_all_other_files_or_not_at_all(se_inject, tiny):
     Path("old.safetensors").write_text("old")
     for output in ("old.safetensors", "missing/x.onnx"):
         se_inject("tiny.pt", *SMALL, "-o", "x.json", "-o", output, "-o", "x.pt", code=1)
@@ -337,7 +337,7 @@ def test_plans_and_adapters_appear_with_all_other_files_or_not_at_all(se_inject,
         ("Dead", "no gradient reaches"),
     ],
 )
-def test_a_fault_of_a_block_is_told_as_its_own_and_nothing_is_written(se_inject, tiny, gates, name, message):  # noqa: F811
+def test_a_fault_of_a_block_is_told_as_its_own_and_nothing_is_written(se_inject, tiny, gates, name, message):
     before = Path("tiny.pt").read_bytes()
     done = se_inject("tiny.pt", *SMALL, "--block", f"2={gates}:{name}", "--block", "1=se", "-o", "x.pt", code=1)
     assert f"{gates}:{name}" in done.err
@@ -348,13 +348,13 @@ def test_a_fault_of_a_block_is_told_as_its_own_and_nothing_is_written(se_inject,
     assert Path("tiny.pt").read_bytes() == before
 
 
-def test_a_good_block_beside_them_works(se_inject, tiny, gates):  # noqa: F811
+def test_a_good_block_beside_them_works(se_inject, tiny, gates):
     se_inject("tiny.pt", *SMALL, "--block", f"{gates}:Good", "-o", "x.onnx")
     assert files() == {"tiny.pt", "gates.py", "x.onnx"}
 
 
 @pytest.mark.parametrize("text", ["raise OSError('no weights')", "import a_package_that_is_not_there", "def (", "sys"])
-def test_a_file_of_blocks_that_can_not_be_imported(se_inject, tiny, gates, text):  # noqa: F811
+def test_a_file_of_blocks_that_can_not_be_imported(se_inject, tiny, gates, text):
     Path(gates).write_text(f"{text}\n")
     done = se_inject("tiny.pt", *SMALL, "--block", f"{gates}:Good", "-o", "x.pt", code=1)
     assert gates in done.err

@@ -1,0 +1,61 @@
+"""From options to arguments: what several commands make of what the command line gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from se_inject.adapters import Adapter, read_adapter
+from se_inject.errors import OptionError
+from se_inject.plans import Plan
+from se_inject.tracing import float_like, parse_shape
+
+
+def conversion(options: dict[str, Any], *more: str) -> dict[str, Any]:
+    """What written networks are converted to, and more options by name."""
+    return {key: options[key] for key in ("device", "dtype", "memory_format", *more)}
+
+
+def packages(trust: tuple[str, ...]) -> tuple[str, ...]:
+    """What may be imported for a pickle: blocks may come from a ``.py`` file as well."""
+    return tuple(name for name in trust if not name.endswith(".py"))
+
+
+def block_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The block's options that the command has options for."""
+    return {key: options[key] for key in ("reduction", "divisor", "bias") if options.get(key) is not None}
+
+
+def stored_plan(options: dict[str, Any], trust: tuple[str, ...]) -> Plan | Adapter | None:
+    """What ``--plan`` or ``--adapter`` holds; it leaves nothing to choose."""
+    files = {key: options[key] for key in ("plan_file", "adapter") if options[key] is not None}
+    if not files:
+        return None
+    names = {
+        "plan_file": "--plan",
+        "adapter": "--adapter",
+        "blocks": "--block",
+        "settings": "--set",
+        "reduction": "--r",
+    }
+    choices = ("stages", "at", "attended", "blocks", "settings", "reduction", "divisor", "bias", "init", "name")
+    chosen = [key for key in choices if options.get(key) not in (None, ()) and (options[key] or key == "bias")]
+    if options.get("position", "standard") != "standard":
+        chosen.append("position")
+    given = [*files, *chosen]
+    if len(given) > 1:
+        first, second = (names.get(key, f"--{key}") for key in given[:2])
+        raise OptionError(f"`{first}` leaves nothing to choose, and `{second}` is given", hint=f"leave `{second}` out")
+    if "adapter" in files:
+        return read_adapter(files["adapter"], trust=trust)
+    return Plan.load(files["plan_file"], trust=trust)
+
+
+def example(inputs: tuple[str, ...], network: nn.Module) -> Any:
+    """Inputs of the shapes that were given, without numbers; None: infer them."""
+    if not inputs:
+        return None
+    dtype = float_like(network).dtype
+    return tuple(torch.empty(parse_shape(text), device="meta", dtype=dtype) for text in inputs)

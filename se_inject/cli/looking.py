@@ -1,0 +1,126 @@
+"""Commands that look and change nothing: ``sites``, ``cost``, ``blocks``."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import click
+
+from se_inject.blocks import block_names, build_block, find_block, has_identity_start
+from se_inject.cli.arguments import block_options, example
+from se_inject.cli.block_texts import parsed_blocks
+from se_inject.cli.talk import note, print_json
+from se_inject.errors import InjectError
+from se_inject.forwards import original_class
+from se_inject.loading import describe, load
+from se_inject.plans import (
+    EACH,
+    block_costs,
+    block_costs_data,
+    block_costs_text,
+    check_plot,
+    cost_grid,
+    grid_data,
+    grid_text,
+    plot_grid,
+)
+from se_inject.progress import step
+from se_inject.sites import ATTENDED, sites_data, sites_in, sites_text, stages_text
+from se_inject.tables import counted, table
+from se_inject.tracing import observe_model
+
+
+def sites(
+    *, model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], inputs: tuple[str, ...], style: str,
+    as_json: bool, verbose: bool,
+) -> None:  # fmt: skip
+    """List the stages of a network, and all its sites and refusals."""
+    step(f"reading {model}")
+    network = load(model, arch=arch, weights=weights, trust=trust, mmap=True)
+    step("finding sites")
+    if line := describe(model, network, arch):
+        note(line)
+    trace = observe_model(network, example(inputs, network))
+    found = sites_in(trace)
+    if as_json:
+        print_json({"model": original_class(network).__name__, "notes": list(trace.notes), **sites_data(found)})
+    else:
+        for line in trace.notes:
+            note(line)
+        click.echo(stages_text(found, style))
+        if verbose:
+            click.echo("\n" + sites_text(found, style))
+        attended = sum(site.held_back == ATTENDED for site in found.all_sites)
+        if attended:
+            have = "site already has" if attended == 1 else "sites already have"
+            note(f"{attended} {have} attention, left out unless --attended is given")
+        if found.refused and not verbose:
+            note(f"{counted(len(found.refused), 'place')} refused: -v says why")
+    found.everything(attended=True)
+
+
+def cost(
+    *, model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
+    reductions: tuple[float, ...] | None, stages: tuple[str, ...], plot: Path | None, force: bool, style: str,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Print, and draw, what blocks would add for every ratio and choice of stages."""
+    if plot is not None:
+        check_plot(plot, force=force)
+    step(f"reading {model}")
+    network = load(model, arch=arch, weights=weights, trust=trust, mmap=True)
+    step("counting the cost")
+    grid = cost_grid(
+        network,
+        example(inputs, network),
+        reductions=reductions,
+        stages=stages or EACH,
+        attended=options["attended"],
+        block=options["block"],
+        position=options["position"],
+        init=options["init"],
+        **parsed_blocks([options["block"]], options["settings"], block_options(options))[0].options,
+    )
+    for line in grid.notes:
+        note(f"note: {line}")
+    if as_json:
+        print_json(grid_data(grid))
+    else:
+        click.echo(grid_text(grid, style))
+    if plot is not None:
+        plot_grid(grid, plot, force=force)
+        note(f"wrote {plot}")
+
+
+def blocks(
+    *, name: str | None, model: str | None, trust: tuple[str, ...], inputs: tuple[str, ...], style: str, as_json: bool
+) -> None:
+    """Print the card of a block; or list the blocks, with what they cost at 256 channels or on a network."""
+    if name is not None:
+        card = inspect.getdoc(find_block(name)) or f"block `{name}` has no card"
+    if model is not None:
+        step(f"reading {model}")
+        network = load(model, trust=trust, mmap=True)
+        step("counting the cost of every block")
+        found = block_costs(network, example(inputs, network), None if name is None else [name])
+        print_json(block_costs_data(found)) if as_json else click.echo(block_costs_text(found, style))
+    elif name is not None:
+        click.echo(card)
+    else:
+        rows = [_known(known, origin) for known, origin in sorted(block_names().items())]
+        if as_json:
+            keys = ("block", "params", "identity_start", "about", "from")
+            print_json([dict(zip(keys, row, strict=True)) for row in rows])
+        else:
+            click.echo(table(("block", "params at C = 256", "identity start", "what it is", "from"), rows, style))
+
+
+def _known(name: str, origin: str) -> list[Any]:
+    try:
+        block = build_block(name, 256, (14, 14), {}, "paper")
+        about = (inspect.getdoc(find_block(name)) or "").split("\n")[0]
+    except InjectError as error:
+        return [name, None, None, f"broken: {error.message}", origin]
+    return [name, sum(p.numel() for p in block.parameters()), has_identity_start(block), about, origin]

@@ -1,0 +1,46 @@
+"""What a command says: data on stdout, talk on stdout beside tables and on stderr beside data for machines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from se_inject.tables import as_json
+
+
+class Talk:
+    """What is said to people, nothing of it with ``--quiet``.
+
+    Args:
+        for_machines: whether stdout holds data for machines, so that talk goes to stderr.
+    """
+
+    def __init__(self, for_machines: bool = False) -> None:
+        self.err = for_machines
+
+    def __call__(self, text: str) -> None:
+        """Say this, where tables are or beside data."""
+        if not is_quiet():
+            click.echo(text, err=self.err)
+
+
+def note(text: str) -> None:
+    """Say this on stderr, if not ``--quiet``."""
+    if not is_quiet():
+        click.echo(text, err=True)
+
+
+def print_json(data: Any) -> None:
+    """Print the one JSON document of a command."""
+    click.echo(as_json(data))
+
+
+def is_quiet() -> bool:
+    """Whether the command line has ``--quiet``."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(QUIET))
+
+
+QUIET = "se_inject.quiet"
+"""The key of the context's ``meta``."""
