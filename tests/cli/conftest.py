@@ -9,6 +9,7 @@ import torch
 
 import se_inject as si
 from se_inject.cli import entry as cli
+from se_inject.errors import ExportError
 from tests.cli.networks import NETS
 
 
@@ -49,3 +50,18 @@ def tiny(se_inject, tmp_path):
             parameter.add_(torch.rand(parameter.shape, generator=generator), alpha=0.05)
     torch.save(network, tmp_path / "tiny.pt")
     return network
+
+
+@pytest.fixture
+def onnx_fails(monkeypatch):
+    """What is exported to ONNX fails when all else is done."""
+    from se_inject.exporting import exporter
+
+    real = exporter._export_one
+
+    def failing(reference, target, path):
+        if target.suffix == ".onnx":
+            raise ExportError(f"no luck with {target}")
+        return real(reference, target, path)
+
+    monkeypatch.setattr(exporter, "_export_one", failing)

@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_nothing_behind(se_inject, tiny, name, monkeypatch):
 
 
 def test_an_interrupt_is_exit_code_130(se_inject, tiny, monkeypatch):
-    from se_inject.exporting import exporter as exporting
+    from se_inject.exporting import outputs as exporting
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
