@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import click
 
 from se_inject.cli import options
 from se_inject.cli.running import OutputPath, WorkerCommand
+from se_inject.progress import step
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +54,6 @@ def excitations(**given: Any) -> None:
         check_plot(given["plot"], force=given["force"])
     network, batches = loaded(given)
     found = measure(network, limited(batches, given["limit"]), progress=progress())
-    end_of_progress()
     for note in batches.all_notes():
         click.echo(f"note: {note}", err=True)
     if given["as_json"]:
@@ -101,6 +100,8 @@ def prune(**given: Any) -> None:
     """
     import copy
 
+    from se_inject.cli.arguments import conversion
+    from se_inject.cli.arguments import example as example_inputs
     from se_inject.cost import latency_line
     from se_inject.errors import OptionError
     from se_inject.exporting import check_targets, export_all, exported_data, exported_lines
@@ -110,8 +111,7 @@ def prune(**given: Any) -> None:
     from se_inject.tracing import example_of
     from se_inject.user_code import named
 
-    conversion = {key: given[key] for key in ("device", "dtype", "memory_format")}
-    check_targets(given["outputs"], force=given["force"], **conversion)
+    check_targets(given["outputs"], force=given["force"], **conversion(given, "opset"))
     metric = None
     if given["metric"] is not None:
         place, _, attribute = given["metric"].rpartition(":")
@@ -119,7 +119,7 @@ def prune(**given: Any) -> None:
             raise OptionError(f"`{given['metric']}` is no function", hint="it takes the network and returns a number")
     network, batches = loaded(given)
     batches = limited(batches, given["limit"])
-    example = options.example_of(given["inputs"], network)
+    example = example_inputs(given["inputs"], network)
     found = measure(network, batches, progress=progress("gates: "))
     before = copy.deepcopy(network)
     pruned = prune_blocks_(
@@ -130,12 +130,16 @@ def prune(**given: Any) -> None:
         example_inputs=example,
         progress=progress("pruning: "),
     )
-    end_of_progress()
     args, kwargs = example_of(network, example)
     latency = latency_beside(before, network, args, kwargs) if pruned.dropped else None
     del before
     exported = export_all(
-        network, given["outputs"], args, example_kwargs=kwargs, force=given["force"], opset=given["opset"], **conversion
+        network,
+        given["outputs"],
+        args,
+        example_kwargs=kwargs,
+        force=given["force"],
+        **conversion(given, "opset", "dynamic_size"),
     )
     for note in (*found.notes, *batches.all_notes()):
         click.echo(f"note: {note}", err=True)
@@ -191,19 +195,10 @@ def limited(batches: Data, limit: int | None) -> Data:
     return whole
 
 
-def progress(what: str = "") -> Callable[[int, int | None], None] | None:
-    """Show on a terminal how far a pass over the data has come; None where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        return None
+def progress(what: str = "") -> Callable[[int, int | None], None]:
+    """Say how far a pass over the data has come."""
 
     def show(done: int, whole: int | None) -> None:
-        text = f"{what}{done:,} of {whole:,} examples" if whole else f"{what}{done:,} examples"
-        click.echo(f"\r{text:<60}", nl=False, err=True)
+        step(f"{what}{done:,} of {whole:,} examples" if whole else f"{what}{done:,} examples")
 
     return show
-
-
-def end_of_progress() -> None:
-    """Clear the line of the progress."""
-    if sys.stderr.isatty():
-        click.echo("\r" + " " * 60 + "\r", nl=False, err=True)

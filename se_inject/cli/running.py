@@ -18,7 +18,7 @@ _SECTIONS = (
     ("Which network", ("model", "weights", "arch", "entry", "trust", "inputs", "max_memory", "max_time")),
     ("Which sites", ("stages", "at", "attended", "require_all")),
     ("Which block", ("block", "blocks", "reduction", "reductions", "position", "settings", "divisor", "bias", "init", "name")),
-    ("Which data", ("source", "batch_size", "limit", "mean", "std", "classes")),
+    ("Which data", ("source", "batch_size", "limit", "mean", "std", "classes", "metric", "tolerance")),
     ("What was chosen before", ("plan_file", "adapter")),
     ("What is written", ("outputs", "output", "plot", "force", "device", "dtype", "memory_format", "opset", "dynamic_size")),
     ("What is done and printed", ("dry_run", "latency", "by", "depth", "seed", "style", "as_json", "verbose", "quiet", "_click_default_help", "help")),
