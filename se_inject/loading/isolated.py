@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from se_inject.errors import OptionError
@@ -14,7 +14,11 @@ from se_inject.isolation import call_isolated, default_memory
 
 
 def load_isolated(
-    source: str | os.PathLike[str], *, arch: str | None = None, weights: str | os.PathLike[str] | None = None
+    load: Callable[..., nn.Module],
+    source: str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Get a network from files that only a confined process opens.
 
@@ -22,6 +26,7 @@ def load_isolated(
     every file: so whatever the original makes torch's readers do, it does there.
 
     Args:
+        load: the function of that name.
         source: a file, or the name of a network of torchvision or timm.
         arch: as for ``load``.
         weights: as for ``load``.
@@ -31,8 +36,6 @@ def load_isolated(
         LoadError: as for ``load``.
         WorkerError: the process died: of a fault in native code, of a limit, or of memory.
     """
-    from se_inject.loading.models import load
-
     for text in (os.fspath(source), arch or ""):
         if not os.path.exists(text) and ":" in text and not text.startswith(("torchvision:", "timm:")):
             raise OptionError(f"`{text}` is code of yours, and isolated=True is for files", hint="leave it out")
@@ -42,7 +45,7 @@ def load_isolated(
     with tempfile.TemporaryDirectory(prefix="se-inject-") as folder:
         output = Path(folder).resolve() / "network.pt"
         call_isolated(
-            "se_inject.loading.isolated:write_network",
+            "se_inject.loading.models:write_network",
             {"source": os.fspath(source), "arch": arch, "weights": None if weights is None else os.fspath(weights)},
             output,
             readable=files,
@@ -50,10 +53,3 @@ def load_isolated(
             seconds=3600 * (os.cpu_count() or 1),
         )
         return load(output)
-
-
-def write_network(path: Path, *, source: str, arch: str | None, weights: str | None) -> None:
-    """Read a network and write it as a whole module: what the confined process does."""
-    from se_inject.loading.models import load
-
-    torch.save(load(source, arch=arch, weights=weights), path)

@@ -86,7 +86,7 @@ def load(
 
         if trust or mmap:
             raise OptionError("isolated=True goes with neither trust nor mmap", hint="leave one of them out")
-        return load_isolated(source, arch=arch, weights=weights)
+        return load_isolated(load, source, arch=arch, weights=weights)
     trust = _trustworthy([trust] if isinstance(trust, str) else trust)
     if arch is not None:
         if weights is not None:
@@ -116,6 +116,11 @@ def load(
         model = prepare(from_zoo(zoo, name, num_classes=classes))
     _put_weights_(model, state, Path(weights))
     return model
+
+
+def write_network(path: Path, *, source: str, arch: str | None, weights: str | None) -> None:
+    """Read a network and write it as a whole module: what the confined process of ``load`` does."""
+    torch.save(load(source, arch=arch, weights=weights), path)
 
 
 def load_weights_(model: nn.Module, path: str | os.PathLike[str]) -> None:
