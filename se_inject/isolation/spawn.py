@@ -88,7 +88,7 @@ def main() -> None:
             with atomic_files.atomic(output) as path:
                 getattr(importlib.import_module(place), name)(path, **request["arguments"])
         except Exception as error:
-            return _print(error)
+            return _answer(error)
         return 0
 
     try:
@@ -96,17 +96,17 @@ def main() -> None:
             raise WorkerError("this process can't fork", seen="another thread, or torch, is there already")
         sys.exit(run_in_worker(work, confinement, outputs=[output]))
     except InjectError as error:
-        sys.exit(_print(error))
+        sys.exit(_answer(error))
     except Interrupted as ending:
         sys.exit(ending.exit_code)
 
 
-def _print(error: Exception) -> int:
+def _answer(error: Exception) -> int:
     if out_of_memory(error):
         error = WorkerError("memory ran out", hint="use a machine with more memory")
     if not isinstance(error, InjectError):
         error = WorkerError(f"this should not have happened: {type(error).__name__}: {error}")
     kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__]
     said = {"kind": kinds[0], "message": error.message, "seen": error.seen, "hint": error.hint}
-    print(json.dumps(said), flush=True)
+    sys.stdout.write(json.dumps(said) + "\n")
     return 1
