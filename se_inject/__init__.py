@@ -40,7 +40,11 @@ if TYPE_CHECKING:
     from se_inject.sites import Site as Site
     from se_inject.sites import Sites as Sites
     from se_inject.sites import find_sites as find_sites
+    from se_inject.surgery import Fused as Fused
     from se_inject.surgery import eject_ as eject_
+    from se_inject.surgery import fuse_ as fuse_
+    from se_inject.surgery import fused as fused
+    from se_inject.surgery import unfuse_ as unfuse_
     from se_inject.training import Trainable as Trainable
     from se_inject.training import add_to_optimizer as add_to_optimizer
     from se_inject.training import disabled as disabled
@@ -57,6 +61,7 @@ _HOME = {
     "CostReport": "cost",
     "Excitations": "gates",
     "Exported": "exporting",
+    "Fused": "surgery",
     "InjectError": "errors",
     "Plan": "plans",
     "Pruned": "gates",
@@ -74,6 +79,8 @@ _HOME = {
     "export": "exporting",
     "find_sites": "sites",
     "freeze_backbone_": "training",
+    "fuse_": "surgery",
+    "fused": "surgery",
     "inject": "plans",
     "injected_parameters": "training",
     "load": "loading",
@@ -88,6 +95,7 @@ _HOME = {
     "set_adapter_": "adapters",
     "trainable": "training",
     "unfreeze_backbone_": "training",
+    "unfuse_": "surgery",
     "verify": "verification",
 }
 """The public names, and the room (or module) of each. The only list of them: see ``__getattr__``."""

@@ -4,6 +4,14 @@ In: a name, a number of channels and options. Out: a module that gates a value, 
 Must not know: networks, traces, sites or plans.
 """
 
+from se_inject.blocks.fusion import (
+    NoGate,
+    can_fuse,
+    fuse_block_,
+    how_computed,
+    is_fused,
+    unfuse_block_,
+)
 from se_inject.blocks.registry import (
     Factory,
     block_names,
@@ -23,17 +31,23 @@ from se_inject.blocks.squeeze_excitation import SqueezeExcitation
 
 __all__ = [
     "Factory",
+    "NoGate",
     "SqueezeExcitation",
     "block_names",
     "block_options",
     "build_block",
+    "can_fuse",
     "check_block",
     "check_options",
     "check_values",
     "find_block",
+    "fuse_block_",
     "has_gate",
     "has_identity_start",
+    "how_computed",
     "is_at_hand",
+    "is_fused",
     "parsed_options",
     "register_block",
+    "unfuse_block_",
 ]

@@ -104,7 +104,8 @@ def generated_class(original: Any, body: str) -> type:
 
     Args:
         original: the class the author wrote.
-        body: JSON text of ``{"steps", "output", "eval", "train", "constants", "settings", "was_none"}``.
+        body: JSON text of ``{"steps", "output", "eval", "train", "constants", "settings", "was_none"}``, and
+            of a fused owner ``"fused"``: the body ``before``, and in words what each of its ``tails`` took over.
     """
     data = json.loads(body)
     name = f"Injected{original.__name__}"
@@ -184,10 +185,14 @@ def rebuild(original: type, body: str) -> nn.Module:
         raise LoadError("an edited forward of absurd length", seen=f"{len(body):,} letters")
     try:
         data = json.loads(body)
-        well_formed = set(data) == {"steps", "output", "eval", "train", "constants", "settings", "was_none"}
+        well_formed = set(data) - {"fused"} == {"steps", "output", "eval", "train", "constants", "settings", "was_none"}
+        well_formed &= "fused" not in data or (
+            set(data["fused"]) == {"before", "tails"} and isinstance(data["fused"]["before"], dict)
+            and all(isinstance(words, str) for words in data["fused"]["tails"].values())
+        )  # fmt: skip
         names = [step["block_name"] for step in data["steps"]]
         well_formed &= all(map(is_plain_name, (*names, *data["constants"], *data["settings"])))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LoadError("a damaged file: an edited forward that is no JSON", seen=str(error)) from error
     if not well_formed:
         raise LoadError("a damaged file: an edited forward of an unknown form")

@@ -16,7 +16,7 @@ from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryErro
 from se_inject.forwards import is_plain_name, original_class
 from se_inject.plans.value import Plan, already, check_trust
 from se_inject.sites import ATTENDED, NECK, POSITIONS, Place, Site, Sites, place_of, sites_in
-from se_inject.surgery import Step, own_steps
+from se_inject.surgery import Step, check_unfused, own_steps
 from se_inject.tables import counted
 from se_inject.tracing import Trace, float_like, observe_model, shapes_of
 
@@ -70,6 +70,7 @@ def plan(
     if name is not None and not is_plain_name(name):
         raise OptionError(f"`{name}` can't be the name of an attribute")
     trace = observe_model(model, example_inputs, example_kwargs)
+    check_unfused(model)
     if require_all:
         _require_all(trace)
     sites = sites_in(trace)

@@ -5,16 +5,22 @@ Must not know: how sites are found or chosen, or how anything is printed.
 """
 
 from se_inject.surgery.freeze import freeze_statistics_, thaw_statistics_
+from se_inject.surgery.fuse import Fused, FusedBlock, fuse_, fused, unfuse_
 from se_inject.surgery.remove import put_back_, remove_
 from se_inject.surgery.schema import first_problem
 from se_inject.surgery.step import Step
-from se_inject.surgery.swap import eject_, inject_, injected_blocks, own_steps, steps_of
+from se_inject.surgery.swap import check_unfused, eject_, inject_, injected_blocks, own_steps, steps_of
 
 __all__ = [
+    "Fused",
+    "FusedBlock",
     "Step",
+    "check_unfused",
     "eject_",
     "first_problem",
     "freeze_statistics_",
+    "fuse_",
+    "fused",
     "inject_",
     "injected_blocks",
     "own_steps",
@@ -22,4 +28,5 @@ __all__ = [
     "remove_",
     "steps_of",
     "thaw_statistics_",
+    "unfuse_",
 ]

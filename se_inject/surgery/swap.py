@@ -19,7 +19,7 @@ from se_inject.blocks import build_block
 from se_inject.errors import InjectError, PluginError, SurgeryError
 from se_inject.forwards import generated_class, original_class
 from se_inject.surgery.edit import edited_graphs
-from se_inject.surgery.freeze import class_when_thawed, thaw_statistics_
+from se_inject.surgery.freeze import class_when_thawed, freeze_statistics_, is_frozen, thaw_statistics_
 from se_inject.surgery.step import Step
 from se_inject.tracing import Trace
 
@@ -48,6 +48,7 @@ def inject_(
     Raises:
         SurgeryError: a step does not fit; the model is as it was.
     """
+    check_unfused(model)
     by_owner: dict[str, list[Step]] = {}
     for step in steps:
         by_owner.setdefault(step.owner, []).append(step)
@@ -76,12 +77,7 @@ def eject_(model: nn.Module) -> nn.Module:
 
     Statistics of batch normalisation that were frozen are so no longer. A model without blocks is returned as it is.
     """
-    for path, module in model.named_modules():
-        if body_of(module) is not None and "_se_inject_body" not in vars(class_when_thawed(module)):
-            raise SurgeryError(
-                f"`{path}` has become a {type(module).__name__} since blocks were put into it",
-                hint="undo that first: remove its parametrizations, or eject before wrapping",
-            )
+    check_own_classes(model)
     for module in list(model.modules()):
         thaw_statistics_(module, model.training)
         restore(module)
@@ -94,6 +90,40 @@ def restore(owner: nn.Module) -> None:
     if body is not None:
         names = [step["block_name"] for step in body["steps"]]
         _restore(owner, type(owner)._se_inject_original, names, body["was_none"])  # type: ignore[attr-defined]
+
+
+def check_own_classes(model: nn.Module) -> None:
+    """Check that the generated classes of owners are still their classes.
+
+    Raises:
+        SurgeryError: something else has made a subclass of one since.
+    """
+    for path, module in model.named_modules():
+        if body_of(module) is not None and "_se_inject_body" not in vars(class_when_thawed(module)):
+            raise SurgeryError(
+                f"`{path}` has become a {type(module).__name__} since blocks were put into it",
+                hint="undo that first: remove its parametrizations, or eject before wrapping",
+            )
+
+
+def set_class(module: nn.Module, kind: Any) -> None:
+    """Give a module another class; frozen statistics of batch normalisation stay frozen."""
+    frozen = is_frozen(module)
+    if frozen:
+        thaw_statistics_(module, module.training)
+    module.__class__ = kind
+    if frozen:
+        freeze_statistics_(module)
+
+
+def check_unfused(model: nn.Module) -> None:
+    """Check that blocks can be planned and put in: in a fused forward the additions are within the blocks.
+
+    Raises:
+        SurgeryError: the network is fused.
+    """
+    if any((body_of(module) or {}).get("fused") for module in model.modules()):
+        raise SurgeryError("this network is fused: its additions are within its blocks", hint="`unfuse_` it first")
 
 
 def body_of(module: nn.Module) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from se_inject.blocks import NoGate, is_fused
 from se_inject.errors import VerificationError
 from se_inject.forwards import original_class
 from se_inject.surgery import Step, injected_blocks, steps_of
@@ -274,21 +275,22 @@ def _is_identity(block: nn.Module, step: Step) -> bool:
     mode = block.training
     try:
         with torch.no_grad():
-            return bool(torch.equal(block.eval()(x), x))
+            block.eval()
+            return bool(torch.equal(block(x, None, "none") if is_fused(block) else block(x), x))
     finally:
         block.train(mode)
 
 
 @contextlib.contextmanager
 def _without(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[None]:
-    """The model with an identity in every block's place."""
+    """The model with an identity in every block's place, which still adds and activates where a fused one did."""
     places = []
     for path in blocks:
         parent, _, name = path.rpartition(".")
         places.append((model.get_submodule(parent), name))
     try:
         for owner, name in places:
-            owner._modules[name] = nn.Identity()
+            owner._modules[name] = NoGate()
         yield
     finally:
         for (owner, name), block in zip(places, blocks.values(), strict=True):

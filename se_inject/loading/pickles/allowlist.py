@@ -48,6 +48,7 @@ BUILDERS = frozenset(
         "collections.OrderedDict",
         "se_inject.forwards.programs.new_program",
         "se_inject.forwards.programs.program_class",
+        "se_inject.blocks.fusion.rebuild_fused",
         "se_inject.forwards.edited.rebuild",
         "se_inject.surgery.freeze.rebuild_frozen",
         "torch.Size",

@@ -1,0 +1,19 @@
+"""Scale, addition and activation of a gated branch, and SE as a whole, in a few kernels; and the same in plain torch.
+
+In: tensors, and the names of activation and gate. Out: a tensor, with gradients. Triton is imported when a kernel is first
+needed, and is needed by nothing else. Must not know: blocks, networks, or that anything is ever fused.
+"""
+
+from se_inject.kernels.dispatch import excite, has_kernel, prepare, tail, why_not
+from se_inject.kernels.plain import ACTIVATIONS, activated, plain_tail
+
+__all__ = [
+    "ACTIVATIONS",
+    "activated",
+    "excite",
+    "has_kernel",
+    "plain_tail",
+    "prepare",
+    "tail",
+    "why_not",
+]

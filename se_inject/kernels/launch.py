@@ -1,0 +1,146 @@
+"""How the Triton kernels are launched: strides, tiles, grids, and what lies between them in torch's own small products."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from se_inject.kernels import programs
+from se_inject.kernels.formulas import Excitation, excited, hidden_backward
+
+FEW = 8
+"""Up to this batch the bottleneck is a kernel of its own and each tile of the tail makes its gates: three launches."""
+
+
+class Layout(NamedTuple):
+    """A dense value (N, C, *): its extents, its strides, and the tile that reads it in the order of memory."""
+
+    batch: int
+    channels: int
+    positions: int
+    strides: tuple[int, int, int]
+    tile: tuple[int, int]
+
+    @classmethod
+    def of(cls, value: Tensor) -> Layout:
+        """The layout of a value that is contiguous or has its channels last."""
+        batch, channels = value.shape[:2]
+        positions = value.numel() // (batch * channels)
+        whole = positions * channels
+        if value.is_contiguous():
+            along = min(1024, _power(positions))
+            return cls(batch, channels, positions, (whole, positions, 1), (along, min(2048 // along, _power(channels))))
+        across = min(64, _power(channels))
+        return cls(batch, channels, positions, (whole, 1, channels), (min(2048 // across, _power(positions)), across))
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """How many tiles lie along the positions and along the channels."""
+        return -(-self.positions // self.tile[0]), -(-self.channels // self.tile[1])
+
+    def split(self, device: torch.device) -> tuple[int, int]:
+        """Into how many parts the positions are summed, and how long each is: enough programs for the whole card."""
+        programs_now = self.batch * self.tiles[1]
+        parts = max(1, min(-(-8 * _processors(device) // programs_now), self.tiles[0], 64))
+        length = -(-self.tiles[0] // parts) * self.tile[0]
+        return -(-self.positions // length), length
+
+
+def _power(number: int) -> int:
+    """The next power of 2."""
+    return 1 << max(0, int(number) - 1).bit_length()
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _sums(value: Tensor, layout: Layout) -> Tensor:
+    """Sums over parts of the positions: (N, splits, C), float32."""
+    splits, length = layout.split(value.device)
+    partial = value.new_empty((layout.batch, splits, layout.channels), dtype=torch.float32)
+    across = layout.tiles[1]
+    programs.squeeze[(layout.batch * splits * across,)](
+        value, partial, *layout.strides, layout.positions, layout.channels, splits, length, across,
+        BP=layout.tile[0], BC=layout.tile[1],
+    )  # fmt: skip
+    return partial
+
+
+def tail(value: Tensor, gate: Tensor, shortcut: Tensor | None, activation: str) -> Tensor:
+    """act(value · gate + shortcut), for a gate of (N, C)."""
+    layout, out = Layout.of(value), torch.empty_like(value)
+    along, across = layout.tiles
+    programs.tail[(layout.batch * along * across,)](
+        value, gate, shortcut, out, *layout.strides, layout.positions, layout.channels, along, across,
+        ADD=shortcut is not None, ACT=activation, EXACT=value.is_cuda, BP=layout.tile[0], BC=layout.tile[1],
+    )  # fmt: skip
+    return out
+
+
+def tail_backward(
+    grad: Tensor, value: Tensor, gate: Tensor, other: Tensor | None, activation: str, adds: bool, scale: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The gradients of shortcut (None: it is ``grad`` itself), value (only with ``scale``) and gate (N, C), float32."""
+    layout = Layout.of(value)
+    splits, length = layout.split(value.device)
+    store = adds and activation != "none"
+    d_shortcut = torch.empty_like(value) if store else None
+    d_value = torch.empty_like(value) if scale else None
+    partial = value.new_empty((layout.batch, splits, layout.channels), dtype=torch.float32)
+    across = layout.tiles[1]
+    programs.tail_backward[(layout.batch * splits * across,)](
+        grad, value, other, gate, d_shortcut, d_value, partial, *layout.strides, layout.positions, layout.channels,
+        splits, length, across, ADD=adds, STORE=store, SCALE=scale, ACT=activation, EXACT=value.is_cuda,
+        BP=layout.tile[0], BC=layout.tile[1],
+    )  # fmt: skip
+    return d_shortcut, d_value, partial.sum(1)
+
+
+def excite(value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole block and its tail: the output, the mean (N, C) and the hidden units before δ (N, R), both float32."""
+    layout = Layout.of(value)
+    partial = _sums(value, layout)
+    if layout.batch > FEW:
+        mean = partial.sum(1).div_(layout.positions)
+        hidden, gate = excited(mean, e)
+        return tail(value, gate, shortcut, activation), mean, hidden
+    width = e.w1.shape[0]
+    mean = value.new_empty((layout.batch, layout.channels), dtype=torch.float32)
+    hidden = value.new_empty((layout.batch, width), dtype=torch.float32)
+    out = torch.empty_like(value)
+    biased = e.b1 is not None
+    programs.bottleneck[(layout.batch * width,)](
+        partial, e.w1, e.b1, mean, hidden, layout.positions, layout.channels, width, partial.shape[1],
+        BIAS=biased, BC=min(1024, _power(layout.channels)),
+    )  # fmt: skip
+    along, across = layout.tiles
+    programs.tail_with_gate[(layout.batch * along * across,)](
+        value, shortcut, out, hidden, e.w2, e.b2, *layout.strides, layout.positions, layout.channels, width, along,
+        across, ADD=shortcut is not None, INNER=e.inner, BIAS=e.b2 is not None, GATE=e.gate, ONE=e.one_at_zero,
+        ACT=activation, EXACT=value.is_cuda, BP=layout.tile[0], BC=layout.tile[1], BR=min(32, _power(width)),
+    )  # fmt: skip
+    return out, mean, hidden
+
+
+def excite_backward(
+    grad: Tensor, value: Tensor, other: Tensor | None, mean: Tensor, hidden: Tensor, e: Excitation, activation: str,
+    adds: bool,
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """The gradients of value, shortcut (None: it is ``grad`` itself), and of W1, b1, W2, b2 in float32."""
+    layout = Layout.of(value)
+    gate = excited(mean, e, hidden)[1]
+    d_shortcut, _, d_gate = tail_backward(grad, value, gate, other, activation, adds, scale=False)
+    d_mean, weights = hidden_backward(d_gate, mean, hidden, e)
+    d_value = torch.empty_like(value)
+    along, across = layout.tiles
+    programs.value_backward[(layout.batch * along * across,)](
+        grad if d_shortcut is None else d_shortcut, value, other, gate, d_mean, d_value, *layout.strides,
+        layout.positions, layout.channels, along, across, ADD=adds,
+        ACT=activation if d_shortcut is None else "none", EXACT=value.is_cuda, BP=layout.tile[0], BC=layout.tile[1],
+    )  # fmt: skip
+    return d_value, d_shortcut, weights

@@ -1,0 +1,69 @@
+"""The tail of a gated branch in plain torch: scale, add the shortcut, activate. Every other way is compared with this one."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh")
+"""The activations that a tail can end with, by name."""
+
+
+def plain_tail(value: Tensor, gate: Tensor, shortcut: Optional[Tensor], activation: str) -> Tensor:  # noqa: UP045 -- TorchScript
+    """Compute ``activation(value * gate + shortcut)`` with the roundings of the three operators one by one.
+
+    The sum and the activation overwrite the product, which nobody else reads, where autograd and the shapes allow it;
+    the arguments are never overwritten. TorchScript, tracing and export see operators that overwrite nothing.
+
+    Args:
+        value: (N, C, *).
+        gate: anything that broadcasts to the value.
+        shortcut: added to the product; None: nothing is.
+        activation: one of ``ACTIVATIONS``.
+    """
+    out = value * gate
+    if torch.jit.is_scripting() or torch.jit.is_tracing():  # type: ignore
+        if shortcut is not None:
+            out = out + shortcut
+        return activated(out, activation)
+    return _in_place(out, shortcut, activation)
+
+
+@torch.jit.unused
+def _in_place(out: Tensor, shortcut: Optional[Tensor], activation: str) -> Tensor:  # noqa: UP045 -- TorchScript
+    if torch.compiler.is_compiling():
+        return activated(out if shortcut is None else out + shortcut, activation)
+    if shortcut is not None:
+        fits = out.shape == shortcut.shape and out.dtype == shortcut.dtype
+        out = out.add_(shortcut) if fits else out + shortcut
+    if activation == "relu":
+        return out.relu_()
+    if torch.is_grad_enabled() and out.requires_grad:  # their derivatives are made from the input
+        return activated(out, activation)
+    if activation == "silu":
+        return F.silu(out, inplace=True)
+    if activation == "hardswish":
+        return F.hardswish(out, inplace=True)
+    if activation == "relu6":
+        return F.relu6(out, inplace=True)
+    return activated(out, activation)
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """Apply an activation by its name. Overwrites nothing."""
+    if activation == "none":
+        return x
+    if activation == "relu":
+        return torch.relu(x)
+    if activation == "relu6":
+        return F.relu6(x)
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "hardswish":
+        return F.hardswish(x)
+    if activation == "gelu":
+        return F.gelu(x)
+    return F.gelu(x, approximate="tanh")

@@ -1,0 +1,173 @@
+"""Injected networks → faster ones that compute the same: every block takes over what stands behind it, and back.
+
+The unfused forwards stay beside the fused ones in the owners' classes, so nothing is lost on the way: no weight is touched
+or copied, the state dict stays the same, and it can be done and undone at any time, between two training steps too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from se_inject.blocks import can_fuse, fuse_block_, how_computed, is_fused, unfuse_block_
+from se_inject.errors import LoadError, SurgeryError
+from se_inject.forwards import check_targets, generated_class, graph_data, graph_from, original_class, rebuild
+from se_inject.surgery.freeze import class_when_thawed
+from se_inject.surgery.step import Step
+from se_inject.surgery.swap import body_of, check_own_classes, own_steps, set_class
+from se_inject.surgery.tails import fuse_in_graph
+from se_inject.tables import table
+from se_inject.tracing import check_supported
+
+
+def fuse_(model: nn.Module) -> nn.Module:
+    """Let every block take over the addition of the shortcut and the activation behind it, in the model itself.
+
+    Changes neither weights nor the state dict. A block without a ``gate`` method stays as it is; what follows a block and
+    is no addition or known activation stays where it is. ``print(fused(model))`` says what became of each.
+
+    Args:
+        model: an injected network, in any mode.
+
+    Returns:
+        the model itself.
+
+    Raises:
+        SurgeryError: it holds no block of ours, is fused already, or its class can't be changed.
+        UnsupportedModel: it is or holds a wrapped, compiled, scripted or quantised module.
+    """
+    check_supported(model)
+    check_own_classes(model)
+    steps = own_steps(model)
+    if any(is_fused(model.get_submodule(step.path)) for step in steps):
+        raise SurgeryError("the blocks of this model are fused already", hint="`unfuse_` takes it back")
+    steps = tuple(step for step in steps if can_fuse(model.get_submodule(step.path)))
+    owners = [(model.get_submodule(path), body) for path, body in _fused_bodies(model, list(steps)).items()]
+    generated = [generated_class(original_class(owner), json.dumps(body)) for owner, body in owners]
+    done: list[tuple[nn.Module, type]] = []
+    try:
+        for (owner, _), kind in zip(owners, generated, strict=True):
+            done.append((owner, class_when_thawed(owner)))
+            set_class(owner, kind)
+        for step in steps:
+            block = model.get_submodule(step.path)
+            done.append((block, type(block)))
+            fuse_block_(block)
+    except Exception as error:
+        for module, before in reversed(done):
+            set_class(module, before)
+        raise SurgeryError(
+            f"a {done[-1][1].__name__} can't take another forward", seen=f"{type(error).__name__}: {error}"
+        ) from error
+    return model
+
+
+def unfuse_(model: nn.Module) -> nn.Module:
+    """Give every fused block back to its owner's forward: the network as it was before ``fuse_``. No weight is touched.
+
+    A model that is not fused is returned as it is.
+
+    Raises:
+        SurgeryError: something else has changed its classes since.
+        LoadError: it is from a file, and what it was before is not a forward that a file may hold.
+        UnsupportedModel: it is or holds a wrapped, compiled, scripted or quantised module.
+    """
+    check_supported(model)
+    check_own_classes(model)
+    for module in model.modules():
+        unfuse_block_(module)
+        body = body_of(module)
+        if body is not None and body.get("fused"):
+            now = class_when_thawed(module)
+            set_class(module, type(rebuild(original_class(module), json.dumps(body["fused"]["before"]))))
+            try:
+                check_targets(module)
+            except LoadError:  # out of somebody's file
+                set_class(module, now)
+                raise
+    return model
+
+
+@dataclass(frozen=True)
+class FusedBlock:
+    """What one block takes over, and how it is computed.
+
+    Args:
+        path: of the block.
+        block: its name in the registry.
+        takes: what it takes over, in words; None: it is not fused.
+        how: how it is computed where it is now: by kernels, or by torch's own operators and why.
+    """
+
+    path: str
+    block: str
+    takes: str | None
+    how: str
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What is fused in a network, and what falls back to plain torch; printed as a table."""
+
+    blocks: tuple[FusedBlock, ...]
+
+    def __str__(self) -> str:
+        return fused_text(self)
+
+
+def fused(model: nn.Module) -> Fused:
+    """Look at what ``fuse_`` did to a model: what each block takes over, and whether it has a kernel. Changes nothing.
+
+    Raises:
+        SurgeryError: it holds no block of ours.
+    """
+    taken: dict[str, str] = {}
+    for path, module in model.named_modules():
+        body = body_of(module)
+        for block, words in (((body or {}).get("fused") or {}).get("tails") or {}).items():
+            taken[f"{path}.{block}".lstrip(".")] = words
+    found = []
+    for step in own_steps(model):
+        block = model.get_submodule(step.path)
+        takes = taken.get(step.path, "nothing") if is_fused(block) else None
+        how = how_computed(block) if is_fused(block) else "not fused"
+        found.append(FusedBlock(step.path, step.block, takes, how))
+    return Fused(tuple(found))
+
+
+def _fused_bodies(model: nn.Module, steps: list[Step]) -> dict[str, dict[str, Any]]:
+    """The owners' new forwards, by path. A block that gates what its owner returns has nothing behind it there."""
+    bodies: dict[str, dict[str, Any]] = {}
+    for step in steps:
+        owner = model.get_submodule(step.owner)
+        body = bodies.get(step.owner) or body_of(owner)
+        new = _with_tail(owner, body, step.block_name) if body is not None and not body["output"] else None
+        if new is not None:
+            bodies[step.owner] = new
+    return bodies
+
+
+def _with_tail(owner: nn.Module, body: dict[str, Any], block: str) -> dict[str, Any] | None:
+    """An owner's forward in which a block takes over what it can, in each mode for itself; None if that is nothing."""
+    new = dict(body)
+    words = []
+    for mode in ("eval", "train"):
+        graph = graph_from(body[mode]) if body[mode] is not None else fx.Graph()
+        calls = [node for node in graph.nodes if node.op == "call_module" and node.target == block]
+        if len(calls) == 1 and len(calls[0].args) == 1 and not calls[0].kwargs:
+            tail = fuse_in_graph(graph, calls[0], owner.get_submodule)
+            words += [str(tail)] if tail.takes else []
+            new[mode] = graph_data(graph)
+    if not words:
+        return None
+    earlier = body.get("fused") or {"before": body, "tails": {}}
+    return {**new, "fused": {"before": earlier["before"], "tails": {**earlier["tails"], block: words[0]}}}
+
+
+def fused_text(result: Fused) -> str:
+    """A line for each block: what it takes over, and how it is computed."""
+    rows = [[item.path, item.block, item.takes or "-", item.how] for item in result.blocks]
+    return table(["block", "kind", "takes over", "computed by"], rows)

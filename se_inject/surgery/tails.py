@@ -1,0 +1,178 @@
+"""A forward's graph → the same graph, in which blocks are called with the shortcut and the activation behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from se_inject.tracing import function_name_of
+
+_MODULES: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
+_FUNCTIONS = {"relu": "relu", "relu_": "relu", "relu6": "relu6", "silu": "silu", "silu_": "silu"}
+_FUNCTIONS |= {"hardswish": "hardswish", "hardswish_": "hardswish", "relu6_": "relu6"}
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What a block takes over: whether it adds a shortcut, and the activation it ends with."""
+
+    adds: bool
+    activation: str
+
+    @property
+    def takes(self) -> bool:
+        """Whether it takes over anything."""
+        return self.adds or self.activation != "none"
+
+    def __str__(self) -> str:
+        parts = ["the addition"] * self.adds + [self.activation] * (self.activation != "none")
+        return " and ".join(parts) or "nothing"
+
+
+def fuse_in_graph(graph: fx.Graph, call: fx.Node, child: Callable[[str], nn.Module]) -> Tail:
+    """Let a block take over the addition and the activation behind it, in this graph itself.
+
+    Args:
+        graph: a forward; changed.
+        call: of the block, with a value alone.
+        child: finds a module by its path from the graph's owner.
+
+    Returns:
+        what the block takes over; the graph is as it was if that is nothing.
+    """
+    chain, shortcut, activation = _behind(call, child)
+    if not chain or not _can_wait(graph, call, chain, shortcut):
+        return Tail(False, "none")
+    last = chain[-1]
+    with graph.inserting_before(last):
+        fused = graph.call_module(str(call.target), (call.args[0], shortcut, activation))
+    last.replace_all_uses_with(fused)
+    for node in (*reversed(chain), call):
+        graph.erase_node(node)
+    return Tail(shortcut is not None, activation)
+
+
+def _behind(value: fx.Node, child: Callable[[str], nn.Module]) -> tuple[list[fx.Node], fx.Node | None, str]:
+    """The nodes that can be taken over, in their order, the shortcut among their arguments, and the activation's name."""
+    chain: list[fx.Node] = []
+    shortcut, activation = None, "none"
+    reader = _reader(value, child)
+    while reader is not None and _passes(reader, child):
+        chain.append(reader)
+        reader = _reader(reader, child)
+    last = chain[-1] if chain else value
+    if reader is not None and (other := _added(reader, last, child)) is not None:
+        chain.append(reader)
+        shortcut = other
+        reader = _reader(reader, child)
+    if reader is not None and (name := _activation(reader, child)) is not None:
+        chain.append(reader)
+        activation = name
+    if shortcut is None and activation == "none":
+        return [], None, "none"
+    return chain, shortcut, activation
+
+
+def _reader(node: fx.Node, child: Callable[[str], nn.Module]) -> fx.Node | None:
+    """The one node that reads a value; None if there are several, or one that reads it more than once."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    return user if user.op.startswith("call") and user.all_input_nodes.count(node) == 1 else None
+
+
+def _passes(node: fx.Node, child: Callable[[str], nn.Module]) -> bool:
+    """Whether a node hands its argument on: an nn.Identity."""
+    return node.op == "call_module" and len(node.args) == 1 and _plain(child(str(node.target))) is nn.Identity
+
+
+def _added(node: fx.Node, value: fx.Node, child: Callable[[str], nn.Module]) -> fx.Node | None:
+    """The other operand of an addition that overwrites nothing that is read elsewhere."""
+    name = function_name_of(node)
+    if node.op == "call_module" or name not in ("add", "iadd", "add_", "__add__") or node.kwargs or len(node.args) != 2:
+        return None
+    one, other = node.args
+    if name in ("iadd", "add_") and one is not value and not _is_new(one, child):
+        return None
+    shortcut = other if one is value else one
+    return shortcut if isinstance(shortcut, fx.Node) and shortcut is not value else None
+
+
+def _is_new(node: object, child: Callable[[str], nn.Module]) -> bool:
+    """Whether a value is a convolution's or a batch normalisation's, in memory of its own, and is read only once."""
+    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
+        return False
+    kind = _plain(child(str(node.target)))
+    return kind is not None and issubclass(kind, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm))
+
+
+def _activation(node: fx.Node, child: Callable[[str], nn.Module]) -> str | None:
+    """The name of the activation that a node applies; None if it does something else."""
+    if len(node.args) != 1:
+        return None
+    if node.op == "call_module":
+        module = child(str(node.target))
+        kind = _plain(module)
+        if kind is nn.GELU:
+            return _GELU.get(getattr(module, "approximate", ""))
+        return None if kind is None or node.kwargs else _MODULES.get(kind)
+    name = function_name_of(node)
+    if name == "gelu" and set(node.kwargs) <= {"approximate"}:
+        return _GELU.get(str(node.kwargs.get("approximate", "none")))
+    return _FUNCTIONS.get(name) if set(node.kwargs) <= {"inplace"} else None
+
+
+def _plain(module: nn.Module) -> type | None:
+    """The class of a module whose call is its class's forward and nothing else; None if hooks see the call."""
+    state = vars(module)
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return None if "forward" in state or any(state.get(table) for table in tables) else type(module)
+
+
+def _can_wait(graph: fx.Graph, value: fx.Node, chain: list[fx.Node], shortcut: fx.Node | None) -> bool:
+    """Whether the block may run where the last node is: nothing in between overwrites what it reads."""
+    nodes = list(graph.nodes)
+    between = nodes[nodes.index(value) + 1 : nodes.index(chain[-1])]
+    source = value.args[0]
+    if isinstance(source, fx.Node) and any(_may_change(node, source) for node in between):
+        return False
+    late = [node for node in between if shortcut is not None and node > next(n for n in chain if shortcut in n.args)]
+    return shortcut is None or not any(_may_change(node, shortcut) for node in late)
+
+
+def _may_change(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a node may overwrite a value: a module that reads it, or an operator in place on what shares its memory."""
+    if node.op == "call_module":
+        return value in node.all_input_nodes
+    if node.op not in ("call_function", "call_method") or not node.args or not _overwrites(node):
+        return False
+    first = node.args[0]
+    return isinstance(first, fx.Node) and bool(_alike(first) & _alike(value))
+
+
+def _overwrites(node: fx.Node) -> bool:
+    name = function_name_of(node)
+    in_place = name.startswith("i") and name[1:] in ("add", "sub", "mul", "truediv", "and", "or", "xor", "floordiv")
+    return (
+        in_place
+        or name == "setitem"
+        or (name.endswith("_") and not name.endswith("__"))
+        or bool(node.kwargs.get("inplace"))
+    )
+
+
+def _alike(node: fx.Node) -> set[fx.Node]:
+    """A value and those that may share its memory: what it is made of without a module's call in between."""
+    found = {node}
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        if current.op in ("call_function", "call_method"):
+            for source in current.all_input_nodes:
+                if source not in found:
+                    found.add(source)
+                    todo.append(source)
+    return found
