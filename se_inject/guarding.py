@@ -11,18 +11,22 @@ as the network's if a forward of one of its modules is being called: what torch 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from se_inject.errors import LoadError
 
 if TYPE_CHECKING:
     from torch import nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _marked: weakref.WeakSet[Any] = weakref.WeakSet()
 _guards: dict[int, _Guard] = {}
@@ -89,6 +93,7 @@ _IMPORTING = "<frozen importlib._bootstrap"
 _PACKAGES = ("torch.nn.", "torchvision.", "timm.", "se_inject", "torch.ao.")
 _OF_TORCH_ITSELF = (
     "symbolic_shapes.py",
+    "torch/fx/operator_schemas.py",
     "collections/__init__.py",
     "dataclasses.py",
     "/sympy/",
@@ -158,6 +163,22 @@ def guarded(*models: nn.Module) -> Iterator[None]:
         guard.frame = None
     if guard.refusal is not None:
         raise guard.refusal
+
+
+def under_guard(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function under ``guarded`` of all networks among its arguments."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not _marked:
+            return function(*args, **kwargs)
+        from torch import nn
+
+        models = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
+        with guarded(*models):
+            return function(*args, **kwargs)
+
+    return wrapper
 
 
 # -- Python's acts -----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from se_inject.blocks import build_block
+from se_inject.guarding import under_guard
 from se_inject.surgery import Step
 from se_inject.tracing import Trace, batch_of, float_like, real_inputs, standing_in
 
@@ -150,6 +151,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
 
+@under_guard
 def cost_of_model(model: nn.Module, trace: Trace) -> tuple[Cost, tuple[str, ...]]:
     """The cost of a whole network for one example, and the operations nobody counted."""
     params = sum(parameter.numel() for parameter in model.parameters())
@@ -211,6 +213,7 @@ def rows_of_steps(trace: Trace, steps: Iterable[Step]) -> tuple[CostRow, ...]:
     return tuple(rows)
 
 
+@under_guard
 def measure_latency(
     before: Callable[..., Any],
     after: Callable[..., Any],

@@ -29,6 +29,7 @@ from se_inject.exporting.conversion import FORMATS, Conversion, format_of
 from se_inject.exporting.onnx_files import check_opset, depends_on_data
 from se_inject.exporting.reference import Reference, untouched
 from se_inject.exporting.strategies import described, strategies
+from se_inject.guarding import under_guard
 from se_inject.progress import step
 from se_inject.tracing import check_supported, describe, example_of
 from se_inject.verification import Check, reason
@@ -90,6 +91,7 @@ def _example(model: nn.Module, given: Any, kwargs: Any) -> tuple[tuple[Any, ...]
     return example_of(model, given, kwargs)
 
 
+@under_guard
 def export_all(
     model: nn.Module,
     paths: Sequence[str | os.PathLike[str]],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_inject.errors import DataError
+from se_inject.guarding import under_guard
 from se_inject.tables import counted
 from se_inject.tracing import batch_of, describe
 from se_inject.user_code import fact
@@ -134,6 +135,7 @@ def _iterated(batches: Iterable[Any]) -> Iterator[Any]:
         yield value
 
 
+@under_guard
 def outputs_of(model: nn.Module, batch: Batch) -> Any:
     """What the network makes of a batch, without gradients.
 

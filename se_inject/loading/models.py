@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 
 from se_inject.errors import LoadError, OptionError, UntrustedGlobals
 from se_inject.forwards import original_class
+from se_inject.guarding import mark
 from se_inject.loading.architectures import architectures_of
 from se_inject.loading.formats import PICKLES, PROGRAMS, form_of, unreadable
 from se_inject.loading.opened import opened
@@ -274,7 +275,9 @@ def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
         if form == "safetensors":
             raise _only_weights(path, form, _read(path, lambda: _contents_of(file, form, {})))
         if form in PROGRAMS:
-            return _network(path, file, form)
+            network = _network(path, file, form)
+            mark(network)
+            return network
         if form not in PICKLES:
             raise unreadable(path, form)
         try:
@@ -291,6 +294,8 @@ def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
         raise _untrusted(path, refused, has_weights=found is not None)
     if not isinstance(found, nn.Module):
         raise LoadError(f"`{path}` holds neither a network nor weights", seen=contents(whole), hint=_ONE_OF_THESE)
+    if not trust:
+        mark(found)
     return found
 
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_inject.errors import LoadError, NoSites, OptionError, TraceError, UnsupportedModel
 from se_inject.forwards import FixedBatchNorm, Program, is_of_training, recorded_inputs
+from se_inject.guarding import under_guard
 from se_inject.tables import counted
 from se_inject.tracing.failures import describe
 from se_inject.tracing.observer import observe
@@ -25,6 +26,7 @@ SMALL_SIDE = 64
 """Sides of the images that numeric checks are made on where large ones would tell no more."""
 
 
+@under_guard
 def observe_model(model: nn.Module, example_inputs: Any = None, example_kwargs: dict[str, Any] | None = None) -> Trace:
     """Observe one call of a model, on inferred inputs if none are given. Nothing is computed and nothing changed.
 

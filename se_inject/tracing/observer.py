@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from se_inject.errors import TraceError
+from se_inject.guarding import under_guard
 from se_inject.tracing.failures import describe, location, reason_of
 from se_inject.tracing.nodes import CONVOLUTIONS, function_name_of, gates_in
 from se_inject.tracing.proxy import Untraceable
@@ -283,6 +284,7 @@ class Observer:
         return tracer.training
 
 
+@under_guard
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Trace:
     """Call a model once, in eval mode and without computing anything, and return what happened.
 

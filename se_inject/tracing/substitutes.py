@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from se_inject.guarding import mark_like
 from se_inject.tracing.patches import quiet
 from se_inject.tracing.twin import twin_of
 
@@ -57,7 +58,9 @@ def duplicate(model: nn.Module) -> nn.Module:
     copied is shared.
     """
     try:
-        return copy.deepcopy(model)
+        other = copy.deepcopy(model)
+        mark_like(other, model)
+        return other
     except Exception:
         return twin_of(model, _cloned)
 

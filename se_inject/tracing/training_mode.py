@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
+from se_inject.guarding import guarded
 from se_inject.tracing.failures import reason_of
 from se_inject.tracing.observer import Observer, Record
 from se_inject.tracing.patches import quiet
@@ -30,7 +31,8 @@ def training_graph(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
     key = ("training", owner.path)
     if key not in trace.known:
         try:
-            trace.known[key] = _observed(trace, owner)
+            with guarded(trace.model):
+                trace.known[key] = _observed(trace, owner)
         except Untraceable as error:
             trace.known[key] = str(error)
     found: tuple[fx.Graph, Guards] | str = trace.known[key]

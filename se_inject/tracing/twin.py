@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from se_inject.guarding import mark_like
+
 _ATOMIC = frozenset(
     {
         type(None), bool, int, float, complex, str, bytes, type, type(...), types.BuiltinFunctionType, types.ModuleType,
@@ -33,7 +35,9 @@ def twin_of(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
         model: the network. It is only read.
         tensor: gives the twin's tensor for one of the network's, asked once for each.
     """
-    return _Copier(model, tensor).memo[id(model)]  # type: ignore[no-any-return]
+    twin: nn.Module = _Copier(model, tensor).memo[id(model)]
+    mark_like(twin, model)
+    return twin
 
 
 class _Copier:

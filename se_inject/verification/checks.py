@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from se_inject.blocks import NoGate, is_fused
 from se_inject.errors import VerificationError
 from se_inject.forwards import original_class
+from se_inject.guarding import under_guard
 from se_inject.surgery import Step, injected_blocks, steps_of
 from se_inject.tables import counted
 from se_inject.tracing import (
@@ -83,6 +84,7 @@ class Verdict:
         return self
 
 
+@under_guard
 def verify(
     before: nn.Module,
     after: nn.Module,

@@ -1,0 +1,237 @@
+"""The dynamic wall, alone: networks that are marked as a stranger's, with no look at what they hold."""
+
+import contextlib
+import ctypes
+import os
+import socket
+import subprocess
+import threading
+from collections import OrderedDict
+from functools import partial
+
+import pytest
+import timm.layers
+import torch
+from torch import nn
+from torchvision.models.squeezenet import Fire
+
+import se_inject as si
+from se_inject import guarding
+from se_inject.errors import LoadError
+from tests.common import build, randomise
+from tests.files.hostile import small
+
+IMAGES = torch.rand(2, 3, 16, 16)
+HIT = "hit"
+
+
+def compiles():
+    exec(f"open({HIT!r}, 'w').close()")
+
+
+def opens():
+    with open(HIT, "w"):
+        pass
+
+
+def opens_by_descriptor():
+    os.close(os.open(HIT, os.O_CREAT | os.O_WRONLY))
+
+
+def starts_a_process():
+    subprocess.run(["touch", HIT])
+
+
+def connects():
+    socket.socket().connect(("127.0.0.1", 9))
+
+
+def calls_c():
+    ctypes.CDLL(None).puts(b"hit")
+
+
+def makes_a_module():
+    nn.Sequential(OrderedDict(a=nn.ReLU()))
+
+
+def removes():
+    os.remove("kept")
+
+
+def imports():
+    __import__("hit_when_imported")
+
+
+ACTS = (
+    compiles, opens, opens_by_descriptor, starts_a_process, connects, calls_c, makes_a_module, removes,
+    imports, lambda: os.mkdir(HIT), lambda: os.system(f"touch {HIT}"), lambda: os.putenv("HIT", "1"),
+    lambda: eval("1 + 1"),
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "kept").touch()
+    (tmp_path / "hit_when_imported.py").write_text(f"open({HIT!r}, 'w').close()\n")
+    return tmp_path
+
+
+def network(act):
+    """A network of library classes alone, one of which calls what a file put there."""
+    fire = Fire(4, 4, 4, 4)
+    del fire._modules["squeeze"]
+
+    def squeeze(x):
+        act()
+        return x
+
+    vars(fire)["squeeze"] = squeeze
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), fire).eval()
+
+
+USES = {
+    "plan": lambda net: si.plan(net, IMAGES, at="*"),
+    "sites": lambda net: si.find_sites(net, IMAGES),
+    "verify": lambda net: si.verify(net, net, IMAGES),
+    "onnx": lambda net: si.export(net, "x.onnx", (IMAGES,)),
+    "pt2": lambda net: si.export(net, "x.pt2", (IMAGES,)),
+    "torchscript": lambda net: si.export(net, "x.torchscript", (IMAGES,)),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_what_a_network_must_not(act, folder):
+    net = network(act)
+    guarding.mark(net)
+    with pytest.raises(LoadError, match=r"`3`, a Fire, of this network|a Fire of this network") as caught:
+        si.plan(net, IMAGES, at="*")
+    assert not (folder / HIT).exists() and (folder / "kept").exists()
+    assert caught.value.hint and "don't trust" in caught.value.hint
+
+
+@pytest.mark.parametrize("use", USES)
+def test_wherever_a_network_is_run(use, folder):
+    net = network(opens)
+    guarding.mark(net)
+    with pytest.raises(LoadError, match=r"a Fire,? of this network opens a file for writing"):
+        USES[use](net)
+    assert not (folder / HIT).exists()
+    assert [path.name for path in folder.iterdir() if path.suffix != ".py"] == ["kept"]
+
+
+def test_while_it_is_timed(folder):
+    """A network that behaves while it is looked at."""
+    calls = []
+    net = network(lambda: opens() if len(calls) > 3 else calls.append(1))
+    plan = si.plan(small(), torch.rand(2, 3, 8, 8))
+    guarding.mark(net)
+    calls.extend([1] * 4)
+    with pytest.raises(LoadError, match="opens a file"), guarding.guarded(net):
+        net(IMAGES)
+    assert plan and not (folder / HIT).exists()
+
+
+def test_a_refusal_that_is_caught_is_raised_all_the_same(folder):
+    def act():
+        with contextlib.suppress(Exception):
+            opens()
+
+    net = network(act)
+    guarding.mark(net)
+    with pytest.raises(LoadError, match="opens a file"):
+        si.find_sites(net, IMAGES)
+    assert not (folder / HIT).exists()
+
+
+def test_code_of_a_file_with_the_static_wall_off(folder):
+    """The attack that was found: a partial in place of a submodule makes a network that writes and runs source."""
+    from timm.models._features_fx import GraphExtractNet
+
+    code = f"open({HIT!r},'w').close()".encode()
+    name = f'a(", 0) or exec(bytes({list(code)})) or getattr(self, "training)'
+    fire = Fire(4, 4, 4, 4)
+    for child in ("squeeze", "squeeze_activation", "expand1x1"):
+        del fire._modules[child]
+    evil = partial(nn.Sequential, OrderedDict([(name, nn.ReLU())]))
+    vars(fire)["squeeze"] = partial(timm.layers.SEModule, 4, 1.0, 4, act_layer=evil)
+    vars(fire)["squeeze_activation"] = partial(GraphExtractNet, return_nodes=["fc2"])
+    vars(fire)["expand1x1"] = partial(GraphExtractNet, return_nodes=["graph_module.fc2"])
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), fire).eval()
+    with contextlib.suppress(Exception):
+        net(IMAGES)
+    assert (folder / HIT).exists()
+    (folder / HIT).unlink()
+    guarding.mark(net)
+    with pytest.raises(LoadError, match=r"a Fire,? of this network makes a module, a SEModule"):
+        si.plan(net, IMAGES, at="*")
+    assert not (folder / HIT).exists()
+
+
+def test_nobody_else_notices(folder):
+    """Other threads, other networks, and this thread before and after."""
+    net, own = network(lambda: None), network(makes_a_module)
+    guarding.mark(net)
+    init, written, stop = nn.Module.__init__, [], threading.Event()
+
+    def others():
+        while not stop.is_set():
+            nn.Linear(2, 2)
+            exec("1 + 1")
+            with open(folder / "other", "w") as file:
+                file.write("1")
+            own(IMAGES)
+            written.append(1)
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        while not written:
+            pass
+        with guarding.guarded(net):
+            before = len(written)
+            while len(written) < before + 3:
+                net(IMAGES)
+        assert len(si.find_sites(net, IMAGES)) > 0
+    finally:
+        stop.set()
+        thread.join()
+    assert nn.Module.__init__ is init
+    own(IMAGES)
+    opens()
+    assert (folder / HIT).exists()
+
+
+def test_what_is_allowed_around_a_network(folder):
+    """In this thread, but not by the network: what a tool does between its calls."""
+    net = network(lambda: None)
+    guarding.mark(net)
+    with guarding.guarded(net):
+        net(IMAGES)
+        opens()
+        nn.Linear(2, 2)
+        exec("1 + 1")
+    assert (folder / HIT).exists()
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:test_efficientnet"])
+def test_networks_out_of_files_are_used_as_ever(name, folder):
+    torch.save(randomise(build(name)).eval(), "net.pt")
+    net = si.load("net.pt")
+    assert guarding.is_marked(net)
+    plan = si.plan(net, torch.rand(2, 3, 64, 64))
+    assert plan.cost()
+    injected = plan.apply(net)
+    assert guarding.is_marked(injected) and guarding.is_marked(
+        injected[0] if isinstance(injected, nn.Sequential) else injected
+    )
+    si.verify(net, injected, torch.rand(2, 3, 64, 64))
+    for path in ("x.onnx", "x.pt2", "x.torchscript", "x.pt"):
+        si.export(injected, path, (torch.rand(2, 3, 64, 64),))
+    assert guarding.is_marked(si.load("x.pt2")) and guarding.is_marked(si.load("x.torchscript"))
+
+
+def test_what_is_not_a_strangers_is_not_marked(folder):
+    assert not guarding.is_marked(build("torchvision:resnet18"))
+    assert not guarding.is_marked(si.load("torchvision:resnet18"))
