@@ -40,7 +40,19 @@ def stored_plan(options: dict[str, Any], trust: tuple[str, ...]) -> Plan | Adapt
         "settings": "--set",
         "reduction": "--r",
     }
-    choices = ("stages", "at", "attended", "blocks", "settings", "reduction", "divisor", "bias", "init", "name")
+    choices = (
+        "stages",
+        "at",
+        "attended",
+        "budget",
+        "blocks",
+        "settings",
+        "reduction",
+        "divisor",
+        "bias",
+        "init",
+        "name",
+    )
     chosen = [key for key in choices if options.get(key) not in (None, ()) and (options[key] or key == "bias")]
     if options.get("position", "standard") != "standard":
         chosen.append("position")

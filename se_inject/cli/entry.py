@@ -49,6 +49,13 @@ def cli() -> None:
     type=float,
     help="Reduction ratio: the bottleneck is C // r wide.  [default: 16]",
 )
+@click.option(
+    "--budget",
+    multiple=True,
+    metavar="FIGURE=MOST",
+    help="The most that the blocks may add, params=5%, bytes=3%, macs=20M, latency=2%; may be repeated. Stages and r are "
+    "chosen: the most blocks, then the smallest r.",
+)
 @options.blocks
 @click.option("--name", help="Attribute that a block becomes on its owner.  [default: se]")
 @options.stored

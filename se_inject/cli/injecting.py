@@ -24,6 +24,7 @@ from se_inject.forwards import original_class
 from se_inject.loading import is_program, load, load_program
 from se_inject.plans import Plan, plan, plan_lines, start_factors, start_notes
 from se_inject.progress import step
+from se_inject.tables import counted
 from se_inject.tracing import float_like, preserved, real_inputs
 from se_inject.verification import check_against_file, verdict_data, verdict_lines, verify, weight_warnings
 
@@ -102,7 +103,12 @@ def inject(
 def planned_blocks(network: nn.Module, inputs: tuple[str, ...], options: dict[str, Any]) -> Plan:
     """The plan that the options make: the sum of those of the blocks."""
     plans = []
-    for block in parsed_blocks(options["blocks"], options["settings"], block_options(options)):
+    blocks = parsed_blocks(options["blocks"], options["settings"], block_options(options))
+    if options["budget"] and len(blocks) > 1:
+        raise OptionError("a budget is for one block", seen=counted(len(blocks), "block"), hint="give one --block")
+    if options["budget"] and options["device"] and any(text.startswith("latency") for text in options["budget"]):
+        network.to(options["device"])  # latency is measured where the network is
+    for block in blocks:
         if block.stages is not None and (options["stages"] or options["at"]):
             raise OptionError(
                 "the stages are given twice",
@@ -121,6 +127,7 @@ def planned_blocks(network: nn.Module, inputs: tuple[str, ...], options: dict[st
                 position=options["position"],
                 name=options["name"],
                 require_all=options["require_all"],
+                budget=options["budget"] or None,
                 **block.options,
             )
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,23 +11,17 @@ from torch import nn
 
 from se_inject.blocks import (
     block_names,
-    block_options,
     build_block,
-    check_block,
-    check_options,
     has_identity_start,
 )
 from se_inject.cost import Cost, CostRow, cost_of_steps, rows_of_steps
-from se_inject.errors import InjectError, NoSites, OptionError, SiteNotFound
+from se_inject.errors import InjectError, NoSites, SiteNotFound
+from se_inject.plans.candidates import ratios_of, steps_with
 from se_inject.plans.planner import plan
 from se_inject.plans.starts import start_factors
 from se_inject.plans.value import Plan
 from se_inject.sites import ALL, ALL_BUT_LAST, Sites, sites_in
-from se_inject.surgery import Step
-from se_inject.tracing import float_like
 
-PAPER_RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0)
-"""The reduction ratios of the paper's Table 10."""
 EACH = "each"
 """The choice that stands for: every stage alone, all, and all but the last (the paper's Table 13, and its advice)."""
 
@@ -116,7 +110,7 @@ def cost_grid(
     Raises:
         InjectError: as ``plan`` does, for any of the cells.
     """
-    ratios = _ratios(block, reductions, block_options)
+    ratios = ratios_of(block, reductions, block_options)
     widest = {} if ratios[-1] is None else {"reduction": max(ratios)}  # type: ignore[type-var]
     base = plan(
         model,
@@ -133,7 +127,7 @@ def cost_grid(
     steps = [
         step
         for ratio in ratios
-        for step in _with_block(base, block, block_options | ({} if ratio is None else {"reduction": ratio}))
+        for step in steps_with(base, block, block_options | ({} if ratio is None else {"reduction": ratio}))
     ]
     report = cost_of_steps(model, base.trace, steps)
     cells = tuple(
@@ -146,20 +140,6 @@ def cost_grid(
 
 def _cell(stages: str, reduction: float | None, rows: Sequence[CostRow]) -> CostCell:
     return CostCell(stages, reduction, len(rows), sum((row.cost for row in rows), Cost()))
-
-
-def _ratios(
-    block: str, reductions: Iterable[float] | None, options: dict[str, Any]
-) -> tuple[float, ...] | tuple[None, ...]:
-    if "reduction" in options:
-        raise OptionError("a grid has several ratios", seen="`reduction`", hint="say `reductions=[…]`, or `--r 4,8,16`")
-    if reductions is None:
-        return PAPER_RATIOS if "reduction" in block_options(block) else (None,)
-    ratios = tuple(dict.fromkeys(reductions))
-    if not ratios:
-        raise OptionError("an empty list of reduction ratios", hint="leave it out for 2, 4, 8, 16 and 32")
-    check_options(block, {"reduction": ratios})
-    return ratios
 
 
 def _choices(sites: Sites, base: Plan, stages: Iterable[Any] | int | str, attended: bool) -> dict[str, set[str]]:
@@ -194,17 +174,6 @@ def _names(choice: Any) -> list[str]:
     if not names:
         raise SiteNotFound("an empty choice of stages matches nothing", hint="leave it out to choose each stage")
     return [name.strip() for name in names]
-
-
-def _with_block(base: Plan, block: str, options: dict[str, Any], init: str | None = None) -> tuple[Step, ...]:
-    """The steps of a plan with another block or other options, tried out at every size first."""
-    assert base.trace is not None
-    init = init or base.steps[0].init
-    dtype = float_like(base.trace.model).dtype
-    for channels, size in sorted({(step.channels, step.size) for step in base.steps}):
-        with torch.device("meta"):
-            check_block(block, build_block(block, channels, size, options, init), channels, size, dtype)
-    return tuple(replace(step, block=block, options=options, init=init) for step in base.steps)
 
 
 @dataclass(frozen=True)
@@ -252,7 +221,7 @@ def _block_cost(base: Plan, name: str, origin: str) -> BlockCost:
     try:
         with torch.device("meta"):
             identity = has_identity_start(build_block(name, first.channels, first.size, {}, "paper"))
-        steps = _with_block(base, name, {}, "identity" if identity else "paper")
+        steps = steps_with(base, name, {}, "identity" if identity else "paper")
         added = sum((row.cost for row in rows_of_steps(base.trace, steps)), Cost())
         start = (1.0, 1.0) if identity else start_factors(steps)[name]
     except InjectError as error:

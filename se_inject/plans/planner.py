@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import nn
 from se_inject.blocks import build_block, check_block, check_values, has_identity_start, is_at_hand
 from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError
 from se_inject.forwards import is_plain_name, original_class
+from se_inject.plans.budget import Search, parsed_budget, plan_within
+from se_inject.plans.candidates import ratios_of
 from se_inject.plans.value import Plan, already, check_trust
 from se_inject.sites import ATTENDED, NECK, POSITIONS, Place, Site, Sites, place_of, sites_in
 from se_inject.surgery import Step, check_unfused, own_steps
@@ -34,6 +36,7 @@ def plan(
     init: str | None = None,
     name: str | None = None,
     require_all: bool = False,
+    budget: Mapping[str, Any] | Iterable[str] | None = None,
     **block_options: Any,
 ) -> Plan:
     """Look at a network and say what would be put where. Nothing is computed and nothing changed.
@@ -53,10 +56,15 @@ def plan(
             trained; ``paper``: as its authors start it. None: ``identity`` if the block has it.
         name: attribute that a block gets on its owner; None: ``se``, or ``se_<value>`` if an owner has several.
         require_all: a module with convolutions that can't be traced is an error, instead of losing its own sites.
+        budget: the most that the blocks may add: ``{"params": 0.05, "bytes": "3%", "macs": 20e6, "latency": "2%"}``, each a
+            share (a number below 1, or per cent) or an amount (of ``params``, ``macs``, ``elementwise`` operations,
+            ``bytes`` or milliseconds). Of the chosen stages, and of r = 2, 4, 8, 16 and 32 unless ``reduction`` is given,
+            the plan with the most blocks and then the smallest r is taken; its notes say which, and the two best that did
+            not fit. Latency is measured, where the network is.
         **block_options: the block's, for SE ``reduction=16``, ``bias=True``, ``gate="sigmoid"`` and more.
 
     Raises:
-        NoSites: the network has no place for a block.
+        NoSites: the network has no place for a block, or no blocks fit the budget.
         SiteNotFound: a stage or pattern matches nothing.
         OptionError: an option that the block refuses.
         TraceError: the network's own forward fails on the inputs, or with ``require_all`` a module can't be traced.
@@ -69,6 +77,10 @@ def plan(
     check_values(block, block_options)
     if name is not None and not is_plain_name(name):
         raise OptionError(f"`{name}` can't be the name of an attribute")
+    if budget is not None:
+        chosen_by = {"stages": stages, "at": at, "attended": attended, "require_all": require_all, "name": name}
+        where = {"example_inputs": example_inputs, "example_kwargs": example_kwargs, "position": position, **chosen_by}
+        return _within(budget, model, block, init, block_options, where)
     trace = observe_model(model, example_inputs, example_kwargs)
     check_unfused(model)
     if require_all:
@@ -88,6 +100,28 @@ def plan(
         failed = counted(len(trace.failures), "module")
         notes.append(f"left alone: {failed} that can't be traced; `se-inject sites MODEL -v` says why")
     return Plan(steps, original_class(model).__name__, shapes, tuple(notes), trace)
+
+
+def _within(
+    budget: Mapping[str, Any] | Iterable[str],
+    model: nn.Module,
+    block: str,
+    init: str | None,
+    options: dict[str, Any],
+    where: dict[str, Any],
+) -> Plan:
+    """The plan with the most blocks within a budget, from one observed call."""
+    limits = parsed_budget(budget)
+    rest = {key: value for key, value in options.items() if key != "reduction"}
+    ratios = ratios_of(block, [options["reduction"]] if "reduction" in options else None, rest)
+    smallest: dict[str, Any] = (
+        {} if ratios[0] is None else {"reduction": min(ratio for ratio in ratios if ratio is not None)}
+    )
+    base = plan(model, block=block, init=init, **where, **rest, **smallest)
+    found = plan_within(Search(base, ratios, limits))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    _, odd = _probed(found.steps, block, dict(found.steps[0].options), found.steps[0].init, dtype)
+    return replace(found, notes=tuple(dict.fromkeys((*found.notes, *odd))))
 
 
 def inject(model: nn.Module, example_inputs: Any = None, **options: Any) -> nn.Module:
@@ -236,7 +270,7 @@ def _step(draft: Step, site: Site, place: Place, name: str | None) -> Step:
 
 
 def _probed(
-    places: Sequence[Place], block: str, options: dict[str, Any], init: str | None, dtype: torch.dtype
+    places: Sequence[Place | Step], block: str, options: dict[str, Any], init: str | None, dtype: torch.dtype
 ) -> tuple[str, list[str]]:
     """Build one block of each size, so that bad options are refused first of all: how it starts, and what is odd."""
     notes = []
