@@ -26,7 +26,9 @@ def reason_of(error: Exception) -> str:
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if any("torch/utils/checkpoint.py" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
         return "it uses activation checkpointing, which a graph can't hold"
-    if not isinstance(error, Untraceable):
+    if not isinstance(error, Untraceable) and "Proxy" in str(error):
+        text = "hands a value to code that can't be followed: it is no function of torch's Python interface"
+    elif not isinstance(error, Untraceable):
         text = f"{type(error).__name__}: {text}"
     return f"{text} {location(error)}".strip()
 

@@ -15,6 +15,7 @@ from se_inject.forwards import FixedBatchNorm, Program, is_of_training, recorded
 from se_inject.guarding import under_guard
 from se_inject.tables import counted
 from se_inject.tracing.failures import describe
+from se_inject.tracing.foreign import home, leaf_kind, outside_of_leaves, wrapper_kind
 from se_inject.tracing.observer import observe
 from se_inject.tracing.trace import Trace, float_like
 from se_inject.user_code import fact
@@ -43,7 +44,14 @@ def observe_model(model: nn.Module, example_inputs: Any = None, example_kwargs: 
         TraceError: the model's forward fails on the inputs.
     """
     check_supported(model)
-    trace = _observed(model, example_inputs, example_kwargs)
+    try:
+        trace = _observed(model, example_inputs, example_kwargs)
+    except TraceError as error:
+        leaves = ((path, module, leaf_kind(module)) for path, module in model.named_modules())
+        for path, module, kind in leaves:
+            if kind is not None and kind[0] == "quantised":  # such modules take quantised values alone
+                raise _unsupported(path, module, kind) from error
+        raise
     return replace(trace, notes=(*trace.notes, *_program_notes(model)))
 
 
@@ -234,7 +242,7 @@ def check_supported(model: Any) -> None:
         model: what a user passed.
 
     Raises:
-        UnsupportedModel: no module, or one that is or holds a wrapped, compiled, scripted or quantised one.
+        UnsupportedModel: no module, a wrapped one, or one whose convolutions are all compiled, scripted or quantised.
     """
     if not isinstance(model, nn.Module):
         hint = "pass the network that these weights belong to" if isinstance(model, Mapping) else None
@@ -242,16 +250,23 @@ def check_supported(model: Any) -> None:
             hint = "save it with torch.export.save: `se_inject.load` makes modules of the file"
         raise UnsupportedModel(f"no torch.nn.Module, but {type(model).__name__}", hint=hint)
     for path, module in model.named_modules():
-        homes = [f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__]
-        for prefix, (what, hint) in _UNSUPPORTED.items():
-            if any(home.startswith(prefix) for home in homes) and not homes[0].endswith("FloatFunctional"):
-                which = f"its `{path}`" if path else "it"
-                raise UnsupportedModel(f"can't edit this model: {which} is {what}", seen=homes[0], hint=hint)
+        if (kind := wrapper_kind(module)) is not None:
+            raise _unsupported(path, module, kind)
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise UnsupportedModel(
                 f"a {type(module).__name__} in `{path}` has no shape yet",
                 hint="call the network once on real inputs, then inject",
             )
+
+    outside = outside_of_leaves(model)
+    leaves = [(path, module, kind) for path, module in outside if (kind := leaf_kind(module)) is not None]
+    if leaves and not any(isinstance(module, nn.modules.conv._ConvNd) for _, module in outside):
+        raise _unsupported(*leaves[0])
+
+
+def _unsupported(path: str, module: nn.Module, kind: tuple[str, str]) -> UnsupportedModel:
+    which = f"its `{path}`" if path else "it"
+    return UnsupportedModel(f"can't edit this model: {which} is {kind[0]}", seen=home(module), hint=kind[1])
 
 
 def check_has_numbers(model: nn.Module) -> None:
@@ -267,27 +282,6 @@ def check_has_numbers(model: nn.Module) -> None:
             seen=f"`{without}`",
             hint="model.to_empty(device='cpu') makes room for them; then load its weights",
         )
-
-
-_QUANTISED = ("quantised", "inject first, then quantise")
-_UNSUPPORTED = {
-    "torch.nn.parallel.data_parallel.DataParallel": ("wrapped in DataParallel", "pass `model.module`"),
-    "torch.nn.parallel.distributed.": ("wrapped in DistributedDataParallel", "pass `model.module`"),
-    "torch.optim.swa_utils.AveragedModel": ("an average of weights", "pass `model.module`"),
-    "torch.distributed.fsdp._fully_shard.": (
-        "sharded by FSDP",
-        "inject before `fully_shard`; to save, load torch.distributed.checkpoint.state_dict.get_model_state_dict "
-        "with full_state_dict=True into an injected network that is not sharded",
-    ),
-    "torch.distributed.fsdp.fully_sharded_data_parallel.": ("wrapped in FSDP", "inject first, then wrap"),
-    "torch._dynamo.eval_frame.OptimizedModule": ("compiled", "pass `model._orig_mod`, compile what you get"),
-    "torch.jit._script.ScriptModule": (
-        "TorchScript",
-        "save it with torch.jit.save: `se_inject.load` makes modules of the file",
-    ),
-    "torch.ao.nn.quantized.": _QUANTISED,
-    "torch.ao.nn.intrinsic.quantized.": _QUANTISED,
-}
 
 
 def example_of(

@@ -8,8 +8,9 @@ of the model: the model itself, which other threads may be using, is only read.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +21,10 @@ from torch import Tensor, fx, nn
 from se_inject.errors import TraceError
 from se_inject.guarding import under_guard
 from se_inject.tracing.failures import describe, location, reason_of
+from se_inject.tracing.foreign import leaf_kind
+from se_inject.tracing.helpers import Helper, helper_for
 from se_inject.tracing.nodes import CONVOLUTIONS, function_name_of, gates_in
+from se_inject.tracing.patches import patched
 from se_inject.tracing.proxy import Untraceable
 from se_inject.tracing.snapshots import containers_in, drawing, preserved, random_state, refill
 from se_inject.tracing.substitutes import standing_in
@@ -77,6 +81,7 @@ class Observer:
         self.result = record
         self.tracer: OwnerTracer | None = None
         self._time = self._convs = self._macs = self._gates = self._attention = 0
+        self._closed = 0
         self._numbers: Tensor | None = None
 
     def tick(self) -> int:
@@ -162,6 +167,9 @@ class Observer:
         symbolic: frozenset[int | str],
     ) -> Any:
         """Call a module of the network: torch's own are counted, others traced the first time."""
+        closed = leaf_kind(module)
+        if closed is not None or self._closed:
+            return self._run_closed(module, path, args, kwargs, closed)
         if not is_leaf(module):
             kind = _kinds((args, kwargs))
             if path in self.result.graphs or path in self.result.failures:
@@ -170,6 +178,24 @@ class Observer:
                 output = self._run_traced(module, path, args, kwargs, symbolic)
             self.result.kinds.setdefault(path, set()).add(kind)
             return output
+        return self._run_leaf(module, args, kwargs)
+
+    def _run_closed(
+        self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], kind: tuple[str, str] | None
+    ) -> Any:
+        """Call a compiled, scripted or quantised module, or one inside of it: counted, never traced."""
+        if kind is not None:
+            self.result.failures[path] = f"it is {kind[0]}: {kind[1]}"
+        elif is_leaf(module):
+            return self._run_leaf(module, args, kwargs)
+        self._closed += 1
+        try:
+            return plain_call(module, args, kwargs)
+        finally:
+            self._closed -= 1
+
+    def _run_leaf(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call one of torch's own modules, and count what it does."""
         output = self._known_result(module, args[0]) if len(args) == 1 and not kwargs else None
         if output is None:
             output = plain_call(module, args, kwargs)
@@ -221,20 +247,27 @@ class Observer:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             _put_back(module, own)
-            tracer = OwnerTracer(self, module, path)
             before = (dict(self.result.calls), self.counts(), containers_in((args, kwargs)))
-            try:
-                if own is not None:
-                    raise Untraceable("its forward was replaced on the instance")
-                output = self.trace(tracer, (args, kwargs, symbolic))
-            except Exception as error:
-                self.result.failures[path] = reason_of(error)
-                self.result.calls.clear()
-                self.result.calls.update(before[0])
-                self._convs, self._macs, self._gates, self._attention = before[1]
-                refill(before[2])
-                self.tracer = None
-                return module.forward(*args, **kwargs)
+            helpers: list[Helper] = []
+            while True:
+                tracer = OwnerTracer(self, module, path)
+                try:
+                    if own is not None:
+                        raise Untraceable("its forward was replaced on the instance")
+                    output = self.trace(tracer, (args, kwargs, symbolic), helpers)
+                    break
+                except Exception as error:
+                    self.result.calls.clear()
+                    self.result.calls.update(before[0])
+                    self._convs, self._macs, self._gates, self._attention = before[1]
+                    refill(before[2])
+                    helper = helper_for(error)
+                    if helper is not None and helper[:2] not in [each[:2] for each in helpers]:
+                        helpers.append(helper)
+                        continue
+                    self.result.failures[path] = reason_of(error)
+                    self.tracer = None
+                    return module.forward(*args, **kwargs)
             self.result.graphs[path] = OwnerGraph(
                 path=path,
                 module=self.result.model.get_submodule(path),
@@ -246,6 +279,7 @@ class Observer:
                 reads_training=tracer.reads_training,
                 iterates=tracer.iterates,
                 inputs=(args, kwargs, symbolic),
+                helpers=tuple(helpers),
             )
             self._gates += gates_in(tracer.graph)
             return output
@@ -256,11 +290,21 @@ class Observer:
         finally:
             _put_back(module, own)
 
-    def trace(self, tracer: OwnerTracer, inputs: tuple[tuple[Any, ...], dict[str, Any], frozenset[int | str]]) -> Any:
-        """Run an owner's forward under its tracer, with reads of its ``training`` flag noticed."""
+    def trace(
+        self,
+        tracer: OwnerTracer,
+        inputs: tuple[tuple[Any, ...], dict[str, Any], frozenset[int | str]],
+        helpers: Iterable[Helper] = (),
+    ) -> Any:
+        """Run an owner's forward under its tracer, with the helpers that it needs."""
         outer, self.tracer = self.tracer, tracer
         try:
-            return tracer.trace(type(tracer.owner).forward, *inputs)
+            if graphs_of_modes(tracer.owner) is not None:
+                tracer.reads_training = True
+            with contextlib.ExitStack() as stack:
+                for helper in helpers:
+                    stack.enter_context(patched(*helper))
+                return tracer.trace(forward_of(tracer.owner, tracer.training), *inputs)
         finally:
             self.tracer = outer
 
@@ -328,13 +372,33 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h
         drawing(trace, state)
 
 
+def graphs_of_modes(module: nn.Module) -> tuple[fx.Graph, fx.Graph] | None:
+    """The graphs in eval mode and in training of a graph module that has two, as torchvision's feature extractors do."""
+    if not isinstance(module, fx.GraphModule):
+        return None
+    graphs = tuple(module.__dict__.get(name) for name in ("eval_graph", "train_graph"))
+    return graphs if all(isinstance(graph, fx.Graph) for graph in graphs) else None  # type: ignore[return-value]
+
+
+def forward_of(module: nn.Module, training: bool) -> Callable[..., Any]:
+    """The forward of a module's class; of a graph module with two graphs that of the mode, whichever it is in."""
+    graphs = graphs_of_modes(module)
+    if graphs is None:
+        return type(module).forward
+    code = graphs[training].python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, f"<{type(module).__name__}>", "exec"), scope)
+    forward: Callable[..., Any] = scope["forward"]
+    return forward
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module's forward is torch's own, ``nn.Sequential``'s apart: what it does is known without a look."""
-    if isinstance(module, torch.jit.ScriptModule):
+    if leaf_kind(module) is not None:
         return True
     forward = type(module).forward
     return (
-        getattr(forward, "__module__", "").startswith("torch.")
+        (getattr(forward, "__module__", None) or "").startswith("torch.")
         and forward is not nn.Sequential.forward
         and not isinstance(module, fx.GraphModule)
     )

@@ -82,6 +82,8 @@ class ValueProxy(fx.Proxy):
     def __len__(self) -> int:
         if isinstance(self.value, _STRUCTURES):
             return len(self.value)
+        if not isinstance(self.value, Tensor):
+            raise TypeError(f"object of type '{type(self.value).__name__}' has no len()")
         raise Untraceable("takes the length of a tensor")
 
     def __iter__(self) -> Iterator[Any]:
@@ -152,11 +154,12 @@ def _is_isinstance(code: CodeType, position: int) -> bool:
         return True
     if not call.opname.startswith(("CALL", "PRECALL")) or call.arg != 2:
         return False
+    if done and done[-1].opname == "PRECALL":  # Python 3.11 has a call in two
+        done.pop()
     missing = 2
     while missing > 0 and done:
         before = done.pop()
-        if before.opname != "PRECALL":
-            missing -= dis.stack_effect(before.opcode, before.arg, jump=False)
+        missing -= dis.stack_effect(before.opcode, before.arg, jump=False)
     return bool(done) and done[-1].opname in ("LOAD_GLOBAL", "LOAD_NAME") and done[-1].argval == "isinstance"
 
 

@@ -47,6 +47,7 @@ class OwnerGraph:
         reads_training: whether the forward asks for the mode.
         iterates: whether the forward goes through all children, where a new one would be called as well.
         inputs: positional and keyword arguments of the call, and which plain numbers among them are computed.
+        helpers: what had to be patched for the forward to be traced.
     """
 
     path: str
@@ -59,6 +60,7 @@ class OwnerGraph:
     reads_training: bool
     iterates: bool
     inputs: tuple[tuple[Any, ...], dict[str, Any], frozenset[int | str]]
+    helpers: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ checks it instead of assuming it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -311,10 +312,31 @@ class OwnerTracer(TracerBase):
                 if value is a:
                     return self.attribute(self.owner, name, a).node
             raise Untraceable("uses a tensor that is neither an input nor an attribute of the module")
+        if type(a) not in (tuple, list, dict, torch.Size) and (
+            isinstance(a, tuple | list | dict) or (dataclasses.is_dataclass(a) and not isinstance(a, type))
+        ):
+            return self._container(a)
         try:
             return super().create_arg(a)
         except NotImplementedError as error:
             raise Untraceable(f"passes a {type(a).__name__} on, which a graph can't hold") from error
+
+    def _container(self, container: Any) -> fx.Node:
+        """A container of a class of its own as a node: the call of that class."""
+        kind = type(container)
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        if isinstance(container, dict):
+            args = ({key: self.create_arg(dict.__getitem__(container, key)) for key in dict.keys(container)},)
+        elif isinstance(container, list | tuple):
+            items = [self.create_arg(item) for item in container]
+            args = tuple(items) if hasattr(kind, "_fields") else (items,)
+        else:
+            kwargs = {
+                each.name: self.create_arg(getattr(container, each.name)) for each in dataclasses.fields(container)
+            }
+        node = self.create_node("call_function", kind, args, kwargs)
+        return self._wrap(node, values_of(container)).node
 
     def guard(self, proxy: ValueProxy, answer: bool) -> None:
         """Remember that the graph holds only while this condition has this answer."""

@@ -54,7 +54,7 @@ def _observed(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
         replay = {path: list(values) for path, values in outputs.items()}
         tracer = OwnerTracer(observer, module, owner.path, training=True, replay=replay)
         with preserved(module), quiet(), torch.enable_grad(), observing(watch, observer):
-            observer.trace(tracer, inputs)
+            observer.trace(tracer, inputs, owner.helpers)
         return tracer
 
     state = random_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import types
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from se_inject.guarding import mark_like
+from se_inject.tracing.foreign import is_compiled
 
 _ATOMIC = frozenset(
     {
@@ -51,18 +53,37 @@ class _Copier:
         modules = list(model.modules())
         with torch.no_grad():
             for module in modules:
-                self.memo[id(module)] = object.__new__(type(module))
+                if id(module) not in self.memo:
+                    self._make(module)
             for module in modules:
                 for table in (module._parameters, module._buffers):
                     for each in table.values():
                         self.copied(each)
             for module in modules:
-                self._fill(self.memo[id(module)], module)
+                if not isinstance(module, torch.jit.ScriptModule):
+                    self._fill(self.memo[id(module)], module)
+
+    def _make(self, module: nn.Module) -> None:
+        """A module of the same class with nothing in it; of a scripted one, a copy with its weights."""
+        if not isinstance(module, torch.jit.ScriptModule):
+            self._remember(module, object.__new__(type(module)))
+            return
+        scripted = copy.deepcopy(module)
+        with contextlib.suppress(Exception):
+            if any(self.tensor(parameter).is_meta for parameter in module.parameters()):
+                scripted = scripted.to("meta")
+        for inside, twin in zip(module.modules(), scripted.modules(), strict=True):
+            self._remember(inside, twin)
 
     def _fill(self, twin: Any, original: Any) -> None:
         attributes = twin.__dict__
+        compiled = is_compiled(original)
         for name, value in original.__dict__.items():
-            attributes[name] = value if type(value) in _ATOMIC else self.copied(value)
+            if not compiled or name in _OF_EVERY_MODULE:  # and nothing of the compiler's
+                attributes[name] = value if type(value) in _ATOMIC else self.copied(value)
+        if compiled:
+            attributes["_super_module_initialized"] = True
+            attributes["forward"] = functools.partial(_call, self.memo[id(original._modules["_orig_mod"])])
 
     def copied(self, value: Any) -> Any:
         """The twin's of any value."""
@@ -156,6 +177,13 @@ class _Copier:
     def _cell(self, cell: types.CellType) -> types.CellType:
         twin: types.CellType = self.memo.get(id(cell)) or self._remember(cell, types.CellType())
         return twin
+
+
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
+
+def _call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
 
 
 class _Tensors(TorchFunctionMode):

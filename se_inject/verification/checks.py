@@ -401,6 +401,8 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
         if not unreached:
             told = f"gradients reach all {counted(len(named), 'new parameter')} of {counted(len(blocks), 'block')}"
             return Check(name, True, told)
+    if any("quantized" in type(module).__module__ for module in after.modules()):
+        return Check(name, None, "not told: no gradient passes its quantised modules")
     if not trained:  # a detector's best boxes need not come from everywhere
         seen = f"in eval mode no gradient reached {unreached[0]}"
         return Check(name, None, f"not told: the network can't be trained on these inputs alone; {seen}")

@@ -99,6 +99,8 @@ def reason(error: BaseException) -> str:
 
 def same_value(one: Any, other: Any) -> bool:
     """Whether two entries of a state dict are the same: type, shape, device and numbers."""
+    if isinstance(one, tuple | list) and type(one) is type(other) and len(one) == len(other):
+        return all(map(same_value, one, other))
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return bool(one == other)
     return one.dtype == other.dtype and one.device == other.device and same_numbers(one, other)

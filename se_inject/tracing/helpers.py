@@ -1,0 +1,73 @@
+"""Calls of torch that don't know proxies: what is patched, in this thread and for one forward, once one has failed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from se_inject.tracing.proxy import Untraceable, is_proxy
+
+
+class Helper(NamedTuple):
+    """An attribute, and what takes its place; see ``patches.patched``."""
+
+    owner: Any
+    name: str
+    replacement: Callable[..., Any]
+
+
+def helper_for(error: Exception) -> Helper | None:
+    """What would let a forward go on that failed so; None if nothing is known."""
+    text = str(error)
+    found = re.match(r"(\w+)\(\) (takes 1 positional argument|received an invalid combination of arguments)", text)
+    if found and found[1] in ("zeros", "ones", "empty", "rand", "randn"):
+        return Helper(torch, found[1], _sizes_in_a_tuple)
+    found = re.match(
+        r"descriptor '(\w+)' for 'torch\._C\.TensorBase' objects doesn't apply to a 'ValueProxy' object", text
+    )
+    if found:
+        name = found[1]
+        return Helper(torch.Tensor, name, lambda original, *args, **kwargs: _method(original, name, args, kwargs))
+    if "instead found type 'ValueProxy'" in text:
+        return Helper(torch.jit.ScriptFunction, "__call__", _scripted)
+    if re.match(r"Could not infer dtype of ValueProxy|object of type '(int|float)' has no len", text):
+        return Helper(torch, "tensor", _tensor_of_number)
+    if text.startswith("Variable data has to be a tensor, but got ValueProxy"):
+        return Helper(torch.autograd.Variable, "__new__", _variable)
+    return None
+
+
+def _sizes_in_a_tuple(original: Any, *sizes: Any, **kwargs: Any) -> Any:
+    return original(sizes, **kwargs) if any(map(is_proxy, sizes)) else original(*sizes, **kwargs)
+
+
+def _tensor_of_number(original: Any, data: Any, **kwargs: Any) -> Any:
+    if not is_proxy(data) or not isinstance(data.value, int | float):
+        return original(data, **kwargs)
+    return data.tracer.create_proxy("call_function", original, (data,), kwargs)
+
+
+def _method(original: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not args or not is_proxy(args[0]):
+        return original(*args, **kwargs)
+    return args[0].tracer.create_proxy("call_method", name, args, kwargs)
+
+
+def _scripted(original: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """A scripted function, as the Python that it was made from."""
+    python = getattr(function, "_torchdynamo_inline", None)
+    if python is None or not any(map(is_proxy, (*args, *kwargs.values()))):
+        return original(function, *args, **kwargs)
+    return python(*args, **kwargs)
+
+
+def _variable(original: Any, kind: Any, *args: Any, **kwargs: Any) -> Any:
+    """``Variable(x)``: the same numbers, without a history."""
+    if not any(map(is_proxy, (*args, *kwargs.values()))):
+        return original(kind, *args, **kwargs)
+    if len(args) != 1 or kwargs:
+        raise Untraceable("makes a Variable with options")
+    return args[0].tracer.create_proxy("call_method", "detach", args, {})
