@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from se_inject.plans import inject as inject
     from se_inject.plans import plan as plan
     from se_inject.plans import plan_of as plan_of
+    from se_inject.reports import report as report
     from se_inject.sites import Site as Site
     from se_inject.sites import Sites as Sites
     from se_inject.sites import find_sites as find_sites
@@ -90,6 +91,7 @@ _HOME = {
     "plan": "plans",
     "plan_of": "plans",
     "prune_blocks_": "gates",
+    "report": "reports",
     "remove_adapter_": "adapters",
     "save_adapter": "adapters",
     "set_adapter_": "adapters",

@@ -66,6 +66,9 @@ def cli() -> None:
 )
 @options.force
 @click.option("--dry-run", is_flag=True, help="Plan and report only.")
+@click.option(
+    "--report", type=OutputPath(), help="Write all this, with a picture, to one HTML file that opens offline."
+)
 @click.option("--latency", is_flag=True, help="Measure both networks in turns.")
 @options.targets
 @click.option("--seed", type=int, help="Seed for random weights, of the blocks and of a network built by name.")

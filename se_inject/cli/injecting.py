@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from se_inject.forwards import original_class
 from se_inject.loading import is_program, load, load_program
 from se_inject.plans import Plan, plan, plan_lines, start_factors, start_notes
 from se_inject.progress import step
+from se_inject.reports import check_report
+from se_inject.reports import report as write_report
 from se_inject.tables import counted
 from se_inject.tracing import float_like, preserved, real_inputs
 from se_inject.verification import check_against_file, verdict_data, verdict_lines, verify, weight_warnings
@@ -31,11 +35,15 @@ from se_inject.verification import check_against_file, verdict_data, verdict_lin
 
 def inject(
     *, model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
-    outputs: tuple[Path, ...], force: bool, dry_run: bool, latency: bool, style: str, as_json: bool, verbose: bool, seed: int | None, **options: Any,
+    outputs: tuple[Path, ...], force: bool, dry_run: bool, latency: bool, style: str, as_json: bool, verbose: bool, seed: int | None, report: Path | None,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Put blocks into a network, verify the result, and write it."""
     targets = () if dry_run else outputs or (default_output(model),)
     check_outputs(targets, force=force, **conversion(options, "opset"))
+    if report is not None:
+        check_report(report, force=force)
+    found: dict[str, Any] = {}
     stored = stored_plan(options, trust)
     if seed is not None:
         torch.manual_seed(seed)
@@ -74,6 +82,7 @@ def inject(
             check = check_against_file(network, load_program(model), planned.trace)
             verdict = replace(verdict, checks=(check, *verdict.checks))
         data["verification"] = verdict_data(verdict)
+        found["verdict"] = verdict
         say("\n" + "\n".join(verdict_lines(verdict)))
         if as_json and not verdict.passed:
             print_json(data)
@@ -81,6 +90,7 @@ def inject(
         if latency:
             step("measuring the latency")
             measured = _latency(network, injected, planned)
+            found["latency"] = measured
             data["latency"] = vars(measured)
             say(latency_line(measured))
         if targets:
@@ -94,8 +104,14 @@ def inject(
                 force=force,
                 **conversion(options, "opset", "dynamic_size"),
             )
+            found["exported"] = exported
             data["files"] = [exported_data(item) for item in exported]
             say("\n" + "\n".join(line for item in exported for line in exported_lines(item)))
+    if report is not None:
+        step("writing the report")
+        command = shlex.join(["se-inject", *sys.argv[1:]])
+        write_report(planned, report, notes=notes, command=command, force=force, **found)
+        say(f"\nwrote {report}")
     if as_json:
         print_json(data)
 

@@ -8,7 +8,7 @@ from se_inject.gates.data import Data, open_data, preprocessing_for
 from se_inject.gates.excitations import BlockGates, Excitations, excitations
 from se_inject.gates.plot import plot_gates
 from se_inject.gates.prune import Pruned, latency_beside, prune_blocks_
-from se_inject.gates.text import excitations_data, excitations_text, pruned_data, pruned_text
+from se_inject.gates.text import excitations_data, excitations_text, figures, pruned_data, pruned_text
 
 __all__ = [
     "BlockGates",
@@ -18,6 +18,7 @@ __all__ = [
     "excitations",
     "excitations_data",
     "excitations_text",
+    "figures",
     "latency_beside",
     "open_data",
     "plot_gates",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from se_inject.pictures.scene import Kind, Mark, colour_of
+from se_inject.pictures.scene import Kind, Mark
 from se_inject.pictures.shapes import Circle, Drawing, Path, Rect, Text, text_width
 from se_inject.sites import Operation
 from se_inject.tables import counted
@@ -240,9 +240,8 @@ def _draw_lane(drawing: Drawing, lane: _Lane, x: float, y: float, used: set[str]
             title = f"{item.step.path}: {item.name} at {item.step.channels} channels" + (
                 f", {item.told}" if item.told else ""
             )
-            drawing.add(Rect(x, y - CHIP / 2 - 1, width, CHIP + 2, colour_of(item, "b"), 5, title))
-            role = "on" if item.level is None or item.level > 0.6 else "ink"
-            drawing.add(Text(x + width / 2, y + 4.5, _mark_text(item), role, 12, "middle", True))
+            drawing.add(Rect(x, y - CHIP / 2 - 1, width, CHIP + 2, f"b{item.colour % 6}", 5, title))
+            drawing.add(Text(x + width / 2, y + 4.5, _mark_text(item), "on", 12, "middle", True))
         else:
             role = "unit" if item.kind in ("conv", "module") else "plain"
             radius = 12 if item.kind == "act" else 4
