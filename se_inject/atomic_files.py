@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-from se_inject.errors import ExportError, OptionError
+from se_inject.errors import ExportError, OptionError, either
 
 
 def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
@@ -36,7 +36,7 @@ def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
         what = "a directory" if path.is_dir() else "not a regular file"
         raise ExportError(f"cannot write `{path}`", seen=f"it is {what}")
     if path.exists() and not force:
-        raise ExportError(f"`{path}` exists", hint="--force (in Python force=True) replaces it")
+        raise ExportError(f"`{path}` exists", hint=f"{either('--force', 'force=True')} replaces it")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ExportError(f"cannot write `{path}`", seen=f"no permission to write in `{parent}`")
 

@@ -24,6 +24,32 @@ fits, so that ``except LookupError`` works for a caller who doesn't want to know
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+_door = "python"
+
+
+def either(command: str, python: str) -> str:
+    """What a hint says to the caller: the command line's words, or Python's.
+
+    Args:
+        command: a flag: ``--force``.
+        python: the same in Python: ``force=True``.
+    """
+    return command if _door == "command" else python
+
+
+@contextlib.contextmanager
+def hints_for_command() -> Iterator[None]:
+    """Have hints speak of flags and commands while the block runs, instead of arguments and functions."""
+    global _door
+    before, _door = _door, "command"
+    try:
+        yield
+    finally:
+        _door = before
+
 
 def printable(text: str, most: int | None = 300, keep: str = "") -> str:
     """Text that may come from a file as it may be shown on a terminal: what controls one is written out.
@@ -45,7 +71,8 @@ class InjectError(Exception):
         hint: what the user can do about it; None: what its kind of error has in general.
     """
 
-    general_hint: str | None = None
+    general_hint: str | tuple[str, str] | None = None
+    """A hint for errors that bring none; a pair if the command line and Python say it differently."""
 
     exit_code = 1
     """What the command line returns for it: 1 could not be done, 2 was asked wrongly."""
@@ -53,7 +80,9 @@ class InjectError(Exception):
     def __init__(self, message: str, *, seen: str | None = None, hint: str | None = None) -> None:
         self.message = printable(message, None)
         self.seen = seen and printable(seen, None, keep="\n")
-        self.hint = printable(hint, None, keep="\n") if hint else self.general_hint
+        general = self.general_hint
+        hint = hint or (either(*general) if isinstance(general, tuple) else general)
+        self.hint = hint and printable(hint, None, keep="\n")
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -76,7 +105,7 @@ class NoSites(InjectError, LookupError):
 class SiteNotFound(InjectError, LookupError):
     """A stage, path or pattern matches no site."""
 
-    general_hint = "list the sites with `se-inject sites MODEL -v`"
+    general_hint = ("list the sites with `se-inject sites MODEL -v`", "print(si.find_sites(model)) lists them")
 
     exit_code = 2
 
@@ -84,7 +113,10 @@ class SiteNotFound(InjectError, LookupError):
 class OptionError(InjectError, ValueError):
     """An option has a value that no block or plan can have."""
 
-    general_hint = "`se-inject --help` lists the options, `se-inject blocks NAME` those of a block"
+    general_hint = (
+        "`se-inject --help` lists the options, `se-inject blocks NAME` those of a block",
+        "help(si.plan) lists the options, `se-inject blocks NAME` those of a block",
+    )
 
     exit_code = 2
 
@@ -120,7 +152,10 @@ class WorkerError(InjectError, RuntimeError):
 class LoadError(InjectError, ValueError):
     """A file or a name gave no model."""
 
-    general_hint = "MODEL is a whole network in a file, or a name such as torchvision:resnet50; see `se-inject --help`"
+    general_hint = (
+        "MODEL is a whole network in a file, or a name such as torchvision:resnet50; see `se-inject --help`",
+        "it reads whole networks from files, and names such as torchvision:resnet50; see help(si.load)",
+    )
 
 
 class UntrustedGlobals(LoadError):
@@ -134,7 +169,7 @@ class DataError(InjectError, ValueError):
 class ExportError(InjectError, RuntimeError):
     """A file could not be written, or what was written does not compute what the model computes."""
 
-    general_hint = "choose another file or format with -o"
+    general_hint = ("choose another file or format with -o", "choose another file or format")
 
 
 def out_of_memory(error: BaseException | None) -> bool:

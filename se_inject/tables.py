@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
@@ -69,3 +70,24 @@ def percent(part: float, whole: float) -> str:
 def counted(number: int, noun: str) -> str:
     """``1 block``, ``2 blocks``."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+class Printed:
+    """A value that prints as the command line prints it: ``str`` is that text, ``repr`` one short line."""
+
+    def text(self) -> str:
+        """What the command line prints of it."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """The same in a few words."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"

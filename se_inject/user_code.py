@@ -32,6 +32,12 @@ class NoSuchFile(LoadError, FileNotFoundError):
     exit_code = 2
 
 
+class NoSuchName(LoadError, LookupError):
+    """The network, module or attribute that was named doesn't exist."""
+
+    exit_code = 2
+
+
 def from_zoo(zoo: str, name: str, **options: Any) -> nn.Module:
     """Build a network with random weights; nothing is downloaded.
 
@@ -41,7 +47,8 @@ def from_zoo(zoo: str, name: str, **options: Any) -> nn.Module:
         **options: of the network: ``num_classes``.
 
     Raises:
-        LoadError: the package is missing or has no such network.
+        NoSuchName: it has no such network.
+        LoadError: the package is missing.
     """
     try:
         names, build = ZOOS[zoo]()
@@ -49,7 +56,7 @@ def from_zoo(zoo: str, name: str, **options: Any) -> nn.Module:
         hint = "pip install 'se-inject[zoo]'"
         raise LoadError(f"`{zoo}:{name}` needs {zoo}", seen=str(error), hint=hint) from error
     if name.split(".")[0] not in names:  # `timm:resnet50.a1_in1k` is resnet50 with that one's settings
-        raise LoadError(f"{zoo} has no network `{name}`", hint=did_you_mean(name, names))
+        raise NoSuchName(f"{zoo} has no network `{name}`", hint=did_you_mean(name, names))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -67,7 +74,8 @@ def from_code(place: str, attribute: str) -> nn.Module:
 
     Raises:
         NoSuchFile: no such ``.py`` file.
-        LoadError: no such module or attribute, an exception in that code, or no ``nn.Module``.
+        NoSuchName: no such module or attribute.
+        LoadError: an exception in that code, or no ``nn.Module``.
     """
     found, path = named(place, attribute), _file_of(place)
     try:
@@ -89,7 +97,8 @@ def named(place: str, attribute: str) -> Any:
 
     Raises:
         NoSuchFile: no such ``.py`` file.
-        LoadError: no such module or attribute, or an exception in that code.
+        NoSuchName: no such module or attribute.
+        LoadError: an exception in that code.
     """
     path = _file_of(place)
     if path and not path.is_file():
@@ -101,7 +110,7 @@ def named(place: str, attribute: str) -> Any:
         raise _failure(place, attribute, path, error) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise LoadError(f"`{place}` has no `{attribute}`", hint=did_you_mean(part, dir(found)))
+            raise NoSuchName(f"`{place}` has no `{attribute}`", hint=did_you_mean(part, dir(found)))
         found = getattr(found, part)
     return found
 
@@ -184,7 +193,7 @@ def _taken(name: str, path: Path) -> bool:
 
 def _failure(place: str, attribute: str, path: Path | None, error: BaseException) -> LoadError:
     if isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
-        return LoadError(f"no module `{error.name}`", hint="a file is named as `path/to/file.py:callable`")
+        return NoSuchName(f"no module `{error.name}`", hint="a file is named as `path/to/file.py:callable`")
     where = _where(error, path)
     missing = isinstance(error, TypeError) and where is None
     hint = "it is called without arguments: name a function that passes them" if missing else None

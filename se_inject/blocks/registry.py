@@ -176,7 +176,7 @@ def check_options(name: str, options: dict[str, Any]) -> None:
             raise OptionError(
                 f"block `{name}` has no option `{key}`",
                 seen=", ".join(known) or "it has none",
-                hint=did_you_mean(key, known),
+                hint="did you mean `reduction`?" if key == "r" and "reduction" in known else did_you_mean(key, known),
             )
 
 

@@ -30,7 +30,7 @@ from se_inject.progress import current_step
 
 GIB = 1 << 30
 _ZOOS = ("torchvision:", "timm:")
-_STRANGERS = ("model", "models", "weights", "plan_file", "adapter", "adapters")
+_STRANGERS = ("model", "file", "models", "weights", "plan_file", "adapter", "adapters")
 _MAY_BE_CODE = ("model", "models", "source", "metric")
 _OUTPUTS = ("output", "outputs", "plot", "report")
 _CODE = re.compile(r"(?:^|=)([^,=]+\.py):[\w.]+(?:,|$)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from se_inject._version import __version__
 from se_inject.cli import gates, options, pictures
 from se_inject.cli.confined import OutputPath, reported
 from se_inject.cli.running import MainGroup
+from se_inject.errors import hints_for_command
 
 
 @click.group(cls=MainGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -172,6 +174,23 @@ def blocks(**given: Any) -> None:
     looking.blocks(**given)
 
 
+@cli.command(short_help="Say what FILE is, and everything that it names.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--trust", multiple=True, metavar="PACKAGE", help="Mark this package's names as trusted. Nothing is imported."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def inspect(**given: Any) -> None:
+    """Say what FILE is and everything that it names: what is allowed, trusted or refused, and which rule says so.
+
+    Nothing of it is made, called or imported: it is what to look at before --trust. Exit code 1 if something is
+    refused, or the file is damaged.
+    """
+    from se_inject.cli import looking
+
+    looking.inspect(**given)
+
+
 cli.add_command(gates.excitations)
 cli.add_command(gates.prune)
 cli.add_command(pictures.draw)
@@ -180,4 +199,6 @@ cli.add_command(pictures.draw)
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 could not be done, 2 asked wrongly, 130 interrupted."""
     warnings.simplefilter("ignore")
-    sys.exit(reported(lambda: cli.main(standalone_mode=False)))
+    with hints_for_command():
+        code = reported(lambda: cli.main(standalone_mode=False))
+    sys.exit(code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from se_inject.cli.block_texts import parsed_blocks
 from se_inject.cli.talk import note, print_json
 from se_inject.errors import InjectError
 from se_inject.forwards import original_class
-from se_inject.loading import describe, load
+from se_inject.isolation import protections
+from se_inject.loading import describe, inspect_file, load
 from se_inject.plans import (
     EACH,
     block_costs,
@@ -94,12 +95,27 @@ def cost(
         note(f"wrote {plot}")
 
 
+def inspect(*, file: Path, trust: tuple[str, ...], as_json: bool) -> None:
+    """Say what a file is and everything that it names, and what reading it is confined to on this system."""
+    step(f"looking through {file}")
+    found = inspect_file(file, trust=trust)
+    if as_json:
+        print_json({**found.data(), "confinement": protections()})
+    else:
+        click.echo(str(found))
+        note("\nthe command reads files in a process of its own, on this system confined so:")
+        for line in protections():
+            note(f"  {line}")
+    if found.refused or found.damaged:
+        raise click.exceptions.Exit(1)
+
+
 def blocks(
     *, name: str | None, model: str | None, trust: tuple[str, ...], inputs: tuple[str, ...], style: str, as_json: bool
 ) -> None:
     """Print the card of a block; or list the blocks, with what they cost at 256 channels or on a network."""
     if name is not None:
-        card = inspect.getdoc(find_block(name)) or f"block `{name}` has no card"
+        card = getdoc(find_block(name)) or f"block `{name}` has no card"
     if model is not None:
         step(f"reading {model}")
         network = load(model, trust=trust, mmap=True)
@@ -120,7 +136,7 @@ def blocks(
 def _known(name: str, origin: str) -> list[Any]:
     try:
         block = build_block(name, 256, (14, 14), {}, "paper")
-        about = (inspect.getdoc(find_block(name)) or "").split("\n")[0]
+        about = (getdoc(find_block(name)) or "").split("\n")[0]
     except InjectError as error:
         return [name, None, None, f"broken: {error.message}", origin]
     return [name, sum(p.numel() for p in block.parameters()), has_identity_start(block), about, origin]

@@ -15,7 +15,7 @@ from se_inject.cli.confined import run
 from se_inject.cli.talk import QUIET
 
 _SECTIONS = (
-    ("Which network", ("model", "weights", "arch", "entry", "trust", "inputs", "max_memory", "max_time")),
+    ("Which network", ("model", "file", "weights", "arch", "entry", "trust", "inputs", "max_memory", "max_time")),
     ("Which sites", ("stages", "at", "attended", "require_all")),
     ("Which block", ("block", "blocks", "reduction", "reductions", "position", "settings", "divisor", "bias", "init", "name")),
     ("Which data", ("source", "batch_size", "limit", "mean", "std", "classes", "metric", "tolerance")),

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from se_inject.blocks import build_block
 from se_inject.guarding import under_guard
 from se_inject.surgery import Step
+from se_inject.tables import Printed, counted, percent
 from se_inject.tracing import Trace, batch_of, float_like, real_inputs, standing_in
 
 _FREE = frozenset(
@@ -68,8 +69,8 @@ class CostRow:
     cost: Cost
 
 
-@dataclass(frozen=True)
-class CostReport:
+@dataclass(frozen=True, repr=False)
+class CostReport(Printed):
     """A network before, what is added at each site, and the network after; the rows add up to the difference.
 
     Args:
@@ -81,6 +82,17 @@ class CostReport:
     before: Cost
     rows: tuple[CostRow, ...]
     uncounted: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """The table by stage, and the lines that sum it up."""
+        from se_inject.cost.text import cost_lines, cost_text
+
+        return cost_text(self) + "\n\n" + "\n".join(cost_lines(self))
+
+    def summary(self) -> str:
+        """How many blocks and what they add."""
+        share = percent(self.added.params, self.before.params)
+        return f"{counted(len(self.rows), 'block')}, {self.added.params:,} parameters ({share})"
 
     @property
     def added(self) -> Cost:

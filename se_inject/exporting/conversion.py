@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from se_inject.errors import ExportError, OptionError
+from se_inject.errors import ExportError, OptionError, either
 from se_inject.tracing import duplicate, rehearsed
 
 FORMATS = {
@@ -21,6 +22,9 @@ FORMATS = {
     ".pth": "pt",
 }
 """The format that each suffix chooses."""
+
+BLOCKS_ALONE = (".safetensors", ".json")
+"""Suffixes of files that hold the blocks' weights, or the plan, without a network; the command line writes them."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -67,6 +71,14 @@ class Conversion(NamedTuple):
         return model
 
 
+def _suffixes(path: Path) -> str:
+    """The suffix that may be meant, and all there are."""
+    known = [*FORMATS, *(either(suffix, "") for suffix in BLOCKS_ALONE)]
+    close = difflib.get_close_matches(path.suffix.lower(), known, n=1, cutoff=0.5)
+    meant = f"did you mean `{path.with_suffix(close[0])}`? " if close else ""
+    return f"{meant}known: {' '.join(filter(None, known))}"
+
+
 def format_of(path: Path) -> str:
     """The format that a file's suffix chooses.
 
@@ -78,8 +90,8 @@ def format_of(path: Path) -> str:
     except KeyError:
         raise OptionError(
             f"no export format has the suffix of `{path}`",
-            seen=f"suffix `{path.suffix}`",
-            hint=f"known: {' '.join(FORMATS)}",
+            seen=f"suffix `{path.suffix}`" if path.suffix else "it has none",
+            hint=_suffixes(path),
         ) from None
 
 

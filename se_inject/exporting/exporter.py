@@ -31,12 +31,13 @@ from se_inject.exporting.reference import Reference, untouched
 from se_inject.exporting.strategies import described, strategies
 from se_inject.guarding import under_guard
 from se_inject.progress import step
+from se_inject.tables import Printed, short
 from se_inject.tracing import check_supported, describe, example_of
 from se_inject.verification import Check, reason
 
 
-@dataclasses.dataclass(frozen=True)
-class Exported:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Exported(Printed):
     """A file that was written: how, what the comparison measured and allowed, and what to know about it."""
 
     path: Path
@@ -48,6 +49,16 @@ class Exported:
     notes: tuple[str, ...]
     shapes: tuple[str, ...] = ()
     """The shape of every input, with the dimensions that are free by name: ``batch×3×224×224``."""
+
+    def text(self) -> str:
+        """What was written, how, and what the comparison gave."""
+        from se_inject.exporting.text import exported_lines
+
+        return "\n".join(exported_lines(self))
+
+    def summary(self) -> str:
+        """The file, its size and how it was made."""
+        return f"{self.path}, {short(self.size_bytes, 'B')}, {self.how}"
 
 
 _CHECKED = ("device", "dtype", "memory_format", "force", "opset")

@@ -9,7 +9,7 @@ import struct
 from os import PathLike, fspath
 from typing import IO
 
-from se_inject.errors import LoadError
+from se_inject.errors import LoadError, either
 from se_inject.loading.zip_archive import Archive
 
 PICKLES = ("zip", "legacy", "plain")
@@ -34,7 +34,12 @@ _BEGINNINGS = {
     b"%PDF": "pdf",
 }
 _EAGER = "pass the eager module that it was made from"
-_ARCHITECTURE = "name the architecture they belong to: `se-inject {path} --arch torchvision:resnet50`"
+_ARCHITECTURE = (
+    "name the architecture they belong to: `se-inject {path} --arch torchvision:resnet50`; "
+    "a class of your own: `--arch FILE.py:CLASS`",
+    "name the architecture they belong to: si.load({path!r}, arch='torchvision:resnet50'); "
+    "of a class of your own: si.load_weights_(model, {path!r})",
+)
 _DECOMPRESS = "decompress it first"
 _OTHER = {
     "empty": ("an empty file", None),
@@ -110,10 +115,11 @@ def unreadable(path: str | PathLike[str], form: str, seen: str | None = None, hi
         seen: what else is known of it.
         hint: a better one than the form's own.
     """
-    what, general = _OTHER[form]
+    what, known = _OTHER[form]
+    general = either(*known) if isinstance(known, tuple) else known
     if form == "text" and not fspath(path).endswith(".py"):
         general = "a download may have gone wrong: look into it"
-    return LoadError(f"`{path}` is {what}", seen=seen, hint=hint or (general and general.format(path=path)))
+    return LoadError(f"`{path}` is {what}", seen=seen, hint=hint or (general and general.format(path=fspath(path))))
 
 
 def safetensors_metadata(file: IO[bytes]) -> dict[str, str]:

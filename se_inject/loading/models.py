@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from se_inject.errors import LoadError, OptionError, UntrustedGlobals
+from se_inject.errors import LoadError, OptionError, UntrustedGlobals, either
 from se_inject.forwards import original_class
 from se_inject.guarding import mark
 from se_inject.loading.architectures import architectures_of
@@ -189,8 +189,20 @@ def _put_weights_(model: nn.Module, state: Mapping[str, Any], path: Path) -> Non
         raise LoadError(
             f"the weights in `{path}` are not those of a {type(model).__name__}",
             seen=differences(before, state) or fact(error),
-            hint=f"make it as it was when they were trained: `net.py:make --weights {path}`, make() without arguments",
+            hint=_other_network_hint(state, path),
         ) from error
+
+
+def _other_network_hint(state: Mapping[str, Any], path: Path) -> str:
+    """Which network the weights are of, or how one of one's own is named."""
+    names = architectures_of(state)
+    if names:
+        arch = names[0]
+        return "they are of " + either(f"`--arch {arch}`, or MODEL `{arch}`", f"`si.load({arch!r}, weights=…)`")
+    make = either(
+        f"`net.py:make --weights {path}`, make() without arguments", "build it in the same way, and load again"
+    )
+    return f"make it as it was when they were trained: {make}"
 
 
 def load_program(path: str | os.PathLike[str]) -> ExportedProgram | torch.jit.ScriptModule:
@@ -329,7 +341,12 @@ def _only_weights(path: Path, form: str, state: Mapping[str, Any]) -> LoadError:
     if not names:
         return unreadable(path, form, seen)
     seen += f"; its keys and shapes are those of {listed(names, most=3)}"
-    return unreadable(path, form, seen, hint=f"`se-inject {path} --arch {names[0]}`")
+    return unreadable(
+        path,
+        form,
+        seen,
+        hint=either(f"`se-inject {path} --arch {names[0]}`", f"`si.load({str(path)!r}, arch={names[0]!r})`"),
+    )
 
 
 def _read(path: Path, read: Callable[[], T]) -> T:
@@ -395,8 +412,9 @@ def _untrusted(path: Path, refused: Mapping[str, str | None], has_weights: bool)
     elif not hint and any(package in sys.stdlib_module_names or package in _NEVER for package in packages):
         hint = "that could do harm, so it can't be allowed"
     elif not hint:
-        trust = " ".join(f"--trust {package}" for package in packages)
+        trust = either(" ".join(f"--trust {package}" for package in packages), f"trust={packages}")
         hint = f"if you trust its maker, `{trust}` imports that code and lets the file call it"
     if has_weights:
-        hint += f"; its tensors alone are taken by `FILE.py:CLASS --weights {path}`"
+        taken = either(f"`FILE.py:CLASS --weights {path}`", f"`si.load_weights_(model, {str(path)!r})`")
+        hint += f"; its tensors alone are taken by {taken}"
     return UntrustedGlobals(f"`{path}` refers to code that it may not use: {listed(refused)}", hint=hint)

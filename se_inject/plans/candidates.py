@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from se_inject.blocks import block_options, build_block, check_block, check_options
-from se_inject.errors import OptionError
+from se_inject.errors import OptionError, either
 from se_inject.plans.value import Plan
 from se_inject.surgery import Step
 
@@ -31,7 +31,11 @@ def ratios_of(
         OptionError: the ratio is among the other options, an empty list, or a ratio that the block refuses.
     """
     if "reduction" in options:
-        raise OptionError("a grid has several ratios", seen="`reduction`", hint="say `reductions=[…]`, or `--r 4,8,16`")
+        raise OptionError(
+            "a grid has several ratios",
+            seen="`reduction`",
+            hint=f"say `{either('--r 4,8,16', 'reductions=[4, 8, 16]')}`",
+        )
     if reductions is None:
         sized = options.get("width") is not None or "reduction" not in block_options(block)
         return (None,) if sized else PAPER_RATIOS

@@ -15,12 +15,13 @@ from se_inject.blocks import (
     has_identity_start,
 )
 from se_inject.cost import Cost, CostRow, cost_of_steps, rows_of_steps
-from se_inject.errors import InjectError, NoSites, SiteNotFound
+from se_inject.errors import InjectError, NoSites, SiteNotFound, either
 from se_inject.plans.candidates import ratios_of, steps_with
 from se_inject.plans.planner import plan
 from se_inject.plans.starts import start_factors
 from se_inject.plans.value import Plan
 from se_inject.sites import ALL, ALL_BUT_LAST, Sites, sites_in
+from se_inject.tables import Printed, counted
 
 EACH = "each"
 """The choice that stands for: every stage alone, all, and all but the last (the paper's Table 13, and its advice)."""
@@ -43,8 +44,8 @@ class CostCell:
     added: Cost
 
 
-@dataclass(frozen=True)
-class CostGrid:
+@dataclass(frozen=True, repr=False)
+class CostGrid(Printed):
     """What a block would add, for each choice of stages and each reduction ratio: ``grid["all", 16].added``.
 
     Args:
@@ -62,6 +63,16 @@ class CostGrid:
     cells: tuple[CostCell, ...]
     notes: tuple[str, ...] = ()
     uncounted: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """One table for each kind of cost."""
+        from se_inject.plans.grid_text import grid_text
+
+        return grid_text(self)
+
+    def summary(self) -> str:
+        """Which block, and how many cells."""
+        return f"{self.block} on {self.model}, {counted(len(self.cells), 'cell')}"
 
     def __getitem__(self, key: tuple[str, float | None]) -> CostCell:
         """The cell for stages as they were asked for, and r (None for a block without)."""
@@ -153,7 +164,7 @@ def _choices(sites: Sites, base: Plan, stages: Iterable[Any] | int | str, attend
                 raise NoSites(
                     f"no block can go into the stages `{','.join(names)}`",
                     seen="their sites hold blocks of ours already, or have no such position",
-                    hint="`se-inject sites MODEL -v` lists them",
+                    hint=f"{either('`se-inject sites MODEL -v`', 'print(si.find_sites(model))')} lists them",
                 )
             choices[",".join(names)] = found
     if not choices:

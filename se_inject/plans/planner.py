@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from se_inject.blocks import build_block, check_block, check_values, has_identity_start, is_at_hand
-from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError
+from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError, either
 from se_inject.forwards import is_plain_name, original_class
 from se_inject.plans.budget import Search, parsed_budget, plan_within
 from se_inject.plans.candidates import ratios_of
@@ -171,7 +171,7 @@ def _require_all(trace: Trace) -> None:
         raise TraceError(
             f"{counted(len(lost), 'module')} with convolutions can't be traced, and all were required",
             seen=f"`{path or type(trace.model).__name__}`: {reason}",
-            hint="`se-inject sites MODEL -v` lists them; without `require_all` they lose their own sites and the rest goes on",
+            hint=f"`{either('se-inject sites MODEL -v', 'si.find_sites(model).refused')}` lists them; without `require_all` they lose their own sites and the rest goes on",
         )
 
 
@@ -216,14 +216,14 @@ def _check_names(model: nn.Module, steps: Sequence[Step]) -> None:
             raise SurgeryError(
                 f"{count} blocks are to become `{path}`",
                 seen=", ".join(step.site for step in steps if step.path == path),
-                hint="choose one of these sites at a time, each with a name of its own: `at=` and `name=` in Python",
+                hint=f"choose one of these sites at a time, each with a name of its own: `{either('--at and --name', 'at= and name=')}`",
             )
     for step in steps:
         if getattr(model.get_submodule(step.owner), step.block_name, None) is not None:
             raise SurgeryError(
                 f"`{step.path}` is to become a block",
                 seen=f"{type(model.get_submodule(step.owner)).__name__} has an attribute of that name",
-                hint="choose another name with `name=` in Python, `--name` on the command line",
+                hint=f"choose another name with `{either('--name NAME', 'name=…')}`",
             )
 
 

@@ -26,6 +26,7 @@ from se_inject.errors import (
     OptionError,
     SurgeryError,
     UntrustedGlobals,
+    either,
     printable,
 )
 from se_inject.forwards import is_plain_name, original_class
@@ -33,6 +34,7 @@ from se_inject.pictures import Picture, picture
 from se_inject.plans.text import plan_text
 from se_inject.sites import place_of, sites_in
 from se_inject.surgery import Step, first_problem, inject_, steps_of
+from se_inject.tables import counted
 from se_inject.tracing import Trace, check_supported, duplicate, inputs_from, observe_model, shapes_of
 from se_inject.user_code import NoSuchFile
 
@@ -42,7 +44,7 @@ VERSION = 1
 """Of the stored form, `plan.schema.json`. A change of the form that an older reader would misread makes it 2."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What would be put where. It is a value: printing, adding, storing and applying don't change it.
 
@@ -68,6 +70,10 @@ class Plan:
 
     def __str__(self) -> str:
         return plan_text(self)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(dict.fromkeys(step.block for step in self.steps))
+        return f"<Plan: {counted(len(self.steps), 'block')} ({kinds}) for {self.model}>"
 
     def __add__(self, other: Plan) -> Plan:
         """Both plans in one; at a site that both name, the first plan's block acts first, the second's on its output.
@@ -168,7 +174,7 @@ class Plan:
                     seen=f"the network ({type(trace.model).__name__}) has no such site"
                     if place is None
                     else f"there, it would sit at `{place.value or 'the output'}` of `{place.owner}`",
-                    hint="plan again on this network: `se-inject MODEL --dry-run`",
+                    hint=f"plan again on this network: `{either('se-inject MODEL --dry-run', 'si.plan(model)')}`",
                 )
             if (place.channels, len(place.size)) != (step.channels, step.rank):
                 raise SurgeryError(
@@ -330,7 +336,9 @@ class Plan:
         try:
             text = Path(path).read_text("utf-8-sig")
         except FileNotFoundError as error:
-            raise NoSuchFile(f"no file `{path}`", hint="`-o plan.json` writes one") from error
+            raise NoSuchFile(
+                f"no file `{path}`", hint=f"`{either('-o plan.json', 'plan.save(path)')}` writes one"
+            ) from error
         except OSError as error:
             raise LoadError(f"`{path}` can't be read", seen=str(error), hint=_FORM) from error
         except ValueError as error:
@@ -404,6 +412,6 @@ def check_trust(block: str, trust: Sequence[str]) -> None:
     place = block.rpartition(":")[0]
     inside = place.split(".") if not place.endswith(".py") else [place]
     if place and not any(name in (place, inside[0]) for name in trust):
-        hint = f"if you trust it: `--trust {place}`, in Python trust=[{place!r}]; its code is imported and run"
+        hint = f"if you trust it: `{either(f'--trust {place}', f'trust=[{place!r}]')}`; its code is imported and run"
         is_plain = re.fullmatch(r"[\w./-]+", place, re.ASCII) is not None  # what one may copy into a shell
         raise UntrustedGlobals(f"block `{block}` is code that a file may not name", hint=hint if is_plain else None)

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from se_inject.errors import NoSites, OptionError, SiteNotFound
-from se_inject.tables import counted
+from se_inject.errors import NoSites, OptionError, SiteNotFound, either
+from se_inject.tables import Printed, counted
 
 ATTENDED = "already has attention"
 INJECTED = "holds a block of ours"
@@ -85,8 +85,8 @@ class Stage:
     aliases: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Sites(Sequence[Site]):
+@dataclass(frozen=True, repr=False)
+class Sites(Printed, Sequence[Site]):
     """The sites of a network, or some of them. Selecting returns a new value and changes nothing.
 
     Args:
@@ -100,6 +100,18 @@ class Sites(Sequence[Site]):
     refused: tuple[Refusal, ...]
     all_sites: tuple[Site, ...]
     input_size: tuple[int, ...]
+
+    def text(self) -> str:
+        """The table of stages; all sites of the network, chosen or not, are in it."""
+        from se_inject.sites.text import stages_text
+
+        refused = f"\n{counted(len(self.refused), 'place')} refused" if self.refused else ""
+        return f"{stages_text(self)}\n{self.summary()}{refused}"
+
+    def summary(self) -> str:
+        """How many are chosen."""
+        stages = len({site.stage for site in self.chosen if site.stage is not None})
+        return f"{len(self.chosen)} of {counted(len(self.all_sites), 'site')} chosen, in {counted(stages, 'stage')}"
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -129,7 +141,7 @@ class Sites(Sequence[Site]):
                 raise SiteNotFound(
                     f"no stage matches `{name}`",
                     seen=self._seen(),
-                    hint="list the stages with `se-inject sites MODEL`",
+                    hint=f"list the stages with `{either('se-inject sites MODEL', 'print(si.find_sites(model))')}`",
                 )
             matched += found
         return self._only(matched, attended, ", ".join(map(str, names)))
@@ -164,7 +176,8 @@ class Sites(Sequence[Site]):
                 raise SiteNotFound(
                     f"no site matches `{pattern}`",
                     seen=f"refused there: {refused[0].address}: {refused[0].reason}" if refused else self._seen(),
-                    hint=self._similar(pattern) + "list them with `se-inject sites MODEL -v`",
+                    hint=self._similar(pattern)
+                    + f"list them with `{either('se-inject sites MODEL -v', 'si.find_sites(model).all_sites')}`",
                 )
             matched += found
         return self._only(matched, attended, ", ".join(patterns))
@@ -197,10 +210,14 @@ class Sites(Sequence[Site]):
             raise NoSites(
                 f"every site of {asked} already has attention",
                 seen=f"{counted(len(unique), 'site')} with a gate of their own, {unique[0].address} the first",
-                hint="to add a second gate all the same: `attended=True` in Python, `--attended` on the command line",
+                hint=f"to add a second gate all the same: `{either('--attended', 'attended=True')}`",
             )
         if not kept:
-            raise NoSites("no convolutional stage was found", seen=self._seen(), hint="see `se-inject sites MODEL -v`")
+            raise NoSites(
+                "no convolutional stage was found",
+                seen=self._seen(),
+                hint=f"see `{either('se-inject sites MODEL -v', 'si.find_sites(model).refused')}`",
+            )
         return replace(self, chosen=kept)
 
     def _seen(self) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.blocks import build_block
-from se_inject.errors import InjectError, PluginError, SurgeryError
+from se_inject.errors import InjectError, PluginError, SurgeryError, either
 from se_inject.forwards import generated_class, original_class
 from se_inject.surgery.edit import edited_graphs
 from se_inject.surgery.freeze import class_when_thawed, freeze_statistics_, is_frozen, thaw_statistics_
@@ -192,7 +192,7 @@ def _prepare(
                 raise SurgeryError(
                     f"`{step.path}` is to become a block",
                     seen=f"{type(owner).__name__} has an attribute of that name",
-                    hint="choose another name with `name=` in Python, `--name` on the command line",
+                    hint=f"choose another name with `{either('--name NAME', 'name=…')}`",
                 )
             was_none[step.block_name] = "module" if step.block_name in owner._modules else "attribute"
     kept = [replace(step, owner="", site=_relative(step.site, path)) for step in (*earlier, *steps)]
@@ -209,7 +209,7 @@ def _prepare(
         # the original forward, which still runs, would find its attribute taken
         raise SurgeryError(
             f"`{path}` reads an attribute of the name the block is to get: `{next(iter(was_none))}`",
-            hint="choose another name with `name=` in Python, `--name` on the command line",
+            hint=f"choose another name with `{either('--name NAME', 'name=…')}`",
         )
     if not body["output"]:
         body |= edited_graphs(trace, path, earlier, steps)

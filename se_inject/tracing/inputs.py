@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from se_inject.errors import LoadError, NoSites, OptionError, TraceError, UnsupportedModel
+from se_inject.errors import LoadError, NoSites, OptionError, TraceError, UnsupportedModel, either
 from se_inject.forwards import FixedBatchNorm, Program, is_of_training, recorded_inputs
 from se_inject.guarding import under_guard
 from se_inject.tables import counted
@@ -42,8 +42,10 @@ def observe_model(model: nn.Module, example_inputs: Any = None, example_kwargs: 
         UnsupportedModel: not a module whose forward can be edited.
         NoSites: no inputs given, and no convolution to infer them from.
         TraceError: the model's forward fails on the inputs.
+        OptionError: a shape is given where tensors are meant.
     """
     check_supported(model)
+    _check_no_shape(example_inputs)
     try:
         trace = _observed(model, example_inputs, example_kwargs)
     except TraceError as error:
@@ -53,6 +55,22 @@ def observe_model(model: nn.Module, example_inputs: Any = None, example_kwargs: 
                 raise _unsupported(path, module, kind) from error
         raise
     return replace(trace, notes=(*trace.notes, *_program_notes(model)))
+
+
+def _check_no_shape(example_inputs: Any) -> None:
+    """Refuse numbers alone, which are a shape.
+
+    Raises:
+        OptionError: they are.
+    """
+    given = example_inputs if isinstance(example_inputs, tuple | list) else ()
+    if len(given) > 1 and all(type(number) is int for number in given):
+        shape = ", ".join(map(str, given if len(given) != 3 else (2, *given)))
+        raise OptionError(
+            "example_inputs is a shape, and a tensor of that shape is meant",
+            seen=f"{tuple(given)}",
+            hint=f"torch.rand({shape}), with the batch first",
+        )
 
 
 def _program_notes(model: nn.Module) -> Iterator[str]:
@@ -100,7 +118,7 @@ def _observed(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, A
     raise TraceError(
         "no input for this network could be guessed",
         seen=f"tried {', '.join('×'.join(map(str, shape)) for shape in shapes)}; the first gave {failures[0].seen}",
-        hint="give one: `example_inputs=` in Python, `--input 3x224x224` on the command line",
+        hint=f"give one: `{either('--input 3x224x224', 'example_inputs=torch.rand(2, 3, 224, 224)')}`",
     ) from failures[0]
 
 
@@ -121,7 +139,7 @@ def inferred_shapes(model: nn.Module) -> list[tuple[int, ...]]:
             "the network has no convolution layer to infer its input from",
             seen=f"a {type(model).__name__} of {', '.join(sorted({type(m).__name__ for m in model.modules()})[:8])}",
             hint="channel attention goes behind convolutions; if there are some outside of `nn.Conv*d`, give an input: "
-            "`--input 3x224x224`, in Python `example_inputs=`",
+            f"`{either('--input 3x224x224', 'example_inputs=')}`",
         )
     rank = first.weight.dim() - 2
     if rank == 3:

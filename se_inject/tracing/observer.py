@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from se_inject.errors import TraceError
+from se_inject.errors import TraceError, either
 from se_inject.guarding import under_guard
 from se_inject.tracing.failures import describe, location, reason_of
 from se_inject.tracing.foreign import leaf_kind
@@ -349,7 +349,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     raise TraceError(
         f"the network's own forward fails on {describe(args, kwargs)}",
         seen=f"{type(own).__name__}: {str(own).strip().splitlines()[0] if str(own).strip() else ''} {location(own)}".strip(),
-        hint="pass inputs that the network accepts: `example_inputs=` in Python, `--input 3x224x224` on the command line",
+        hint=f"pass inputs that the network accepts: `{either('--input 3x224x224', 'example_inputs=torch.rand(2, 3, 224, 224)')}`",
     ) from last
 
 

@@ -18,7 +18,7 @@ from se_inject.errors import VerificationError
 from se_inject.forwards import original_class
 from se_inject.guarding import under_guard
 from se_inject.surgery import Step, injected_blocks, steps_of
-from se_inject.tables import counted
+from se_inject.tables import Printed, counted
 from se_inject.tracing import (
     Trace,
     check_has_numbers,
@@ -54,12 +54,24 @@ class Check:
     detail: str
 
 
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, repr=False)
+class Verdict(Printed):
     """All checks of one injected network."""
 
     checks: tuple[Check, ...]
     notes: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """A line for each check, and the notes."""
+        from se_inject.verification.text import verdict_lines
+
+        return "\n".join(verdict_lines(self))
+
+    def summary(self) -> str:
+        """How many checks passed, and which failed."""
+        failed = [check.name for check in self.checks if check.passed is False]
+        passed = sum(check.passed is True for check in self.checks)
+        return f"{passed} of {len(self.checks)} checks passed" + (f"; FAILED: {', '.join(failed)}" if failed else "")
 
     @property
     def passed(self) -> bool:

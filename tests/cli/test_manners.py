@@ -4,6 +4,7 @@ import io
 import re
 
 import pytest
+import torch
 
 from se_inject.cli.entry import cli
 from se_inject.cli.progress_line import ProgressLine
@@ -110,3 +111,22 @@ def test_progress_is_for_terminals_alone(monkeypatch):
     monkeypatch.delenv("TERM")
     monkeypatch.setattr("sys.stderr", io.StringIO())
     assert ProgressLine.if_wanted() is None
+
+
+def test_inspect_says_what_a_file_names_and_how_it_would_be_read(se_inject, tiny):
+    done = se_inject("inspect", "tiny.pt")
+    assert done.out.startswith("tiny.pt: ")
+    assert "allowed" in done.out
+    assert "memory, processor time, size of files" in done.err
+    data = document(se_inject("inspect", "tiny.pt", "--json").out)
+    assert {named["verdict"] for named in data["names"]} == {"allowed"}
+    assert len(data["confinement"]) == 3
+    assert se_inject("inspect", "tiny.pt", "-q").err == ""
+    torch.save({"net": tiny, "when": Own()}, "odd.pt")
+    done = se_inject("inspect", "odd.pt", code=1)
+    assert "refused" in done.out
+    assert "no file `absent.pt`" in se_inject("inspect", "absent.pt", code=2).err
+
+
+class Own:
+    """A class that nobody allowed."""

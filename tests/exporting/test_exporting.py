@@ -552,7 +552,7 @@ def test_a_file_is_replaced_only_on_request(out):
     path.write_text("old")
     with pytest.raises(ExportError, match="exists") as error:
         export(net(), path, (image(),))
-    assert "--force" in error.value.hint
+    assert "force=True" in error.value.hint
     assert path.read_text() == "old"
     export(net(), path, (image(),), force=True)
     torch.load(path, weights_only=False)

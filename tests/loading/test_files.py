@@ -318,7 +318,7 @@ def test_weights_without_a_network_name_it(write, tmp_path):
     with pytest.raises(LoadError, match="a file of weights") as caught:
         load(path)
     assert "`torchvision:resnet18`, `timm:resnet18`" in caught.value.seen
-    assert caught.value.hint == f"`se-inject {path} --arch torchvision:resnet18`"
+    assert caught.value.hint == f"`si.load({str(path)!r}, arch='torchvision:resnet18')`"
 
 
 def test_arch(tmp_path):

@@ -184,6 +184,7 @@ def test_all_that_is_refused_is_named(path):
 def test_names_are_shown_as_text_and_never_as_a_command(path):
     code = b"\x80\x04\x8c\x0dmine; rm -rf \x8c\x08\x1b[31mNet\x93."
     error = refused(path, code, UntrustedGlobals, r"\\x1b\[31mNet")
+    assert "trust=" not in str(error)
     assert "--trust" not in str(error)
 
 

@@ -469,7 +469,7 @@ def test_a_frozen_archive(path):
     assert "the file is a frozen program" in " ".join(si.plan(loaded, IMAGES).notes)
     with pytest.raises(NoSites, match="no convolution layer") as caught:
         si.plan(loaded)
-    assert "--input" in str(caught.value)
+    assert "example_inputs=" in str(caught.value)
 
 
 def test_no_other_program_is_frozen(path):
