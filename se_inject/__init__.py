@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from se_inject.gates import Pruned as Pruned
     from se_inject.gates import excitations as excitations
     from se_inject.gates import prune_blocks_ as prune_blocks_
+    from se_inject.inference import for_inference as for_inference
     from se_inject.loading import load as load
     from se_inject.loading import load_weights_ as load_weights_
     from se_inject.plans import CostGrid as CostGrid
@@ -79,6 +80,7 @@ _HOME = {
     "excitations": "gates",
     "export": "exporting",
     "find_sites": "sites",
+    "for_inference": "inference",
     "freeze_backbone_": "training",
     "fuse_": "surgery",
     "fused": "surgery",

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from se_inject.blocks import ungated
 from se_inject.errors import OptionError, SurgeryError
 from se_inject.surgery import freeze_statistics_, injected_blocks, thaw_statistics_
 
@@ -102,7 +103,8 @@ def unfreeze_backbone_(model: nn.Module, *, batch_norm: bool = True) -> nn.Modul
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Switch the injected blocks off inside a ``with``: every block returns what it is given.
+    """Switch the injected blocks off inside a ``with``: every block returns what it is given (a fused one still adds its
+    shortcut and activates).
 
     The network then computes what it computes without blocks, bit for bit, and keeps its parameters, buffers, modes
     and state dict. It holds for calls made in this thread (or asyncio task): other threads that use the same network at
@@ -152,7 +154,7 @@ def _switchable(original: Any) -> Any:
     """The subclass of a block's class that returns what it is given, where the block is off."""
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return x if id(self) in _off.get() else original.forward(self, x, *args, **kwargs)
+        return ungated(x, *args, **kwargs) if id(self) in _off.get() else original.forward(self, x, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # copies and pickles are of the block's own class
         function, made_of, *rest = original.__reduce_ex__(self, protocol)

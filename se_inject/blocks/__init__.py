@@ -11,6 +11,7 @@ from se_inject.blocks.fusion import (
     how_computed,
     is_fused,
     unfuse_block_,
+    ungated,
 )
 from se_inject.blocks.registry import (
     Factory,
@@ -50,4 +51,5 @@ __all__ = [
     "parsed_options",
     "register_block",
     "unfuse_block_",
+    "ungated",
 ]

@@ -126,4 +126,9 @@ class NoGate(nn.Module):
     """An identity in the place of a block, fused or not: what a network computes without it."""
 
     def forward(self, x: Tensor, shortcut: Optional[Tensor] = None, activation: str = "none") -> Tensor:  # noqa: UP045
-        return activated(x if shortcut is None else x + shortcut, activation)
+        return ungated(x, shortcut, activation)
+
+
+def ungated(x: Tensor, shortcut: Optional[Tensor] = None, activation: str = "none") -> Tensor:  # noqa: UP045
+    """Compute what a block, fused or not, leaves when its gate is taken away. Overwrites nothing."""
+    return activated(x if shortcut is None else x + shortcut, activation)

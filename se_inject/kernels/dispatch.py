@@ -126,19 +126,43 @@ def excite(
     names: tuple[str, str, bool],
     activation: str,
 ) -> Tensor | None:
-    """Compute an SE block with its tail as one operator; None: there is no kernel for these tensors.
+    """Compute an SE block with its tail as one operator; None: there is no kernel for its weights or for δ.
 
     Args:
-        value: (N, C, *).
+        value: (N, C, *), one for which ``has_kernel`` holds.
         shortcut: added to the gated value; None: nothing is.
         weights: W1 (R, C, …), b1, W2 (C, R, …), b2.
         names: of δ (one of ``ACTIVATIONS``) and σ, and whether σ is the one of the identity start.
         activation: behind the addition.
     """
-    if not has_kernel(value, shortcut, activation) or names[0] not in _IN_KERNELS:
-        return None
-    one = weights[0]
-    if one.device != value.device or (one.dtype != value.dtype and not torch.is_autocast_enabled(value.device.type)):
+    if not _fit(value, weights[0], names[0]):
         return None
     out: Tensor = torch.ops.se_inject.excite(value, shortcut, *weights, *names, activation)[0]
     return out
+
+
+def excite_from(
+    source: Tensor,
+    value: Tensor,
+    shortcut: Tensor | None,
+    weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    names: tuple[str, str, bool],
+    activation: str,
+) -> Tensor | None:
+    """Compute an SE block whose squeeze reads another value, without gradients; None: there is no kernel.
+
+    Args:
+        source: (N, H, *), whose mean W1 (R, H, …) is for; the rest is as for ``excite``.
+    """
+    if torch.is_grad_enabled() or not has_kernel(value, shortcut, activation) or not has_kernel(source, None, "none"):
+        return None
+    if source.dtype != value.dtype or source.device != value.device or not _fit(value, weights[0], names[0]):
+        return None
+    out: Tensor = torch.ops.se_inject.excite_from(source, value, shortcut, *weights, *names, activation)
+    return out
+
+
+def _fit(value: Tensor, weight: Tensor, inner: str) -> bool:
+    """Whether weights go with a value as they would without a kernel, and δ has one."""
+    same = weight.dtype == value.dtype or torch.is_autocast_enabled(value.device.type)
+    return same and weight.device == value.device and inner in _IN_KERNELS

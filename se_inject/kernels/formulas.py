@@ -115,7 +115,14 @@ def tail_backward(
 
 def excite(value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """The whole block and its tail: the output, the mean (N, C) and the hidden units before δ (N, R)."""
-    mean = value.flatten(2).mean(2, dtype=wide(value))
+    return excite_from(value, value, shortcut, e, activation)
+
+
+def excite_from(
+    source: Tensor, value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``excite``, with the mean of another value."""
+    mean = source.flatten(2).mean(2, dtype=wide(value))
     hidden, gate = excited(mean, e)
     return tail(value, gate, shortcut, activation), mean, hidden
 

@@ -59,8 +59,8 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _sums(value: Tensor, layout: Layout) -> Tensor:
-    """Sums over parts of the positions: (N, splits, C), float32."""
+def sums(value: Tensor, layout: Layout) -> Tensor:
+    """Launch sums over parts of the positions: (N, splits, C), float32."""
     splits, length = layout.split(value.device)
     partial = value.new_empty((layout.batch, splits, layout.channels), dtype=torch.float32)
     across = layout.tiles[1]
@@ -103,20 +103,27 @@ def tail_backward(
 
 def excite(value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """The whole block and its tail: the output, the mean (N, C) and the hidden units before δ (N, R), both float32."""
-    layout = Layout.of(value)
-    partial = _sums(value, layout)
+    return excite_from(value, value, shortcut, e, activation)
+
+
+def excite_from(
+    source: Tensor, value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``excite``, with the mean of another value."""
+    layout, read = Layout.of(value), Layout.of(source)
+    partial = sums(source, read)
     if layout.batch > FEW:
-        mean = partial.sum(1).div_(layout.positions)
+        mean = partial.sum(1).div_(read.positions)
         hidden, gate = excited(mean, e)
         return tail(value, gate, shortcut, activation), mean, hidden
     width = e.w1.shape[0]
-    mean = value.new_empty((layout.batch, layout.channels), dtype=torch.float32)
+    mean = value.new_empty((layout.batch, read.channels), dtype=torch.float32)
     hidden = value.new_empty((layout.batch, width), dtype=torch.float32)
     out = torch.empty_like(value)
     biased = e.b1 is not None
     programs.bottleneck[(layout.batch * width,)](
-        partial, e.w1, e.b1, mean, hidden, layout.positions, layout.channels, width, partial.shape[1],
-        BIAS=biased, BC=min(1024, _power(layout.channels)),
+        partial, e.w1, e.b1, mean, hidden, read.positions, read.channels, width, partial.shape[1],
+        BIAS=biased, BC=min(1024, _power(read.channels)),
     )  # fmt: skip
     along, across = layout.tiles
     programs.tail_with_gate[(layout.batch * along * across,)](
@@ -132,15 +139,21 @@ def excite_backward(
     adds: bool,
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:  # fmt: skip
     """The gradients of value, shortcut (None: it is ``grad`` itself), and of W1, b1, W2, b2 in float32."""
-    layout = Layout.of(value)
     gate = excited(mean, e, hidden)[1]
     d_shortcut, _, d_gate = tail_backward(grad, value, gate, other, activation, adds, scale=False)
     d_mean, weights = hidden_backward(d_gate, mean, hidden, e)
-    d_value = torch.empty_like(value)
+    before = (grad, activation) if d_shortcut is None else (d_shortcut, "none")
+    return value_backward(before[0], value, other, gate, d_mean, before[1], adds), d_shortcut, weights
+
+
+def value_backward(
+    grad: Tensor, value: Tensor, other: Tensor | None, gate: Tensor, d_mean: Tensor, activation: str, adds: bool
+) -> Tensor:
+    """The gradient of a value that was scaled by a gate made of its mean."""
+    layout, d_value = Layout.of(value), torch.empty_like(value)
     along, across = layout.tiles
     programs.value_backward[(layout.batch * along * across,)](
-        grad if d_shortcut is None else d_shortcut, value, other, gate, d_mean, d_value, *layout.strides,
-        layout.positions, layout.channels, along, across, ADD=adds,
-        ACT=activation if d_shortcut is None else "none", EXACT=value.is_cuda, BP=layout.tile[0], BC=layout.tile[1],
+        grad, value, other, gate, d_mean, d_value, *layout.strides, layout.positions, layout.channels, along, across,
+        ADD=adds, ACT=activation, EXACT=value.is_cuda, BP=layout.tile[0], BC=layout.tile[1],
     )  # fmt: skip
-    return d_value, d_shortcut, weights
+    return d_value

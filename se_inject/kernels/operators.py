@@ -1,6 +1,7 @@
 """The kernels as operators of torch: one a block and direction, with fake values, gradients, and autocast left outside.
 
-``se_inject::tail`` is scale, addition and activation; ``se_inject::excite`` is squeeze, bottleneck and tail of an SE block.
+``se_inject::tail`` is scale, addition and activation; ``se_inject::excite`` is squeeze, bottleneck and tail of an SE block;
+``se_inject::excite_from`` the same with the mean of another value, for inference.
 torch.compile, export, CUDA graphs, FSDP and activation checkpointing see these alone. What is kept for backward is the value,
 the small tensors of the bottleneck, and of the full-size tensors one more: the output where it tells the activation's slope
 (ReLU; the next convolution keeps it anyway), else the shortcut; nothing for no activation.
@@ -24,6 +25,7 @@ for _schema in (
     "tail(Tensor value, Tensor gate, Tensor? shortcut, str activation) -> Tensor",
     "tail_backward(Tensor grad, Tensor value, Tensor gate, Tensor? other, str activation, bool adds) -> Tensor[]",
     f"excite(Tensor value, Tensor? shortcut, {_WEIGHTS}, str activation) -> (Tensor, Tensor, Tensor)",
+    f"excite_from(Tensor source, Tensor value, Tensor? shortcut, {_WEIGHTS}, str activation) -> Tensor",
     f"excite_backward(Tensor grad, Tensor value, Tensor? other, Tensor mean, Tensor hidden, {_WEIGHTS}, "
     "str activation, bool adds) -> Tensor[]",
 ):
@@ -97,6 +99,15 @@ def _excite(value: Tensor, shortcut: Tensor | None, *rest: Any) -> tuple[Tensor,
         full, other = _alike(value, value, shortcut)
         result: tuple[Tensor, Tensor, Tensor] = _run("excite", full, other, _excitation(*weights), activation)
         return result
+
+
+def _excite_from(source: Tensor, value: Tensor, shortcut: Tensor | None, *rest: Any) -> Tensor:
+    *weights, activation = rest
+    with torch._C._DisableAutocast():
+        full, other = _alike(value, value, shortcut)
+        (read,) = _alike(source, source)
+        out: Tensor = _run("excite_from", read, full, other, _excitation(*weights), activation)[0]
+        return out
 
 
 def _excite_backward(
@@ -239,6 +250,7 @@ for _name, _function, _fake in (
     ("tail_backward", _tail_backward, _fake_tail_backward),
     ("excite", _excite, _fake_excite),
     ("excite_backward", _excite_backward, _fake_excite_backward),
+    ("excite_from", _excite_from, lambda source, value, *_: _like(value)),
 ):
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _function, _key)

@@ -4,18 +4,31 @@ In: a network and steps (site, block, options). Out: the same network, its edite
 Must not know: how sites are found or chosen, or how anything is printed.
 """
 
+from se_inject.surgery.edit import edited_graphs
 from se_inject.surgery.freeze import freeze_statistics_, thaw_statistics_
 from se_inject.surgery.fuse import Fused, FusedBlock, fuse_, fused, unfuse_
 from se_inject.surgery.remove import put_back_, remove_
 from se_inject.surgery.schema import first_problem
 from se_inject.surgery.step import Step
-from se_inject.surgery.swap import check_unfused, eject_, inject_, injected_blocks, own_steps, steps_of
+from se_inject.surgery.swap import (
+    body_of,
+    check_unfused,
+    eject_,
+    inject_,
+    injected_blocks,
+    own_steps,
+    set_class,
+    steps_of,
+)
+from se_inject.surgery.tails import may_change
 
 __all__ = [
     "Fused",
     "FusedBlock",
     "Step",
+    "body_of",
     "check_unfused",
+    "edited_graphs",
     "eject_",
     "first_problem",
     "freeze_statistics_",
@@ -23,9 +36,11 @@ __all__ = [
     "fused",
     "inject_",
     "injected_blocks",
+    "may_change",
     "own_steps",
     "put_back_",
     "remove_",
+    "set_class",
     "steps_of",
     "thaw_statistics_",
     "unfuse_",

@@ -15,7 +15,9 @@ from se_inject.surgery.step import Step
 from se_inject.tracing import Trace, Untraceable, training_graph
 
 
-def edited_graphs(trace: Trace, path: str, earlier: list[Step], steps: list[Step]) -> dict[str, Any]:
+def edited_graphs(
+    trace: Trace, path: str, earlier: list[Step], steps: list[Step], *, training: bool = True
+) -> dict[str, Any]:
     """An owner's edited forward as plain data: ``eval``, ``train`` if it differs, ``settings`` and ``constants``.
 
     Args:
@@ -23,6 +25,7 @@ def edited_graphs(trace: Trace, path: str, earlier: list[Step], steps: list[Step
         path: of the owner.
         earlier: what was put into it before; its graph holds these blocks.
         steps: what is put into it now.
+        training: False leaves the forward of training mode out.
 
     Raises:
         SurgeryError: its forward can't be written down, or a step does not fit it.
@@ -35,10 +38,10 @@ def edited_graphs(trace: Trace, path: str, earlier: list[Step], steps: list[Step
     try:
         body: dict[str, Any] = {"train": None}
         body["eval"] = graph_data(_edited(owner.graph, owner.guards, earlier, steps))
-        if owner.reads_training:
-            training, guards = training_graph(trace, owner)
-            if _text(training) != _text(owner.graph):
-                body["train"] = graph_data(_edited(training, guards, earlier, steps))
+        if training and owner.reads_training:
+            other, guards = training_graph(trace, owner)
+            if _text(other) != _text(owner.graph):
+                body["train"] = graph_data(_edited(other, guards, earlier, steps))
         body["settings"] = {name: encoded(value) for name, value in owner.settings.items()}
         body["constants"] = {name: encoded(value) for name, value in owner.constants.items()}
         return body

@@ -137,14 +137,14 @@ def _can_wait(graph: fx.Graph, value: fx.Node, chain: list[fx.Node], shortcut: f
     nodes = list(graph.nodes)
     between = nodes[nodes.index(value) + 1 : nodes.index(chain[-1])]
     source = value.args[0]
-    if isinstance(source, fx.Node) and any(_may_change(node, source) for node in between):
+    if isinstance(source, fx.Node) and any(may_change(node, source) for node in between):
         return False
     late = [node for node in between if shortcut is not None and node > next(n for n in chain if shortcut in n.args)]
-    return shortcut is None or not any(_may_change(node, shortcut) for node in late)
+    return shortcut is None or not any(may_change(node, shortcut) for node in late)
 
 
-def _may_change(node: fx.Node, value: fx.Node) -> bool:
-    """Whether a node may overwrite a value: a module that reads it, or an operator in place on what shares its memory."""
+def may_change(node: fx.Node, value: fx.Node) -> bool:
+    """Tell whether a node may overwrite a value: a module that reads it, or an operator in place on what shares its memory."""
     if node.op == "call_module":
         return value in node.all_input_nodes
     if node.op not in ("call_function", "call_method") or not node.args or not _overwrites(node):

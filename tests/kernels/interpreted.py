@@ -12,7 +12,7 @@ from torch import nn
 
 import se_inject as si
 from se_inject.blocks import SqueezeExcitation, fuse_block_, how_computed
-from se_inject.kernels import dispatch, plain_tail, tail
+from se_inject.kernels import dispatch, excite_from, plain_tail, tail
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -121,6 +121,20 @@ def test_the_tail_behind_a_gate_of_somebody_s(activation, adds):
     found, others = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(wanted, wide, grad.double())
     for one, other in zip((out, *found), (wanted, *others), strict=True):
         assert relative(one, other) < 1e-6
+
+
+@pytest.mark.parametrize("batch", [2, 9])
+def test_the_squeeze_of_another_value(batch):
+    block = block_of((batch, 6, 4, 5))
+    source, value, shortcut = torch.randn(batch, 6, 8, 10), torch.randn(batch, 6, 4, 5), torch.randn(batch, 6, 4, 5)
+    weights = (block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias)
+    for last in (False, True):
+        with torch.no_grad():
+            given = [laid_out(tensor, last) for tensor in (source, value, shortcut)]
+            out = excite_from(*given, weights, ("relu", "sigmoid", False), "relu")
+            gate = copy.deepcopy(block).double().gate(source.double())
+        assert relative(out, plain_tail(value.double(), gate, shortcut.double(), "relu")) < 1e-6
+        assert excite_from(*given, weights, ("relu", "sigmoid", False), "relu") is None  # no gradients
 
 
 def test_torch_checks_the_operators():

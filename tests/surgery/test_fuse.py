@@ -330,6 +330,22 @@ def test_a_hook_on_the_activation_still_sees_it():
     assert taken(fused) == ["the addition", "the addition and relu"]
 
 
+def test_switched_off_its_blocks_still_add_and_activate():
+    before = randomise(Stack(Unit(), Unit(activation=nn.SiLU))).eval()
+    fused = si.fuse_(trained(si.inject(before, X)))
+    with si.disabled(fused):
+        assert torch.equal(fused(X), before(X))
+    assert not torch.equal(fused(X), before(X))
+
+
+def test_gates_of_a_fused_network_are_recorded():
+    injected = trained(si.inject(randomise(Stack(Unit(), Unit())), X))
+    fused = si.fuse_(copy.deepcopy(injected))
+    wanted, found = (si.excitations(model, [X]) for model in (injected, fused))
+    for one, other in zip(wanted, found, strict=True):
+        assert torch.equal(torch.as_tensor(one.mean), torch.as_tensor(other.mean))
+
+
 def test_errors_leave_the_network_as_it_was():
     plain = Stack(Unit(), Unit())
     with pytest.raises(SurgeryError, match="no block"):
