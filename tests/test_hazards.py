@@ -69,11 +69,12 @@ def run(model, hazard, *, training=False, seed=0, batch=3):
 def test_sites_and_refusals(hazard):
     args, kwargs = hazard.call(2)
     sites = sites_in(observe_model(hazard.make(), None if hazard.infer else args, kwargs or None))
-    assert tuple(site.address for site in sites) == hazard.sites
+    chosen = sites.at(hazard.at) if hazard.at else sites
+    assert tuple(site.address for site in chosen) == hazard.sites
     refused = {item.address: item.reason for item in sites.refused}
     for address, reason in hazard.refused.items():
         assert reason in refused.get(address, f"nothing; refused are {refused}")
-    held = {site.address: site.held_back for site in sites.all_sites if site.held_back}
+    held = {site.address: site.held_back.reason for site in sites.all_sites if site.held_back}
     for address, reason in hazard.held.items():
         assert reason in held.get(address, f"nothing; held back are {held}")
 
@@ -348,7 +349,8 @@ def test_verification_passes(hazard):
     before = hazard.make()
     after = planned(hazard, before).apply(before)
     verdict = verify(before, after, None if hazard.infer else args, kwargs or None)
-    assert [check for check in verdict.checks if check.passed is not True] == []
+    beside = {"blocks where units are"} if hazard.at == "stem.2" else set()  # its units are refused
+    assert {check.name for check in verdict.checks if check.passed is not True} == beside
 
 
 # -- used otherwise than in the observed call -------------------------------------------------------------

@@ -28,7 +28,7 @@ from se_inject.plans import (
     plot_grid,
 )
 from se_inject.progress import step
-from se_inject.sites import ATTENDED, sites_data, sites_in, sites_text, stages_text
+from se_inject.sites import HeldBack, sites_data, sites_in, sites_text, stages_text
 from se_inject.tables import counted, table
 from se_inject.tracing import observe_model
 
@@ -53,7 +53,7 @@ def sites(
         click.echo(stages_text(found, style))
         if verbose:
             click.echo("\n" + sites_text(found, style))
-        attended = sum(site.held_back == ATTENDED for site in found.all_sites)
+        attended = sum(site.held_back is HeldBack.ATTENTION for site in found.all_sites)
         if attended:
             have = "site already has" if attended == 1 else "sites already have"
             note(f"{attended} {have} attention, left out unless --attended is given")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from se_inject.sites import operation, returned
-from se_inject.tracing import OwnerGraph, Trace, function_name_of
+from se_inject.sites import returned
+from se_inject.tracing import OwnerGraph, Trace, function_name_of, kind
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 _HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.modules.pooling._MaxPoolNd)
@@ -111,15 +111,15 @@ class Folds:
             return self._module(owner, node, start, stop, positive)
         name = function_name_of(node) if node.op in ("call_function", "call_method") else ""
         data = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
-        kind = operation(self.trace, owner.path, node)
-        if kind == "add" and len(data) == 2 and all(_shape(source) == _shape(node) for source in data):
+        what = kind(node)
+        if what == "add" and len(data) == 2 and all(_shape(source) == _shape(node) for source in data):
             return [fold for source in data for fold in self._behind(owner, source, node, start, stop, positive)]
-        if kind == "cat" and node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0) in (
+        if what == "cat" and node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0) in (
             1,
             1 - len(_shape(node)),
         ):
             return self._concatenated(owner, node, start, positive)
-        if kind == "mul" and len(data) in (1, 2):
+        if what == "mul" and len(data) in (1, 2):
             whole = [source for source in data if _shape(source) == _shape(node) and source.op != "get_attr"]
             if len(whole) == 1:
                 return self._behind(owner, whole[0], node, start, stop, positive)

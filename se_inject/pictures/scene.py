@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from se_inject.forwards import original_class
 from se_inject.pictures.shapes import LEVELS
-from se_inject.sites import NECK, Parts, Site, Sites, Stage, labels, parts_of
+from se_inject.sites import HeldBack, Parts, Site, Sites, Stage, labels, parts_of
 from se_inject.surgery import Step
 from se_inject.tracing import CONVOLUTIONS, Trace, function_name_of, is_leaf
 
@@ -176,7 +176,7 @@ def _unit(trace: Trace, site: Site, marks: tuple[Mark, ...]) -> Box:
     told = f"{site.address}: {site.kind} site, {site.channels} channels, {size}"
     told += "".join(f"; {mark.step.path}: {mark.name} {mark.told}".rstrip() for mark in marks)
     if site.held_back and not marks:
-        told += f"; left out: {site.held_back}"
+        told += f"; left out: {site.held_back.reason}"
     return Box("unit", site.order, site.address, site.channels, site.size, site, marks, told)
 
 
@@ -365,7 +365,7 @@ def _stage_group(stage: Stage, box: Box) -> Group:
         [stage.path or "(the network)", f"{size} · {channels}", " · ".join(part for part in (stride, alias) if part)],
         [box],
         stage.number,
-        box.site is not None and box.site.held_back == NECK,
+        box.site is not None and box.site.held_back is HeldBack.NECK,
     )
 
 

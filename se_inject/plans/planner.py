@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,12 @@ from se_inject.forwards import is_plain_name, original_class
 from se_inject.plans.budget import Search, parsed_budget, plan_within
 from se_inject.plans.candidates import ratios_of
 from se_inject.plans.value import Plan, already, check_trust
-from se_inject.sites import ATTENDED, NECK, POSITIONS, Place, Site, Sites, place_of, sites_in
+from se_inject.sites import POSITIONS, HeldBack, Place, Site, Sites, place_of, sites_in
 from se_inject.surgery import Step, check_unfused, own_steps
 from se_inject.tables import counted
 from se_inject.tracing import Trace, float_like, observe_model, shapes_of
+
+Predicate = Callable[[Site], bool]
 
 
 def plan(
@@ -29,7 +31,7 @@ def plan(
     *,
     example_kwargs: dict[str, Any] | None = None,
     stages: Iterable[int | str] | int | str | None = None,
-    at: Iterable[str] | str | None = None,
+    at: Iterable[str | Predicate] | str | Predicate | None = None,
     attended: bool = False,
     block: str = "se",
     position: str = "standard",
@@ -46,8 +48,10 @@ def plan(
         example_inputs: a tensor or a tuple of the forward's positional arguments (they may be on the meta device).
             None: inferred, and the plan's notes say what was inferred.
         example_kwargs: the forward's keyword arguments.
-        stages: numbers (``[3, 4]``), ranges (``"2-4"``), or path prefixes (``"layer3"``); None: all stages.
-        at: globs (``"layer3.*"``) or ``re:`` expressions on site addresses, instead of or besides stages.
+        stages: numbers (``[3, 4]``), ranges (``"2-4"``), path prefixes (``"layer3"``), levels (``"C4"``), ``"last"`` or
+            ``"all-but-last"``; None: all stages.
+        at: globs (``"layer3.*"``) or ``re:`` expressions on site addresses, or functions of a ``Site`` that say whether
+            it is chosen; instead of or besides stages.
         attended: also sites that have attention of their own already.
         block: name of the block.
         position: where the block sits relative to a residual unit: ``standard``, ``pre``, ``post``, ``identity`` or
@@ -197,11 +201,16 @@ def _select(
         raise already([path for site in taken for path in site.blocks], model)
     notes = [f"left out: {counted(len(taken), 'chosen site')} with a block of ours already"] if taken else []
     stages = [site for site in sites.all_sites if site.stage is not None]
-    attention = sum(site.held_back == ATTENDED for site in stages)
+    if sites.missed:
+        units = len(sites.missed) + sum(site.kind != "conv" for site in stages)
+        notes.append(
+            f"{len(sites.missed)} of {counted(units, 'unit')} can take no block, most often: {sites.commonest_reason()}"
+        )
+    attention = sum(site.held_back is HeldBack.ATTENTION for site in stages)
     if attention and not attended:
         told = counted(attention, "site")
         notes.append(f"left out: {told} with attention of their own already; `attended` adds them")
-    necks = {site.stage for site in stages if site.held_back == NECK} - {site.stage for site in found}
+    necks = {site.stage for site in stages if site.held_back is HeldBack.NECK} - {site.stage for site in found}
     if necks:
         told = counted(len(necks), "stage")
         notes.append(f"left out: {told} of necks and heads; ask for them by number or path")
@@ -305,6 +314,8 @@ def _storable(options: dict[str, Any]) -> dict[str, Any]:
 def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
+    if callable(value):
+        return [value]
     if isinstance(value, int | str):
         value = str(value).split(",") if isinstance(value, str) and not value.startswith("re:") else [value]
     result = [item.strip() if isinstance(item, str) else item for item in value]

@@ -5,18 +5,18 @@ Must not know: which block will be put in, how a forward is edited, or what anyt
 """
 
 from se_inject.sites.finder import find_sites, sites_in
-from se_inject.sites.operations import labels, operation, returned
+from se_inject.sites.operations import labels, returned
 from se_inject.sites.parts import Operation, Parts, parts_of
 from se_inject.sites.positions import POSITIONS, Place, place_of
-from se_inject.sites.selection import ALL, ALL_BUT_LAST, ATTENDED, NECK, Site, Sites, Stage
+from se_inject.sites.selection import ALL, ALL_BUT_LAST, Sites
+from se_inject.sites.site import HeldBack, Site, Stage
 from se_inject.sites.text import sites_data, sites_text, stages_text
 
 __all__ = [
     "ALL",
     "ALL_BUT_LAST",
-    "ATTENDED",
-    "NECK",
     "POSITIONS",
+    "HeldBack",
     "Operation",
     "Parts",
     "Place",
@@ -25,7 +25,6 @@ __all__ = [
     "Stage",
     "find_sites",
     "labels",
-    "operation",
     "parts_of",
     "place_of",
     "returned",

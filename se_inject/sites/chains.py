@@ -1,4 +1,8 @@
-"""The rule for plain convolutions: where a run of them ends."""
+"""The rule for plain convolutions: what follows a run of them, its normalisation and activation.
+
+A depthwise convolution and the pointwise one behind it are one run. Only networks without units of the other kinds have
+these in their stages.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,43 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from se_inject.sites.editability import Values
-from se_inject.sites.operations import is_data, returned
-from se_inject.tracing import OwnerGraph
+from se_inject.sites.ledger import Ledger
+from se_inject.sites.operations import path_of, returned
+from se_inject.sites.site import HeldBack
+from se_inject.tracing import OwnerGraph, is_data, kind
 
 
-class Chains:
+def plain_convolutions(ledger: Ledger, owners: list[OwnerGraph]) -> None:
+    """Find where the runs of convolutions outside of all units end."""
+    stageless = (HeldBack.NESTED, HeldBack.OUTPUT)
+    units = ledger.missed or ledger.attending or any(site.held_back not in stageless for site in ledger.found.values())
+    runs = _Runs(ledger)
+    for owner in owners:
+        if not ledger.is_in_unit(owner):
+            for value, activated in runs.ends(owner, ledger.inside.get(owner.path, set())):
+                held = HeldBack.OUTSIDE if units else None if activated else HeldBack.HEAD
+                ledger.add(owner, value, "conv", _readers(value), held)
+
+
+def _readers(value: fx.Node) -> Iterator[fx.Node]:
+    """Yield who reads a value, also past what only hands it on."""
+    for user in value.users:
+        yield user
+        if kind(user) == "pass":
+            yield from _readers(user)
+
+
+class _Runs:
     """Runs of convolutions with their normalisations and activations, graph by graph, children first."""
 
-    def __init__(self, values: Values) -> None:
-        self.values = values
+    def __init__(self, ledger: Ledger) -> None:
+        self.values = ledger.values
+        self.trace = ledger.trace
+        self.callers = ledger.callers
         self._open: set[str] = set()
         """Modules that return a convolution nobody has activated yet: their caller goes on with it."""
+        self._halves: set[str] = set()
+        """Of these the modules that return an activated depthwise convolution, to a module that begins with a pointwise one."""
 
     def ends(self, owner: OwnerGraph, inside: set[fx.Node]) -> Iterator[tuple[fx.Node, bool]]:
         """The value behind each run of convolutions in one graph, and whether it is activated.
@@ -28,23 +57,15 @@ class Chains:
         """
         running: set[fx.Node] = set()
         for node in owner.graph.nodes:
-            kind = self.values.kind(owner, node)
-            continues = any(source in running for source in node.all_input_nodes)
             if node in inside:
                 continue
-            if kind == "module" and self.values.trace.child(owner.path, node.target) in self._open:
-                kind = "conv"
-            elif (
-                kind == "module"
-                and continues
-                and self.values.activates(self.values.trace.child(owner.path, node.target))
-            ):
-                kind = "act"
-            elif continues and self.values.past_our_blocks(owner, node) is not node:
+            continues = any(source in running for source in node.all_input_nodes)
+            what = self._operation(node, continues=continues)
+            if what == "module" and continues and self.values.past_our_blocks(owner, node) is not node:
                 continue
-            if kind == "conv" or (continues and kind in ("norm", "pass", "pool")):
+            if what == "conv" or (continues and what in ("norm", "pass", "pool")):
                 running.add(node)
-            elif continues and kind == "act":
+            elif continues and what == "act":
                 if self._is_depthwise_start(owner, node):
                     running.add(node)
                 else:
@@ -53,38 +74,70 @@ class Chains:
                 self._open.add(owner.path)
             elif continues:
                 for source in node.all_input_nodes:
-                    if source in running and not self._goes_on(owner, source):
+                    if source in running and not self._goes_on(source):
                         yield source, False
                         running.discard(source)
 
+    def _operation(self, node: fx.Node, *, continues: bool) -> str:
+        """Return what a node is to a run: a module that ends in an open convolution is one, one that only activates an activation."""
+        if kind(node) == "module" and path_of(node) in self._open:
+            return "conv"
+        return "act" if continues and self.values.activates(node) else kind(node)
+
     def _is_depthwise_start(self, owner: OwnerGraph, activation: fx.Node) -> bool:
-        """Whether this activation stands between a depthwise convolution and a pointwise one."""
+        """Whether this activation stands between a depthwise convolution and a pointwise one, each perhaps in a module of its own."""
         before: fx.Node | None = activation
-        while before is not None and not self._convolves(owner, before):
+        while before is not None and kind(before) != "conv" and not self._is_half(before):
             data = [source for source in before.all_input_nodes if is_data(source)]
             before = data[0] if len(data) == 1 else None
-        passed = activation
-        while len(passed.users) == 1 and self.values.kind(owner, next(iter(passed.users))) == "pass":
-            (passed,) = passed.users
-        after = [user for user in passed.users if self._convolves(owner, user)]
-        if before is None or len(after) != 1 or len(passed.users) != 1:
+        if before is None or not (self._is_half(before) or self._is_depthwise(before)):
             return False
-        (first, _), (_, second) = self._form(owner, before), self._form(owner, after[0])
-        return first and second
+        return self._is_read_pointwise(owner, activation)
 
-    def _convolves(self, owner: OwnerGraph, node: fx.Node) -> bool:
-        return self.values.kind(owner, node) == "conv"
+    def _is_read_pointwise(self, owner: OwnerGraph, value: fx.Node) -> bool:
+        """Whether a pointwise convolution alone reads a value, here or where its module is called."""
+        while len(value.users) == 1 and kind(next(iter(value.users))) == "pass":
+            (value,) = value.users
+        if len(value.users) != 1:
+            return False
+        (user,) = value.users
+        if user.op == "output":
+            calls = self.callers.get(owner.path, [])
+            if returned(owner.graph) is not value or len(calls) != 1:
+                return False
+            caller, call = calls[0]
+            if not self._is_read_pointwise(caller, call):
+                return False
+            self._halves.add(owner.path)
+            return True
+        return self._begins_pointwise(user)
 
-    def _form(self, owner: OwnerGraph, node: fx.Node) -> tuple[bool, bool]:
-        """Whether a convolution is depthwise, and whether it is pointwise."""
-        if node.op != "call_module":
-            return False, False
-        module = self.values.trace.model.get_submodule(self.values.trace.child(owner.path, node.target))
-        if not isinstance(module, nn.modules.conv._ConvNd):
-            return False, False
-        return 1 < module.groups == module.in_channels, all(extent == 1 for extent in module.kernel_size)
+    def _begins_pointwise(self, node: fx.Node) -> bool:
+        """Whether a node is a pointwise convolution, or a module whose input goes into one alone."""
+        if kind(node) == "conv":
+            module = self.values.module(node) if node.op == "call_module" else None
+            return isinstance(module, nn.modules.conv._ConvNd) and all(extent == 1 for extent in module.kernel_size)
+        inner = self.trace.graphs.get(path_of(node)) if kind(node) == "module" else None
+        inputs = [each for each in inner.graph.nodes if each.op == "placeholder"] if inner is not None else []
+        if len(inputs) != 1 or len(inputs[0].users) != 1:
+            return False
+        return self._begins_pointwise(next(iter(inputs[0].users)))
 
-    def _goes_on(self, owner: OwnerGraph, node: fx.Node) -> bool:
+    def _is_half(self, node: fx.Node) -> bool:
+        """Whether a node calls a module that ends in a depthwise convolution nobody has activated yet."""
+        inner = self.trace.graphs.get(path_of(node)) if kind(node) == "module" and path_of(node) in self._open else None
+        last = returned(inner.graph) if inner is not None else None
+        while last is not None and kind(last) in ("norm", "pass"):
+            data = [source for source in last.all_input_nodes if is_data(source)]
+            last = data[0] if len(data) == 1 else None
+        return last is not None and kind(last) == "conv" and self._is_depthwise(last)
+
+    def _is_depthwise(self, node: fx.Node) -> bool:
+        module = self.values.module(node) if node.op == "call_module" else None
+        return isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups == module.in_channels
+
+    def _goes_on(self, node: fx.Node) -> bool:
         """Whether the run of convolutions continues behind this value."""
-        kinds = {self.values.kind(owner, user) for user in node.users}
-        return bool(kinds & {"norm", "act", "conv", "pass", "pool"})
+        if node.op == "call_module" and path_of(node) in self._halves:
+            return True
+        return bool({kind(user) for user in node.users} & {"norm", "act", "conv", "pass", "pool"})

@@ -1,13 +1,14 @@
-"""Ways through a one-level graph: what a value was made from, and how many convolutions lie between two values."""
+"""Follow data through one-level graphs: ancestors, reachability, numbers of convolutions."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from se_inject.sites.operations import convolutions, is_bundle, is_data, operation, parent, prefixes
-from se_inject.tracing import OwnerGraph, Trace, function_name_of, sources
+from se_inject.sites.operations import convolves, is_bundle, parent, path_of, prefixes
+from se_inject.tracing import OwnerGraph, Trace, ancestors, function_name_of, is_data, kind, sources
 
 IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "setitem"})
 """Operators that write into their first operand."""
@@ -15,13 +16,26 @@ _COLLECTING = frozenset({"append", "extend", "insert", "update"})
 
 
 def lineage(node: fx.Node) -> set[fx.Node]:
-    """A node and every tensor it was computed from."""
-    return sources(node) | {node}
+    """Return a node, every tensor it was computed from, and the calls of modules that returned several of these."""
+    return {
+        found for found in ancestors(node) if isinstance(found.meta.get("val"), Tensor) or _returns_several(found)
+    } | {node}
+
+
+def since(operands: list[fx.Node], common: set[fx.Node]) -> set[fx.Node]:
+    """Return what operands were computed from since the values that are common to all of them."""
+    lineages = [lineage(operand) for operand in operands]
+    behind: set[fx.Node] = set().union(*lineages)
+    return behind - common - lineages[0].intersection(*lineages)
+
+
+def _returns_several(node: fx.Node) -> bool:
+    return node.op == "call_module" and is_bundle(node)
 
 
 def shared_lineage(operands: list[fx.Node]) -> set[fx.Node]:
-    """The values that all of these were computed from; a caller may have handed over one value twice."""
-    lineages = [lineage(operand) for operand in operands]
+    """Return the tensors that all of these were computed from; a caller may have handed over one value twice."""
+    lineages = [sources(operand) | {operand} for operand in operands]
     shared = set.intersection(*lineages)
     if not shared:
         values = set.intersection(*({id(node.meta["val"]) for node in nodes} for nodes in lineages))
@@ -42,11 +56,7 @@ def reaches_output(trace: Trace, owner: OwnerGraph, value: fx.Node) -> bool:
         caller = trace.graphs.get(path)
         if caller is None:
             continue
-        calls = [
-            node
-            for node in caller.graph.nodes
-            if node.op == "call_module" and trace.child(path, node.target) == owner.path
-        ]
+        calls = [node for node in caller.graph.nodes if node.op == "call_module" and path_of(node) == owner.path]
         readers = [reader for call in calls for reader in _readers(call, items)]
         if calls:
             return any(reaches_output(trace, caller, reader) for reader in readers)
@@ -95,10 +105,10 @@ class Depths:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self._known: dict[str, int] = {}
+        self._known: dict[str, float] = {}
 
-    def between(self, owner: OwnerGraph, node: fx.Node, common: set[fx.Node]) -> float:
-        """The least number of convolutions on a way from one of the common values to this one."""
+    def between(self, node: fx.Node, common: set[fx.Node]) -> float:
+        """Return the least number of convolutions on a way from one of the common values to this one."""
         known: dict[fx.Node, float] = dict.fromkeys(common, 0)
         pending = [node]
         while pending:
@@ -109,48 +119,79 @@ class Depths:
                 pending += waiting
                 continue
             if current not in known:
-                ways = [known[source] for source in before]
-                known[current] = self._own_depth(owner.path, current) + min(ways) if ways else math.inf
+                depths = [known[source] + self._depth_of_item(source, current) for source in before]
+                known[current] = self._own_depth(current) + min(depths) if depths else math.inf
             pending.pop()
         return known[node]
 
-    def is_bare(self, owner: OwnerGraph, node: fx.Node, common: set[fx.Node]) -> bool:
+    def is_bare(self, node: fx.Node, common: set[fx.Node]) -> bool:
         """Whether a way leads from one of the common values to this one without convolution and normalisation."""
         pending, seen = [node], set()
         while pending:
             current = pending.pop()
             if current in common:
                 return True
-            if current not in seen and not convolutions(current) and not self.contains(owner.path, current, "norm"):
+            if current not in seen and not convolves(current) and not self.contains(current, "norm"):
                 seen.add(current)
                 pending += current.all_input_nodes
         return False
 
-    def contains(self, path: str, node: fx.Node, kind: str) -> bool:
-        """Whether a node is an operation of this kind, or a module with one in it."""
-        found = operation(self.trace, path, node)
-        if found != "module":
-            return found == kind
-        child = self.trace.child(path, node.target)
-        inner = self.trace.graphs.get(child)
-        return inner is not None and any(self.contains(child, each, kind) for each in inner.graph.nodes)
+    def contains(self, node: fx.Node, operation: str) -> bool:
+        """Whether a node is such an operation, or a module with one in it."""
+        if kind(node) != "module":
+            return kind(node) == operation
+        inner = self.trace.graphs.get(path_of(node))
+        return inner is not None and any(self.contains(each, operation) for each in inner.graph.nodes)
 
-    def _own_depth(self, owner: str, node: fx.Node) -> int:
-        if not convolutions(node):
+    def _own_depth(self, node: fx.Node) -> float:
+        """Return the convolutions of a node itself; those of a call that returns several values count where one is taken."""
+        if not convolves(node) or _returns_several(node):
             return 0
-        if node.op != "call_module":
-            return 1
-        return self._depth_of(self.trace.child(owner, node.target))
+        return self._depth_of(path_of(node)) if node.op == "call_module" else 1
 
-    def _depth_of(self, path: str) -> int:
-        """The least number of convolutions from a module's input to its output."""
+    def _depth_of_item(self, source: fx.Node, reader: fx.Node) -> float:
+        """Return the convolutions behind the item that a reader takes out of what a module returned; 0 for any other value."""
+        takes = function_name_of(reader) == "getitem"
+        if not is_bundle(source) or (takes and is_bundle(reader)):
+            return 0
+        keys = [reader.args[1]] if takes else []
+        while function_name_of(source) == "getitem" and isinstance(source.args[0], fx.Node):
+            keys.insert(0, source.args[1])
+            source = source.args[0]
+        return self._depth_of(path_of(source), tuple(keys)) if source.op == "call_module" and convolves(source) else 0
+
+    def _depth_of(self, path: str, keys: tuple[Any, ...] = ()) -> float:
+        """Return the least number of convolutions from a module's input to its output, or to the item under these keys."""
         owner = self.trace.graphs.get(path)
         if owner is None:
             return 1
-        if path in self._known:
-            return self._known[path]
-        inputs = {node for node in owner.graph.nodes if node.op == "placeholder"}
-        output = next(iter(reversed(owner.graph.nodes)))
-        depth = self.between(owner, output, inputs)
-        self._known[path] = 0 if math.isinf(depth) else int(depth)
-        return self._known[path]
+        name = repr((path, keys))
+        if name not in self._known:
+            inputs = {node for node in owner.graph.nodes if node.op == "placeholder"}
+            item, rest = _taken(next(iter(reversed(owner.graph.nodes))).args[0], keys)
+            values = [node for node in _nodes_in(item) if is_data(node) or is_bundle(node)]
+            depths = [self.between(node, inputs) + self._rest(node, rest) for node in values]
+            depth = min(depths, default=math.inf)
+            self._known[name] = 0 if math.isinf(depth) else depth
+        return self._known[name]
+
+    def _rest(self, node: fx.Node, keys: tuple[Any, ...]) -> float:
+        """Return the depth of an item of what a node's module returned, or the least depth of all."""
+        return self._depth_of(path_of(node), keys) if _returns_several(node) and convolves(node) else 0
+
+
+def _taken(result: object, keys: tuple[Any, ...]) -> tuple[object, tuple[Any, ...]]:
+    """Follow keys into a returned structure, as far as it is one in this graph; return what is there, and the keys left."""
+    while keys and isinstance(result, tuple | list | dict):
+        try:
+            result, keys = result[keys[0]], keys[1:]
+        except (LookupError, TypeError):
+            break
+    return result, keys
+
+
+def _nodes_in(result: object) -> list[fx.Node]:
+    if isinstance(result, fx.Node):
+        return [result]
+    items = result.values() if isinstance(result, dict) else result if isinstance(result, tuple | list) else ()
+    return [node for item in items for node in _nodes_in(item)]

@@ -1,4 +1,4 @@
-"""The values in one-level graphs: what comes before and after one, and whether and where its forward can be edited."""
+"""Decide where a value's forward can be edited, and whether it can."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from se_inject.errors import LoadError, SurgeryError
 from se_inject.forwards import encoded, graph_data, graph_from
 from se_inject.sites.dataflow import IN_PLACE, lineage, reaches_output
-from se_inject.sites.operations import convolutions, is_data, means_the_same, operation, passed_through, returned
-from se_inject.tracing import OwnerGraph, Trace, Untraceable, function_name_of, is_leaf, training_graph
+from se_inject.sites.operations import convolves, means_the_same, passed_through, path_of, returned
+from se_inject.tracing import OwnerGraph, Trace, Untraceable, function_name_of, is_data, is_leaf, kind, training_graph
 
+UNREACHED = "nothing that the network returns is made from it"
 _LINEAR = ("linear", "addmm", "mm")
 _VIEWS = ("view", "reshape", "_unsafe_view")
 
@@ -25,18 +26,16 @@ class Values:
         self.trace = trace
         self.editable: dict[str, str | None] = {}
 
-    def kind(self, owner: OwnerGraph, node: fx.Node) -> str:
-        return operation(self.trace, owner.path, node)
-
-    def module(self, owner: OwnerGraph, node: fx.Node) -> nn.Module:
-        return self.trace.model.get_submodule(self.trace.child(owner.path, node.target))
+    def module(self, node: fx.Node) -> nn.Module:
+        """Return the module that a ``call_module`` node calls."""
+        return self.trace.model.get_submodule(path_of(node))
 
     def unscaled(self, owner: OwnerGraph, value: fx.Node) -> fx.Node:
         """A value before dropout, stochastic depth, layer scale and our own blocks, as far as its shape lasts."""
         while True:
             source = self.past_our_blocks(owner, value)
             if source is value:
-                source = passed_through(self.trace, owner.path, value) or value
+                source = passed_through(self.trace, value) or value
             if source is value or source.op == "placeholder":
                 return value
             value = source
@@ -45,10 +44,7 @@ class Values:
         """A value after the normalisation and activation that follow it in the same graph."""
         while len(value.users) == 1:
             user = next(iter(value.users))
-            kind = self.kind(owner, user)
-            if kind not in ("norm", "act") and not (
-                kind == "module" and self.activates(self.trace.child(owner.path, user.target))
-            ):
+            if kind(user) not in ("norm", "act") and not self.activates(user):
                 break
             value = user
         return self.past_our_blocks(owner, value)
@@ -60,22 +56,20 @@ class Values:
             value = value.args[0]
         return value
 
-    def activates(self, path: str) -> bool:
-        """Whether a module with a graph of its own is nothing but normalisation and activation."""
-        inner = self.trace.graphs.get(path)
+    def activates(self, node: fx.Node) -> bool:
+        """Whether a node calls a module with a graph of its own that is nothing but normalisation and activation."""
+        inner = self.trace.graphs.get(path_of(node)) if kind(node) == "module" else None
         if inner is None:
             return False
-        kinds = {self.kind(inner, node) for node in inner.graph.nodes if node.op.startswith("call")}
+        kinds = {kind(each) for each in inner.graph.nodes if each.op.startswith("call")}
         value = returned(inner.graph)
-        return (
-            "act" in kinds and "conv" not in kinds and value is not None and not any(map(convolutions, lineage(value)))
-        )
+        return "act" in kinds and "conv" not in kinds and value is not None and not any(map(convolves, lineage(value)))
 
     def written_back(self, owner: OwnerGraph, value: fx.Node, label: str) -> tuple[str, str | None]:
         """Which module's forward is edited to gate a value, and the value's label there; None: what it returns."""
         path, module = owner.path, owner.module
         while isinstance(module, nn.Sequential) and value.op == "call_module":
-            path = self.trace.child(path, value.target)
+            path = path_of(value)
             module = self.trace.model.get_submodule(path)
             inner = self.trace.graphs.get(path)
             last = returned(inner.graph) if inner is not None else None
@@ -109,15 +103,15 @@ class Values:
             return f"the forward of `{path}` goes through all its children: a block would become one of them"
         if self._is_repeated(owner, value):
             return f"`{value.target}` is called several times in one forward: each call would get a block of its own"
-        reason = self._uneditable(owner, value, written) or self._misread(owner, value)
+        reason = self._uneditable(owner, value, written) or self._misread(value)
         if reason is None and not reaches_output(self.trace, owner, value):
-            return "nothing that the network returns is made from it"
+            return UNREACHED
         return reason
 
     def _is_repeated(self, owner: OwnerGraph, value: fx.Node) -> bool:
         """Whether a value is what a module with convolutions returns, and the same forward calls it again."""
         calls = [node for node in owner.graph.nodes if node.op == "call_module" and node.target == value.target]
-        return len(calls) > 1 and convolutions(value) > 0
+        return len(calls) > 1 and convolves(value)
 
     def _uneditable(self, owner: OwnerGraph, value: fx.Node, written: str | None) -> str | None:
         """Why the value can't be gated in this forward; None if it can."""
@@ -139,51 +133,50 @@ class Values:
             return "nobody reads its value: it is written into another, whose name is read"
         order = {node: number for number, node in enumerate(owner.graph.nodes)}
         alias = value
-        while (source := self._overwritten(owner, alias)) is not None:
+        while (source := self._overwritten(alias)) is not None:
             if any(order[user] > order[value] for user in source.users):
                 return "its value is read by another name as well"
             alias = source
         return None
 
-    def _overwritten(self, owner: OwnerGraph, node: fx.Node) -> fx.Node | None:
+    def _overwritten(self, node: fx.Node) -> fx.Node | None:
         """The value that a node writes its result into; None if it makes a new one."""
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node):
             return None
         if node.op == "call_module":
-            module = self.trace.model.get_submodule(self.trace.child(owner.path, node.target))
+            module = self.module(node)
             return first if getattr(module, "inplace", False) is True and is_leaf(module) else None
         name = function_name_of(node)
         in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         return first if in_place or node.kwargs.get("inplace") is True else None
 
-    def _misread(self, owner: OwnerGraph, value: fx.Node) -> str | None:
+    def _misread(self, value: fx.Node) -> str | None:
         """Why dimension 1 of a value isn't its channels; None if it is, as far as the way back to a convolution tells."""
-        found = self._channels_at(owner, value, 1)
+        found = self._channels_at(value, 1)
         if found is True or (not isinstance(found, bool) and found == 1):
             return None
         return f"its value is not of the form (N, C, …): its channels are not dimension 1 of {tuple(value.meta['val'].shape)}"
 
-    def _channels_at(self, owner: OwnerGraph, node: fx.Node, axis: int) -> bool | int:
+    def _channels_at(self, node: fx.Node, axis: int) -> bool | int:
         """Whether an axis of a value is its channels; if the way back ends at the graph's input, which axis of that."""
         while True:
             tensor = node.meta.get("val")
             data = [source for source in node.all_input_nodes if is_data(source)]
-            kind = self.kind(owner, node)
             if node.op == "placeholder":
                 return axis
-            if not isinstance(tensor, Tensor) or not data or kind in ("conv", "pool"):
+            if not isinstance(tensor, Tensor) or not data or kind(node) in ("conv", "pool"):
                 return axis == 1
             name = function_name_of(node)
             before = data[0].meta["val"]
-            inner = self.trace.graphs.get(self.trace.child(owner.path, node.target)) if kind == "module" else None
+            inner = self.trace.graphs.get(path_of(node)) if kind(node) == "module" else None
             result = returned(inner.graph) if inner is not None else None
             if inner is not None and result is not None:
-                found = self._channels_at(inner, result, axis)
+                found = self._channels_at(result, axis)
                 if isinstance(found, bool):
                     return found
                 axis = found
-            elif (node.op == "call_module" and isinstance(self.module(owner, node), nn.Linear)) or name in _LINEAR:
+            elif (node.op == "call_module" and isinstance(self.module(node), nn.Linear)) or name in _LINEAR:
                 return axis == tensor.dim() - 1
             elif name in _VIEWS and axis == tensor.dim() - 1 and before.shape[-1] == tensor.shape[-1]:
                 axis = before.dim() - 1

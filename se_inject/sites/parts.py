@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from se_inject.sites.additions import addition_of
 from se_inject.sites.dataflow import lineage, shared_lineage
-from se_inject.sites.finder import Finder
-from se_inject.sites.operations import is_data, labels, operation, returned
-from se_inject.sites.selection import Site
-from se_inject.tracing import OwnerGraph, Trace, function_name_of, is_leaf
+from se_inject.sites.finder import ledger_of
+from se_inject.sites.operations import labels, path_of, returned
+from se_inject.sites.residuals import split
+from se_inject.sites.site import Site
+from se_inject.tracing import OwnerGraph, Trace, function_name_of, is_data, is_leaf, kind
 
 _MOST = 24
 """Operations of one branch that are listed; more are counted."""
@@ -69,7 +71,7 @@ def parts_of(trace: Trace, site: Site, blocks: frozenset[str] = frozenset()) -> 
         chain = [] if value is None else _run(trace, owner, value) if site.kind == "conv" else _ordered(owner, value)
         return Parts((_operations(trace, owner, chain, blocks),), None, ())
     if site.kind == "residual":
-        branch, shortcut, common = Finder(trace).split(owner, join)
+        branch, shortcut, common = split(ledger_of(trace), owner, join)
         ends = [branch] if shortcut is None else [branch, shortcut]
     else:
         ends = [source for source in join.all_input_nodes if is_data(source)]
@@ -79,8 +81,9 @@ def parts_of(trace: Trace, site: Site, blocks: frozenset[str] = frozenset()) -> 
         others = {other for other in ends if other is not end}
         before = set().union(*(lineage(other) | {other} for other in others if other in lineage(end)), common)
         lanes.append(_operations(trace, owner, _ordered(owner, end, before), blocks))
-    kind = "cat" if operation(trace, owner.path, join) == "cat" else "add"
-    return Parts(tuple(lanes), kind, _operations(trace, owner, _behind(join), blocks))
+    return Parts(
+        tuple(lanes), "cat" if kind(join) == "cat" else "add", _operations(trace, owner, _behind(join), blocks)
+    )
 
 
 def _value(trace: Trace, owner: OwnerGraph, site: Site) -> tuple[OwnerGraph, fx.Node | None]:
@@ -92,7 +95,7 @@ def _value(trace: Trace, owner: OwnerGraph, site: Site) -> tuple[OwnerGraph, fx.
             owner.graph
         )
     for node in owner.graph.nodes:
-        if node.op == "call_module" and trace.child(owner.path, node.target) == site.owner:
+        if node.op == "call_module" and path_of(node) == site.owner:
             return owner, node
     return owner, returned(owner.graph)
 
@@ -109,15 +112,14 @@ def _run(trace: Trace, owner: OwnerGraph, value: fx.Node) -> list[fx.Node]:
     node: fx.Node | None = value
     convolutions = 0
     while node is not None and node.op != "placeholder" and convolutions < 2:
-        kind = operation(trace, owner.path, node)
-        if convolutions and kind in ("act", "norm", "pool", "module"):
+        if convolutions and kind(node) in ("act", "norm", "pool", "module"):
             break
         found.append(node)
-        convolutions += kind in ("conv", "module")
+        convolutions += kind(node) in ("conv", "module")
         data = [source for source in node.all_input_nodes if is_data(source)]
         node = data[0] if len(data) == 1 else None
-    while found and convolutions == 2 and operation(trace, owner.path, found[-1]) == "conv":
-        if _groups(trace, owner, found[-1]) > 1:
+    while found and convolutions == 2 and kind(found[-1]) == "conv":
+        if _groups(trace, found[-1]) > 1:
             break
         found.pop()
         convolutions -= 1
@@ -140,36 +142,36 @@ def _operations(trace: Trace, owner: OwnerGraph, nodes: list[fx.Node], blocks: f
     found: list[Operation] = []
     names = labels(owner.graph)
     for node in nodes:
-        kind = operation(trace, owner.path, node)
-        path = trace.child(owner.path, node.target) if node.op == "call_module" else ""
+        what = "add" if addition_of(node) is not None else kind(node)
+        path = path_of(node) if node.op == "call_module" else ""
         if path in blocks:
             found.append(Operation("block", "", owner.path, names.get(node, ""), path))
             continue
         inner = trace.graphs.get(path) if path else None
-        if kind == "module" and inner is not None and len(inner.graph.nodes) <= _MOST:
+        if what == "module" and inner is not None and len(inner.graph.nodes) <= _MOST:
             result = returned(inner.graph)
             if result is not None:
                 found += _operations(trace, inner, _ordered(inner, result), blocks)
                 found.append(Operation("end", "", owner.path, names.get(node, ""), path))
             continue
-        if kind == "pass" or (not is_data(node) and kind != "module"):
+        if what == "pass" or (not is_data(node) and what != "module"):
             if found:
                 found.append(Operation("end", "", owner.path, names.get(node, "")))
             continue
-        found.append(Operation(kind, _text(trace, owner, node, kind), owner.path, names.get(node, ""), path))
+        found.append(Operation(what, _text(trace, node, what), owner.path, names.get(node, ""), path))
     return tuple(found)
 
 
-def _text(trace: Trace, owner: OwnerGraph, node: fx.Node, kind: str) -> str:
-    module = trace.model.get_submodule(trace.child(owner.path, node.target)) if node.op == "call_module" else None
-    if kind == "add":
+def _text(trace: Trace, node: fx.Node, what: str) -> str:
+    module = trace.model.get_submodule(path_of(node)) if node.op == "call_module" else None
+    if what == "add":
         return "+"
-    if kind == "mul":
+    if what == "mul":
         return "×"
     if isinstance(module, nn.modules.conv._ConvNd):
         return _convolution(module)
     name = type(module).__name__ if module is not None else function_name_of(node).strip("_")
-    if kind == "conv":
+    if what == "conv":
         return "conv" if module is None else name
     for long, brief in _BRIEF.items():
         if name.startswith(long):
@@ -193,8 +195,8 @@ _BRIEF = {
 }  # fmt: skip
 
 
-def _groups(trace: Trace, owner: OwnerGraph, node: fx.Node) -> int:
+def _groups(trace: Trace, node: fx.Node) -> int:
     if node.op != "call_module":
         return 1
-    module = trace.model.get_submodule(trace.child(owner.path, node.target))
+    module = trace.model.get_submodule(path_of(node))
     return getattr(module, "groups", 1) if is_leaf(module) else 1

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from se_inject.errors import OptionError
-from se_inject.sites.finder import Finder
-from se_inject.sites.operations import is_data, labels, returned
-from se_inject.sites.selection import Site
-from se_inject.tracing import OwnerGraph, Trace
+from se_inject.sites.additions import addition_of
+from se_inject.sites.dataflow import lineage
+from se_inject.sites.finder import ledger_of
+from se_inject.sites.operations import labels, path_of, returned
+from se_inject.sites.residuals import is_given, split
+from se_inject.sites.site import Site
+from se_inject.tracing import OwnerGraph, Trace, is_data, kind
 
 POSITIONS = ("standard", "pre", "post", "identity", "conv3x3")
 
@@ -63,7 +66,8 @@ class _Unit:
 
     def __init__(self, trace: Trace, site: Site) -> None:
         self.site = site
-        self.finder = Finder(trace)
+        self.trace = trace
+        self.ledger = ledger_of(trace)
         self.owner = trace.graphs[site.graph]
         self.names = labels(self.owner.graph)
         self.join = next((node for node, label in self.names.items() if label == site.join), None)
@@ -71,7 +75,7 @@ class _Unit:
         self.shortcut: fx.Node | None = None
         result = returned(self.owner.graph)
         if self.join is not None:
-            self.branch, self.shortcut, self.common = self.finder.split(self.owner, self.join)
+            self.branch, self.shortcut, self.common = split(self.ledger, self.owner, self.join)
         elif result is not None:
             self.branch = result
 
@@ -80,11 +84,13 @@ class _Unit:
             return self._pre()
         if position == "post":
             whole = self.join if self.join is not None else self.branch
-            return self._at(self.owner, self.finder.values.activated(self.owner, whole))
+            return self._at(self.owner, self.ledger.values.activated(self.owner, whole))
         if position == "identity":
             if self.shortcut is None or self.join is None:
                 raise self._none("has no shortcut")
-            return self._at(self.owner, self.shortcut, (self.join,))
+            addition = addition_of(self.join)
+            reader = self.join if addition is None else addition.reader
+            return self._at(self.owner, self.shortcut, (reader,))
         found = self._spatial(self.owner, self.inside)
         if found is None:
             raise self._none("has no spatial convolution in its branch")
@@ -93,16 +99,18 @@ class _Unit:
     @property
     def inside(self) -> list[fx.Node]:
         """The branch's nodes, in order."""
-        behind = self.finder.behind(self.branch) - self.common
+        behind = lineage(self.branch) - self.common
         if self.shortcut is not None:
-            behind -= self.finder.behind(self.shortcut)
+            behind -= lineage(self.shortcut)
         return [node for node in self.owner.graph.nodes if node in behind]
 
     def _pre(self) -> Place:
-        inside = set(self.inside)
-        starts = {
-            source for node in inside for source in node.all_input_nodes if source in self.common and is_data(source)
-        }
+        given = set(filter(is_given, self.inside))
+        inside = set(self.inside) - given
+        before = self.common | given
+        starts = {source for node in inside for source in node.all_input_nodes if source in before and is_data(source)}
+        if not starts:
+            raise self._none("has a branch whose first module is shared with its shortcut")
         if len(starts) != 1:
             raise self._none(f"has a branch that starts from {len(starts)} values")
         (start,) = starts
@@ -111,22 +119,23 @@ class _Unit:
     def _spatial(self, owner: OwnerGraph, nodes: list[fx.Node]) -> tuple[OwnerGraph, fx.Node] | None:
         """The value behind the last spatial convolution among these nodes, in whatever module it is."""
         for node in reversed(nodes):
-            if self.finder.values.kind(owner, node) == "conv" and self._is_spatial(owner, node):
-                return owner, self.finder.values.activated(owner, node)
+            if kind(node) == "conv" and self._is_spatial(node):
+                return owner, self.ledger.values.activated(owner, node)
             if node.op != "call_module":
                 continue
-            inner = self.finder.trace.graphs.get(self.finder.trace.child(owner.path, node.target))
+            inner = self.trace.graphs.get(path_of(node))
             if inner is not None:
                 found = self._spatial(inner, list(inner.graph.nodes))
                 if found is not None and found[0] is inner and found[1] is returned(inner.graph):
-                    return owner, self.finder.values.activated(owner, node)
+                    return owner, self.ledger.values.activated(owner, node)
                 if found is not None:
                     return found
         return None
 
-    def _is_spatial(self, owner: OwnerGraph, node: fx.Node) -> bool:
+    def _is_spatial(self, node: fx.Node) -> bool:
+        """Whether a convolution reads more than one position."""
         if node.op == "call_module":
-            module = self.finder.trace.model.get_submodule(self.finder.trace.child(owner.path, node.target))
+            module = self.ledger.values.module(node)
             return isinstance(module, nn.modules.conv._ConvNd) and any(extent > 1 for extent in module.kernel_size)
         weight = node.args[1] if len(node.args) > 1 else None
         return isinstance(weight, fx.Node) and weight.meta["val"][0, 0].numel() > 1
@@ -135,14 +144,14 @@ class _Unit:
         tensor = value.meta["val"]
         names = labels(owner.graph)
         if readers is None:
-            path, label = self.finder.values.written_back(owner, value, names[value])
-            reason = self.finder.values.refusal(owner, value, path, label)
+            path, label = self.ledger.values.written_back(owner, value, names[value])
+            reason = self.ledger.values.refusal(owner, value, path, label)
             if reason:
                 raise self._none(f"can't be gated there: {reason}")
             return Place(path, label, None, tensor.shape[1], tuple(tensor.shape[2:]))
-        told = tuple(names[reader] for reader in readers)
-        value = self.finder.values.past_our_blocks(owner, value)
-        return Place(owner.path, names[value], told, tensor.shape[1], tuple(tensor.shape[2:]))
+        labelled = tuple(names[reader] for reader in readers)
+        value = self.ledger.values.past_our_blocks(owner, value)
+        return Place(owner.path, names[value], labelled, tensor.shape[1], tuple(tensor.shape[2:]))
 
     def _none(self, reason: str) -> OptionError:
         return OptionError(f"`{self.site.unit}` {reason}", hint="choose other sites, or position `standard`")

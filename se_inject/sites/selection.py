@@ -1,88 +1,16 @@
-"""What can be gated: sites, refusals, stages, and how some of them are selected. How they are found is in `finding`."""
+"""Select some of a network's sites: by stage, by address, by number."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from se_inject.errors import NoSites, OptionError, SiteNotFound, either
+from se_inject.sites.site import ATTENTION, HeldBack, Refusal, Site, Stage
 from se_inject.tables import Printed, counted
-
-ATTENDED = "already has attention"
-INJECTED = "holds a block of ours"
-OUTSIDE = "a plain convolution outside of the units"
-NESTED = "it is made of units that have sites of their own"
-HEAD = "a convolution without activation: a projection or a head"
-DENSE = "a layer of a dense block, which has a site as a whole"
-NECK = "a neck or head, behind the backbone"
-STAGELESS = frozenset({OUTSIDE, NESTED, HEAD, DENSE})
-"""Reasons to hold a site back that leave it outside of the stages: it is chosen by its address alone."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """One value in an owner's graph that a block can gate.
-
-    Args:
-        address: dotted path for people, the value's name last: ``layer3.0.bn3``.
-        owner: path of the module whose forward is edited.
-        value: label of the value in the owner's graph; None: what the owner returns.
-        kind: ``residual``, ``concat``, ``sum`` or ``conv``.
-        channels: C of the value, from the observed call.
-        size: its spatial size, one number for each dimension.
-        order: when the value came to be in the observed call.
-        container: path of the module that holds the unit and its siblings.
-        unit: path of the module that makes up the unit (a block).
-        stage: 1, 2, …; None if the site lies outside of the stages.
-        held_back: why the site is left out unless it is asked for; None if it is not.
-        block_name: the attribute its block gets on the owner.
-        blocks: paths of blocks of ours that gate this value already.
-        graph: path of the module in whose forward the site was found.
-        join: label, in that forward, of the addition or concatenation the site belongs to; None if there is none.
-    """
-
-    address: str
-    owner: str
-    value: str | None
-    kind: str
-    channels: int
-    size: tuple[int, ...]
-    order: int
-    container: str
-    unit: str
-    stage: int | None = None
-    held_back: str | None = None
-    block_name: str = "se"
-    blocks: tuple[str, ...] = ()
-    graph: str = ""
-    join: str | None = None
-
-    @property
-    def rank(self) -> int:
-        """Number of spatial dimensions: 1, 2 or 3."""
-        return len(self.size)
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A place that can take no block, and why."""
-
-    address: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A run of sites under one container at one resolution, or of parallel branches, each at its own."""
-
-    number: int
-    path: str
-    strides: tuple[tuple[float, ...], ...]
-    channels: tuple[int, ...]
-    sites: tuple[Site, ...]
-    aliases: tuple[str, ...]
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,13 +21,13 @@ class Sites(Printed, Sequence[Site]):
         chosen: the sites, in the order in which data reaches them.
         refused: the places that can take no block.
         all_sites: every site of the network, for messages and for widening a selection.
-        input_size: spatial size of what the network's first convolution reads.
+        missed: of those refused the units: joins of branches that were seen, and small modules that can't be traced.
     """
 
     chosen: tuple[Site, ...]
     refused: tuple[Refusal, ...]
     all_sites: tuple[Site, ...]
-    input_size: tuple[int, ...]
+    missed: tuple[Refusal, ...] = ()
 
     def text(self) -> str:
         """The table of stages; all sites of the network, chosen or not, are in it."""
@@ -126,8 +54,9 @@ class Sites(Printed, Sequence[Site]):
         """Only the sites in these stages.
 
         Args:
-            *names: numbers, ranges (``"2-4"``), path prefixes (``"layer3"``), ``"all"``, or ``"all-but-last"``: all
-                but the backbone's last, the paper's advice (section 4) where parameters are dear.
+            *names: numbers, ranges (``"2-4"``), path prefixes (``"layer3"``), levels (``"C4"``: the stage that the table
+                calls so), ``"last"``: the backbone's last, ``"all"``, or ``"all-but-last"``: the paper's advice
+                (section 4) where parameters are dear.
             attended: also sites that have attention of their own already.
 
         Raises:
@@ -149,20 +78,44 @@ class Sites(Printed, Sequence[Site]):
     @property
     def last_stage(self) -> int:
         """The number of the backbone's last stage; 0 if there is none."""
-        return max((site.stage or 0 for site in self.all_sites if site.held_back != NECK), default=0)
+        return max((site.stage or 0 for site in self.all_sites if site.held_back is not HeldBack.NECK), default=0)
 
     def _in_stage(self, site: Site, name: int | str) -> bool:
         text = str(name).strip()
+        if text == LAST:
+            return site.stage == self.last_stage
+        if _LEVEL.fullmatch(text):
+            return any(text in stage.aliases and site in stage.sites for stage in self.table)
         if text in (ALL, ALL_BUT_LAST):
-            return site.held_back != NECK and (text == ALL or site.stage != self.last_stage)
+            return site.held_back is not HeldBack.NECK and (text == ALL or site.stage != self.last_stage)
         if text.isdigit():
             return site.stage == int(text)
         if found := _RANGE.fullmatch(text):
             return site.stage is not None and int(found[1]) <= site.stage <= int(found[2])
         return site.address == text or site.address.startswith(text + ".")
 
-    def at(self, *patterns: str, attended: bool = False) -> Sites:
-        """Only the sites whose address matches a glob (``layer3.*``) or, after ``re:``, a regular expression.
+    def where(self, predicate: Callable[[Site], bool]) -> Sites:
+        """Keep of these sites those for which a predicate is true: ``sites.where(lambda site: site.channels >= 256)``.
+
+        Unlike ``stages`` and ``at`` it adds none that are held back.
+
+        Args:
+            predicate: called with each ``Site``.
+
+        Raises:
+            SiteNotFound: it is true for none.
+        """
+        kept = tuple(site for site in self.chosen if predicate(site))
+        if not kept:
+            raise SiteNotFound("the predicate is true for no site", seen=f"{counted(len(self), 'site')} were asked")
+        return replace(self, chosen=kept)
+
+    def at(self, *patterns: str | Callable[[Site], bool], attended: bool = False) -> Sites:
+        """Select the sites whose address matches a glob (``layer3.*``) or, after ``re:``, a regular expression.
+
+        Args:
+            *patterns: globs, expressions, or predicates, which are asked about every site that no stage leaves out.
+            attended: also sites that have attention of their own already.
 
         Raises:
             SiteNotFound: a pattern that matches no site.
@@ -170,6 +123,11 @@ class Sites(Printed, Sequence[Site]):
         """
         matched: list[Site] = []
         for pattern in patterns:
+            if not isinstance(pattern, str):
+                matched += [site for site in self.everything(attended=attended) if pattern(site)]
+                if not matched:
+                    raise SiteNotFound("the predicate is true for no site", seen=self._seen())
+                continue
             found = [site for site in self.all_sites if _matches(site, pattern)]
             if not found:
                 refused = [item for item in self.refused if _glob(pattern, item.address)]
@@ -180,7 +138,7 @@ class Sites(Printed, Sequence[Site]):
                     + f"list them with `{either('se-inject sites MODEL -v', 'si.find_sites(model).all_sites')}`",
                 )
             matched += found
-        return self._only(matched, attended, ", ".join(patterns))
+        return self._only(matched, attended, ", ".join(str(pattern) for pattern in patterns))
 
     def expect(self, count: int) -> Sites:
         """These sites, if there are so many of them: a script's guard against a model that changed.
@@ -201,24 +159,39 @@ class Sites(Printed, Sequence[Site]):
             NoSites: there are none.
         """
         inside = [site for site in self.all_sites if site.stage is not None]
-        return self._only([site for site in inside if site.held_back != NECK] or inside, attended, "the network")
+        return self._only(
+            [site for site in inside if site.held_back is not HeldBack.NECK] or inside, attended, "the network"
+        )
 
     def _only(self, matched: Iterable[Site], attended: bool, asked: str) -> Sites:
         unique = sorted(set(matched), key=lambda site: site.order)
-        kept = tuple(site for site in unique if attended or site.held_back != ATTENDED)
+        kept = tuple(site for site in unique if attended or site.held_back is not HeldBack.ATTENTION)
         if not kept and unique:
             raise NoSites(
                 f"every site of {asked} already has attention",
                 seen=f"{counted(len(unique), 'site')} with a gate of their own, {unique[0].address} the first",
                 hint=f"to add a second gate all the same: `{either('--attended', 'attended=True')}`",
             )
-        if not kept:
+        if not kept and self.missed:
             raise NoSites(
-                "no convolutional stage was found",
-                seen=self._seen(),
-                hint=f"see `{either('se-inject sites MODEL -v', 'si.find_sites(model).refused')}`",
+                f"{asked} has {counted(len(self.missed), 'unit')}, and none can take a block",
+                seen=f"most often: {self.commonest_reason()}",
+                hint=f"see `{either('se-inject sites MODEL -v', 'si.find_sites(model).missed')}`; "
+                "places outside of the units are chosen by address",
             )
+        if not kept:
+            attention = sum(item.reason == ATTENTION for item in self.refused)
+            seen = f"{counted(attention, 'unit')} of attention between positions, left alone; " if attention else ""
+            look = either("se-inject sites MODEL -v", "si.find_sites(model).refused")
+            hint = f"see `{look}`; places outside of the units are chosen by address"
+            raise NoSites("no convolutional stage was found", seen=seen + self._seen(), hint=hint)
         return replace(self, chosen=kept)
+
+    def commonest_reason(self) -> str:
+        """Return the commonest reason why a unit can take no block; empty if all can."""
+        reasons = Counter(_without_names(item.reason) for item in self.missed)
+        common = max(reasons, key=reasons.__getitem__, default="")
+        return next((item.reason for item in self.missed if _without_names(item.reason) == common), "")
 
     def _seen(self) -> str:
         if not self.all_sites:
@@ -243,13 +216,10 @@ class Sites(Printed, Sequence[Site]):
         for site in self.all_sites:
             if site.stage is not None:
                 groups.setdefault(site.stage, []).append(site)
-        strides = {
-            number: tuple(dict.fromkeys(_stride(self.input_size, site.size) for site in group))
-            for number, group in groups.items()
-        }
+        strides = {number: tuple(dict.fromkeys(site.stride for site in group)) for number, group in groups.items()}
         last: dict[tuple[float, ...], int] = {}
         for number, group in groups.items():
-            if group[0].held_back != NECK:
+            if group[0].held_back is not HeldBack.NECK:
                 last |= dict.fromkeys(strides[number], number)
         rows = []
         for number, group in groups.items():
@@ -264,11 +234,17 @@ class Sites(Printed, Sequence[Site]):
         return tuple(rows)
 
 
+def _without_names(reason: str) -> str:
+    """Return a reason without the names and numbers in it, so that equal ones are counted as such."""
+    return re.sub(r"`[^`]*`|\d+", "…", reason)
+
+
 def _is_within(path: str, container: str) -> bool:
     return not container or path == container or path.startswith(container + ".")
 
 
-ALL, ALL_BUT_LAST = "all", "all-but-last"
+ALL, ALL_BUT_LAST, LAST = "all", "all-but-last", "last"
+_LEVEL = re.compile(r"C\d+")
 _RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
 
 
@@ -283,12 +259,6 @@ def _glob(pattern: str, address: str) -> bool:
         except re.error as error:
             raise OptionError(f"`{pattern[3:]}` is not a regular expression", seen=str(error)) from error
     return fnmatch.fnmatchcase(address, pattern)
-
-
-def _stride(input_size: tuple[int, ...], size: tuple[int, ...]) -> tuple[float, ...]:
-    if len(input_size) != len(size):
-        return ()
-    return tuple(whole / part for whole, part in zip(input_size, size, strict=True))
 
 
 def _power_of_two(stride: tuple[float, ...]) -> int | None:

@@ -14,20 +14,20 @@ from dataclasses import replace
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from se_inject.sites.operations import any_prefix, convolutions, parent, prefixes
-from se_inject.sites.selection import NECK, NESTED, STAGELESS, Site
+from se_inject.sites.operations import any_prefix, convolves, parent, path_of, prefixes
+from se_inject.sites.site import HeldBack, Site
 from se_inject.tracing import Trace, ancestors, holds_tensor
 
 
 def staged(trace: Trace, sites: list[Site]) -> tuple[Site, ...]:
     """The sites with the numbers of their stages; sites outside of the stages get none."""
-    inside = [site for site in sites if site.held_back not in STAGELESS]
-    parts = _Parts(trace, inside, [site for site in sites if site.held_back == NESTED])
+    inside = [site for site in sites if not _is_stageless(site)]
+    parts = _Parts(trace, inside, [site for site in sites if site.held_back is HeldBack.NESTED])
     necks = _necks(trace, inside, parts.parallel)
     result, number = [], 0
     previous: object = None
     for site in sites:
-        if site.held_back in STAGELESS:
+        if _is_stageless(site):
             result.append(site)
             continue
         part = parts.of[site.address]
@@ -36,7 +36,7 @@ def staged(trace: Trace, sites: list[Site]) -> tuple[Site, ...]:
         key = (part, neck) if alone else (parent(part), parts.sizes[site.address], neck)
         if key != previous:
             number, previous = number + 1, key
-        held = site.held_back or (NECK if neck else None)
+        held = site.held_back or (HeldBack.NECK if neck else None)
         place = {"container": part} if alone else {"container": parent(part), "unit": part}
         result.append(replace(site, stage=number, held_back=held, **place))  # type: ignore[arg-type]
     return tuple(result)
@@ -114,7 +114,7 @@ def _parallel(trace: Trace, sizes: dict[str, set[tuple[int, ...]]]) -> set[str]:
         groups: dict[str, list[fx.Node]] = {}
         for node in owner.graph.nodes:
             if node.op == "call_module":
-                path = trace.child(owner.path, node.target)
+                path = path_of(node)
                 if parent(path) and parent(path) != owner.path and len(sizes.get(path, ())) == 1:
                     groups.setdefault(parent(path), []).append(node)
         for path, nodes in groups.items():
@@ -161,13 +161,17 @@ def _backbones(trace: Trace) -> list[str]:
     late: set[str] = set()
     for owner in trace.graphs.values():
         for node in owner.graph.nodes:
-            if node.op == "call_module" and convolutions(node):
-                path, value = trace.child(owner.path, node.target), node.meta.get("val")
-                if any(map(convolutions, ancestors(node))):
+            if node.op == "call_module" and convolves(node):
+                path, value = path_of(node), node.meta.get("val")
+                if any(map(convolves, ancestors(node))):
                     late.add(path)
                 elif isinstance(value, tuple | list | dict) and holds_tensor(value):
                     several.append(path)
     return [path for path in several if not any_prefix(path, late)]
+
+
+def _is_stageless(site: Site) -> bool:
+    return site.held_back is not None and site.held_back.is_stageless
 
 
 def _within(site: Site, path: str) -> bool:
@@ -187,7 +191,7 @@ def _reads(trace: Trace, later: str, earlier: str) -> bool:
         nodes: dict[bool, set[fx.Node]] = {True: set(), False: set()}
         for node in owner.graph.nodes:
             if node.op == "call_module":
-                called = {trace.child(path, node.target)}
+                called = {path_of(node)}
                 for kind, place in ((True, later), (False, earlier)):
                     if any_prefix(place, called):
                         nodes[kind].add(node)

@@ -36,7 +36,7 @@ def sites_text(sites: Sites, style: str = "text") -> str:
             site.kind,
             site.channels,
             "×".join(map(str, site.size)),
-            site.held_back or "free",
+            site.held_back.reason if site.held_back else "free",
         ]
         for site in sites.all_sites
     ]
@@ -68,7 +68,7 @@ def sites_data(sites: Sites) -> dict[str, Any]:
                 "stage": site.stage,
                 "channels": site.channels,
                 "size": list(site.size),
-                "held_back": site.held_back,
+                "held_back": site.held_back.value if site.held_back else None,
             }
             for site in sites.all_sites
         ],

@@ -19,8 +19,8 @@ from se_inject.tracing.inputs import (
     real_inputs,
     shapes_of,
 )
-from se_inject.tracing.nodes import CONVOLUTIONS, ancestors, function_name_of, is_gating, sources
-from se_inject.tracing.observer import is_leaf
+from se_inject.tracing.nodes import CONVOLUTIONS, ancestors, function_name_of, is_attention, is_gating, sources
+from se_inject.tracing.operations import is_data, is_leaf, kind
 from se_inject.tracing.proxy import Untraceable, holds_tensor
 from se_inject.tracing.snapshots import preserved, random_state, set_random_state
 from se_inject.tracing.substitutes import duplicate, rehearsed, standing_in
@@ -48,8 +48,11 @@ __all__ = [
     "function_name_of",
     "holds_tensor",
     "inputs_from",
+    "is_attention",
+    "is_data",
     "is_gating",
     "is_leaf",
+    "kind",
     "observe_model",
     "parse_shape",
     "preserved",

@@ -16,6 +16,10 @@ CONVOLUTIONS = frozenset(f"conv{transpose}{rank}d" for transpose in ("", "_trans
 
 
 _IN_PLACE = {"add_": "iadd", "sub_": "isub", "mul_": "imul", "div_": "itruediv"}
+_PRODUCTS = frozenset({"mul", "imul", "mul_", "multiply", "addcmul", "addcmul_"})
+_VIEWS = frozenset(
+    {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "unsqueeze", "squeeze", "movedim"}
+)
 _SIZES = (int, float, str, torch.Size, torch.dtype, torch.device)
 
 
@@ -37,24 +41,114 @@ def gates_in(graph: fx.Graph) -> int:
 
 
 def is_gating(node: fx.Node) -> bool:
-    """Whether a node is ``x * g(x)`` with a gate that has fewer positions or channels than x."""
-    name = function_name_of(node)
-    if name not in ("mul", "imul", "mul_", "multiply") or len(node.args) < 2:
+    """Whether a node is ``x * g(x)`` with a gate that has fewer positions or channels than x, also as an einsum or in addcmul."""
+    pair = _gate_and_gated(node)
+    if pair is None:
         return False
-    operands = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
-    if len(operands) < 2:
-        return False
-    shapes = [tensor_shape(_unexpanded(operand)) for operand in operands]
-    if None in shapes or len(shapes[0] or ()) < 3 or len(shapes[0] or ()) != len(shapes[1] or ()):
-        return False
-    smaller = 0 if _volume(shapes[0]) < _volume(shapes[1]) else 1
-    if _volume(shapes[0]) == _volume(shapes[1]):
-        return False
-    gate, gated = operands[smaller], operands[1 - smaller]
+    gate, gated = pair
     before = ancestors(gated) | {gated}
     if not ancestors(gate) & before:
         return False
     return any(map(_decides, (ancestors(gate) | {gate}) - before))
+
+
+def _gate_and_gated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return the smaller and the larger factor of a product; None if it is no product of two tensors of different sizes."""
+    name = function_name_of(node)
+    if name == "einsum":
+        return _einsum_factors(node)
+    if name not in _PRODUCTS or len(node.args) < 2:
+        return None
+    arguments = node.args[1:3] if name.startswith("addcmul") else node.args[:2]
+    operands = [argument for argument in arguments if isinstance(argument, fx.Node)]
+    if len(operands) < 2:
+        return None
+    shapes = [tensor_shape(_unexpanded(operand)) for operand in operands]
+    if None in shapes or len(shapes[0] or ()) < 3 or len(shapes[0] or ()) != len(shapes[1] or ()):
+        return None
+    if _volume(shapes[0]) == _volume(shapes[1]):
+        return None
+    smaller = 0 if _volume(shapes[0]) < _volume(shapes[1]) else 1
+    return operands[smaller], operands[1 - smaller]
+
+
+def _einsum_factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return gate and gated of an einsum that multiplies a value by one with fewer dimensions, and sums over none."""
+    terms, result, operands = einsum_terms(node)
+    for gated, gate in ((0, 1), (1, 0)):
+        if len(terms) == 2 and set(terms[gated]) == set(result) and set(terms[gate]) < set(terms[gated]):
+            return operands[gate], operands[gated]
+    return None
+
+
+def einsum_terms(node: fx.Node) -> tuple[list[str], str, list[fx.Node]]:
+    """Return the subscripts of an einsum's operands, those of its result, and the operands; empty if they are not in one text."""
+    equation, *rest = node.args or ("",)
+    if len(rest) == 1 and isinstance(rest[0], tuple | list):
+        rest = list(rest[0])
+    operands = [operand for operand in rest if isinstance(operand, fx.Node)]
+    if not isinstance(equation, str) or "->" not in equation:
+        return [], "", []
+    left, _, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    return (terms, right, operands) if len(terms) == len(operands) == len(rest) else ([], "", [])
+
+
+def attention_in(graph: fx.Graph) -> int:
+    """Return how many matrices of attention between positions a graph computes itself."""
+    return sum(map(is_attention, graph.nodes))
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether a node is a softmax over the rows of a matrix that values are then multiplied by, summed over the rows.
+
+    A softmax over branches that weighs them element by element (selective kernels) is none.
+    """
+    value = node.meta.get("val")
+    if node.op == "placeholder" or not _is_softmax(node) or not isinstance(value, Tensor):
+        return False
+    if value.dim() < 3 or min(value.shape[-2:]) < 2:
+        return False
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        for user in current.users:
+            if user.op == "output" and value.shape[-1] == value.shape[-2]:
+                return True
+            if _contracts(user, current):
+                return True
+            shape = tensor_shape(user)
+            if user not in seen and shape is not None and _volume(shape) <= value.numel() and user.op != "output":
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _is_softmax(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return issubclass(node.meta.get("class", object), torch.nn.Softmax)
+    return function_name_of(node) == "softmax"
+
+
+def _contracts(node: fx.Node, factor: fx.Node) -> bool:
+    """Whether a node is a matrix product with this factor, the other one no stack of branches."""
+    name = function_name_of(node)
+    if name == "einsum":
+        terms, result, operands = einsum_terms(node)
+        if terms and not set("".join(terms)) - set(result):
+            return False
+    elif name not in ("matmul", "bmm", "baddbmm", "einsum", "tensordot", "mm"):
+        return False
+    else:
+        operands = [argument for argument in node.args if isinstance(argument, fx.Node)]
+    return not any(_is_stack(operand) for operand in operands if operand is not factor)
+
+
+def _is_stack(node: fx.Node) -> bool:
+    """Whether a value is a stack of values, but for its shape."""
+    while function_name_of(node) in _VIEWS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return function_name_of(node) == "stack"
 
 
 def _decides(node: fx.Node) -> bool:

@@ -23,7 +23,8 @@ from se_inject.guarding import under_guard
 from se_inject.tracing.failures import describe, location, reason_of
 from se_inject.tracing.foreign import leaf_kind
 from se_inject.tracing.helpers import Helper, helper_for
-from se_inject.tracing.nodes import CONVOLUTIONS, function_name_of, gates_in
+from se_inject.tracing.nodes import CONVOLUTIONS, attention_in, function_name_of, gates_in
+from se_inject.tracing.operations import is_leaf
 from se_inject.tracing.patches import patched
 from se_inject.tracing.proxy import Untraceable
 from se_inject.tracing.snapshots import containers_in, drawing, preserved, random_state, refill
@@ -108,18 +109,13 @@ class Observer:
     def count_function(self, node: fx.Node, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = function_name_of(node)
         before = self.counts()
-        self._count_attention(name, value)
+        self._attention += name == "scaled_dot_product_attention"
         if name in CONVOLUTIONS and isinstance(value, Tensor):
             weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
             if isinstance(weight, Tensor):
                 transposed = "transpose" in name or (name in ("convolution", "_convolution") and bool(args[6]))
                 self._count_convolution(value, weight, transposed=transposed, x=args[0] if args else value)
         node.meta["counts"] = self.counts_since(before)
-
-    def _count_attention(self, name: str, value: Any) -> None:
-        """Attention between positions: its own function, or a softmax over the rows of a matrix."""
-        matrix = isinstance(value, Tensor) and value.dim() > 2 and min(value.shape[-2:]) > 1
-        self._attention += name == "scaled_dot_product_attention" or (name in ("softmax", "Softmax") and matrix)
 
     def _count_convolution(self, output: Tensor, weight: Tensor, *, transposed: bool, x: Tensor) -> None:
         if all(extent == 1 for extent in (*output.shape[2:], *x.shape[2:], *weight.shape[2:])):
@@ -146,6 +142,8 @@ class Observer:
             calls[path] = calls.get(path, 0) + 1
             try:
                 output = self._run_known(module, path, args, kwargs, symbolic)
+                if outer is None:  # else the caller's graph tells what becomes of the matrix
+                    self._attention += isinstance(module, nn.Softmax) and _is_matrix(output)
             except BaseException:
                 calls[path] -= 1  # the caller may go on without it
                 if not calls[path]:
@@ -199,7 +197,6 @@ class Observer:
         output = self._known_result(module, args[0]) if len(args) == 1 and not kwargs else None
         if output is None:
             output = plain_call(module, args, kwargs)
-        self._count_attention(type(module).__name__, output)
         self._attention += isinstance(module, nn.MultiheadAttention)
         if isinstance(module, nn.modules.conv._ConvNd) and isinstance(output, Tensor):
             self._count_convolution(output, module.weight, transposed=module.transposed, x=args[0] if args else output)
@@ -282,6 +279,7 @@ class Observer:
                 helpers=tuple(helpers),
             )
             self._gates += gates_in(tracer.graph)
+            self._attention += attention_in(tracer.graph)
             return output
 
         module.__dict__["forward"] = forward
@@ -392,20 +390,12 @@ def forward_of(module: nn.Module, training: bool) -> Callable[..., Any]:
     return forward
 
 
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module's forward is torch's own, ``nn.Sequential``'s apart: what it does is known without a look."""
-    if leaf_kind(module) is not None:
-        return True
-    forward = type(module).forward
-    return (
-        (getattr(forward, "__module__", None) or "").startswith("torch.")
-        and forward is not nn.Sequential.forward
-        and not isinstance(module, fx.GraphModule)
-    )
-
-
 def _is_from_forward(error: BaseException | None) -> bool:
     return bool(location(error))
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 2 and min(value.shape[-2:]) > 1
 
 
 def _put_back(module: nn.Module, forward: Any) -> None:

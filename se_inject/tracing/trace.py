@@ -34,7 +34,8 @@ class OwnerGraph:
     """One module's forward as a graph, children as leaves.
 
     Each node has ``node.meta["val"]``, its value in the observed call, ``node.meta["time"]``, when that came to be, and
-    ``node.meta["counts"]``, a ``Counts``. The call of a child has ``node.meta["path"]``, the child's path in the model.
+    ``node.meta["counts"]``, a ``Counts``. The call of a child has ``node.meta["path"]``, the child's path in the model,
+    and ``node.meta["class"]``. ``node.meta["operation"]`` says what a node computes.
 
     Attributes:
         path: of the module in the model.
@@ -97,7 +98,7 @@ class Trace:
     size: tuple[int, ...]
     notes: tuple[str, ...] = ()
     known: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """What ``training_graph`` found, so that it is observed once."""
+    """What ``training_graph`` and the search for sites found, so that they look once."""
 
     def child(self, owner: str, target: Any) -> str:
         """The path of a module that an owner's graph names relative to the owner: the one its trace is under."""

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Scope, TracerBase
 
 from se_inject.forwards import Form
+from se_inject.tracing.operations import operation_of
 from se_inject.tracing.proxy import (
     Untraceable,
     ValueProxy,
@@ -222,6 +223,7 @@ class OwnerTracer(TracerBase):
 
     def _wrap(self, node: fx.Node, value: Any) -> ValueProxy:
         node.meta["val"] = value
+        node.meta.setdefault("operation", operation_of(node))
         node.meta["time"] = self.observer.tick()
         return ValueProxy(node, self, value)
 
@@ -275,6 +277,8 @@ class OwnerTracer(TracerBase):
         value = outputs.pop(0) if outputs else self._run_child(module, path, node, args, kwargs)
         node.meta["counts"] = self.observer.counts_since(before)
         node.meta["path"] = self.observer.result.paths[id(module)]
+        original = self.observer.result.model.get_submodule(node.meta["path"])
+        node.meta["class"], node.meta["operation"] = type(original), operation_of(node, original)
         return self._wrap(node, value)
 
     def _run_child(

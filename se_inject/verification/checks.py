@@ -40,6 +40,7 @@ from se_inject.verification.calls import (
     seeded,
 )
 from se_inject.verification.comparison import same_value
+from se_inject.verification.coverage import units_with_blocks
 
 _OF_THE_BLOCKS = {"same output as before", "blocks trainable"}
 """Checks that a block can fail by its own fault."""
@@ -133,6 +134,7 @@ def verify(
     checks = [
         *kept,
         *_outputs({"eval": in_eval, "train": observed_in_training(before, inputs)}, after, blocks, inputs, fresh),
+        Check("blocks where units are", *units_with_blocks(trace, after)),
         _gradients(after, blocks, inputs),
     ]
     notes = [f"numeric checks on {describe(*inputs)}", *_overflow(in_eval), *warnings_of_weights]

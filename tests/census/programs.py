@@ -56,7 +56,7 @@ def check_one(name):
 
 
 def told(site):
-    return [site.kind, site.channels, list(site.size), site.stage, site.held_back]
+    return [site.kind, site.channels, list(site.size), site.stage, site.held_back and site.held_back.reason]
 
 
 def one_way(way, network, args, outputs, expected):

@@ -95,7 +95,7 @@ def plan_one(name):
     row["refused"] = Counter(reason for _, reason in ((r.address, r.reason) for r in found.refused))
     row["untraced"] = Counter(reason for _, reason in trace.failures.items())
     row["sites"] = Counter(site.kind for site in found.all_sites if site.stage is not None)
-    row["held_back"] = Counter(site.held_back for site in found.all_sites if site.held_back)
+    row["held_back"] = Counter(site.held_back.reason for site in found.all_sites if site.held_back)
     row["stages"] = [[stage.path, [round(s) for s in stage.strides[0]], len(stage.sites)] for stage in found.table]
     row["free"] = len(found)
     convolutions = sum(isinstance(module, torch.nn.modules.conv._ConvNd) for module in network.modules())

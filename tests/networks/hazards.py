@@ -109,7 +109,7 @@ def in_net(*values, count=2, before=None, plain=False, **expected):
     """Put a block into the table: ``count`` of them in a ``Net``.
 
     ``values`` are its sites relative to the block, and so are the addresses in ``refused``, ``held``, ``probes`` and
-    ``recomputes``. ``plain``: there are no units, so that the stem's plain convolution is a site.
+    ``recomputes``. ``plain``: all units are refused, so that the stem's plain convolution is a site for who asks for it.
     """
 
     def register(block):
@@ -118,6 +118,8 @@ def in_net(*values, count=2, before=None, plain=False, **expected):
 
         paths = [f"blocks.{index}" for index in range(count)]
         sites = ["stem.2"] * plain + [f"{path}.{value}" for path in paths for value in values]
+        if plain and not values:
+            expected["at"] = "stem.2"
         held = {f"{path}.{value}": reason for path in paths for value, reason in expected.pop("held", {}).items()}
         refused = expected.pop("refused", {})
         refused = {f"{path}.{name}".strip("."): reason for path in paths for name, reason in refused.items()}

@@ -15,7 +15,8 @@ from se_inject.plans import grid_data, grid_text
 from se_inject.plans.grid import block_costs
 from se_inject.plans.plot import plot_grid
 from se_inject.plans.starts import start_factor, start_factors
-from se_inject.sites.selection import NECK, Site, Sites
+from se_inject.sites.selection import Sites
+from se_inject.sites.site import HeldBack, Site
 from se_inject.tables import counted, percent
 from tests.common import build
 
@@ -201,12 +202,14 @@ def test_all_but_last_is_a_choice_everywhere():
 
 
 def test_the_last_stage_is_the_backbones():
-    draft = Site("a", "a", None, "residual", 8, (4, 4), 0, "", "a", stage=1)
+    draft = Site("a", "a", None, "residual", 8, (4, 4), (4.0, 4.0), 0, "", "a", stage=1)
     sites = tuple(
         replace(draft, address=name, order=order, stage=stage, held_back=held)
-        for order, (name, stage, held) in enumerate([("a", 1, None), ("b", 2, None), ("c", 3, None), ("n", 4, NECK)])
+        for order, (name, stage, held) in enumerate(
+            [("a", 1, None), ("b", 2, None), ("c", 3, None), ("n", 4, HeldBack.NECK)]
+        )
     )
-    found = Sites(sites, (), sites, (16, 16))
+    found = Sites(sites, (), sites)
     assert found.last_stage == 3
     assert "c" not in [site.address for site in found.stages("all-but-last")]
     assert [site.address for site in found.stages("all-but-last")][:2] == ["a", "b"]

@@ -5,7 +5,7 @@ import torch
 
 import se_inject as si
 from se_inject.errors import NoSites, SiteNotFound
-from se_inject.sites.selection import ATTENDED, DENSE, NECK, NESTED, OUTSIDE
+from se_inject.sites.site import HeldBack
 from tests.common import build
 
 STAGES = {
@@ -101,9 +101,9 @@ STAGES = {
         inception5a … inception5b | 32 | 832-1024 | 2 concat
     """,
     "torchvision:inception_v3": """
-        Mixed_5b … Mixed_5d | 9 | 256-288 | 3 concat
-        Mixed_6a … Mixed_6e | 19 | 768 | 5 concat
-        Mixed_7a … Mixed_7c | 45 | 1280-2048 | 3 concat
+        Mixed_5b … Mixed_5d | 8 | 256-288 | 3 concat
+        Mixed_6a … Mixed_6e | 16 | 768 | 5 concat
+        Mixed_7a … Mixed_7c | 32 | 1280-2048 | 3 concat
     """,
     "torchvision:densenet121": """
         features.denseblock1 | 4 | 256 | 1 concat
@@ -114,7 +114,7 @@ STAGES = {
     "torchvision:squeezenet1_1": """
         features.3 … features.4 | 4 | 128 | 2 concat
         features.6 … features.7 | 8 | 256 | 2 concat
-        features.9 … features.12 | 17 | 384-512 | 4 concat
+        features.9 … features.12 | 16 | 384-512 | 4 concat
     """,
     "torchvision:shufflenet_v2_x1_0": """
         stage2 | 8 | 116 | 4 concat
@@ -132,7 +132,7 @@ STAGES = {
     "torchvision:alexnet": """
         features.1 | 4 | 64 | 1 conv
         features.4 | 8 | 192 | 1 conv
-        features.7 … features.11 | 17 | 256-384 | 3 conv
+        features.7 … features.11 | 16 | 256-384 | 3 conv
     """,
     "timm:resnet50": """
         layer1 | 4 | 256 | 3 residual
@@ -184,25 +184,25 @@ STAGES = {
         features.conv5_1 … features.conv5_3 | 32 | 704-832 | 3 concat
     """,
     "timm:inception_resnet_v2": """
-        mixed_5b | 9 | 320 | 1 concat
-        repeat | 9 | 320 | 10 residual
-        mixed_6a | 18 | 1088 | 1 concat
-        repeat_1 | 18 | 1088 | 20 residual
-        mixed_7a | 37 | 2080 | 1 concat
-        repeat_2 | 37 | 2080 | 9 residual
-        block8 | 37 | 2080 | 1 residual
+        mixed_5b | 8 | 320 | 1 concat
+        repeat | 8 | 320 | 10 residual
+        mixed_6a | 16 | 1088 | 1 concat
+        repeat_1 | 16 | 1088 | 20 residual
+        mixed_7a | 32 | 2080 | 1 concat
+        repeat_2 | 32 | 2080 | 9 residual
+        block8 | 32 | 2080 | 1 residual
     """,
     "timm:nasnetalarge": """
         cell_stem_0 … cell_stem_1 | 4 | 84-168 | 2 concat
         cell_stem_1 … cell_5 | 8 | 336-1008 | 7 concat
         reduction_cell_0 … cell_11 | 16 | 1344-2016 | 7 concat
-        reduction_cell_1 … cell_17 | 30 | 2688-4032 | 7 concat
+        reduction_cell_1 … cell_17 | 32 | 2688-4032 | 7 concat
     """,
     "timm:xception41": """
         blocks.0 | 4 | 128 | 1 residual
         blocks.1 | 8 | 256 | 1 residual
         blocks.2 … blocks.10 | 16 | 728 | 9 residual
-        blocks.11 … blocks.12 | 30 | 1024-2048 | 2 residual
+        blocks.11 … blocks.12 | 32 | 1024-2048 | 2 residual
     """,
     "timm:vovnet39a": """
         stem.0 … stem.1 | 2 | 64 | 2 conv
@@ -334,7 +334,7 @@ def test_attention_that_is_there_is_recognised():
         ("torchvision:regnet_y_400mf", 16),
     ):
         found = found_in(name)
-        assert sum(site.held_back == ATTENDED for site in found.all_sites) == count
+        assert sum(site.held_back is HeldBack.ATTENTION for site in found.all_sites) == count
         with pytest.raises(NoSites, match="already has attention"):
             found.everything()
         assert len(found.everything(attended=True)) == count
@@ -347,7 +347,7 @@ def test_partly_attended():
 
 def test_a_head_is_chosen_by_number_or_path_alone():
     found = found_in("torchvision:deeplabv3_resnet50")
-    assert {site.address for site in found.all_sites if site.held_back == NECK} == {"classifier.0.project"}
+    assert {site.address for site in found.all_sites if site.held_back is HeldBack.NECK} == {"classifier.0.project"}
     assert len(found.everything()) == len(found.stages("all")) == 16
     assert [site.address for site in found.stages(5)] == ["classifier.0.project"]
     assert [site.address for site in found.stages("classifier")] == ["classifier.0.project"]
@@ -356,20 +356,20 @@ def test_a_head_is_chosen_by_number_or_path_alone():
 
 def test_layers_of_a_dense_block_are_chosen_by_address():
     found = found_in("torchvision:densenet121")
-    layers = [site for site in found.all_sites if site.held_back == DENSE]
+    layers = [site for site in found.all_sites if site.held_back is HeldBack.DENSE]
     assert len(layers) == 6 + 12 + 24 + 16 and {site.channels for site in layers} == {32}
     assert len(found.at("features.denseblock2.denselayer*")) == 12
 
 
 def test_units_of_units_are_chosen_by_address():
     found = found_in("timm:cspresnet50")
-    outer = [site.address for site in found.all_sites if site.held_back == NESTED]
+    outer = [site.address for site in found.all_sites if site.held_back is HeldBack.NESTED]
     assert len(outer) == 4 and outer[0] in [site.address for site in found.at(outer[0])]
 
 
 def test_stems_have_no_stage():
     stem = found_in("torchvision:resnet50").all_sites[0]
-    assert (stem.address, stem.stage, stem.held_back) == ("relu", None, OUTSIDE)
+    assert (stem.address, stem.stage, stem.held_back) == ("relu", None, HeldBack.OUTSIDE)
 
 
 @pytest.mark.parametrize("names", [(5,), ("2-7",), ("layer9",), ("",)])

@@ -19,6 +19,7 @@ CHECKS = [
     "settings kept",
     "same output as before",
     "same output without the blocks",
+    "blocks where units are",
     "blocks trainable",
 ]
 X = torch.empty(2, 3, 16, 16, device="meta")
@@ -55,7 +56,7 @@ def test_all_pass_on_what_was_just_injected():
     network, injected = pair()
     verdict = si.verify(network, injected, X)
     assert [check.name for check in verdict.checks] == CHECKS
-    assert [check.passed for check in verdict.checks] == [True] * 5
+    assert [check.passed for check in verdict.checks] == [True] * 6
     assert verdict.passed
     assert verdict.expect_passed() is verdict
     assert verdict.notes == ("numeric checks on 1 input of 3×3×16×16",)
@@ -268,7 +269,7 @@ def test_a_failure_is_an_error_that_names_the_checks():
     network, injected = pair()
     training_flag(injected)
     foreign_key(injected)
-    with pytest.raises(VerificationError, match="failed 2 of 5 checks") as caught:
+    with pytest.raises(VerificationError, match="failed 2 of 6 checks") as caught:
         si.verify(network, injected, X).expect_passed()
     assert "weights kept" in caught.value.seen
     assert "settings kept" in caught.value.seen
@@ -300,7 +301,7 @@ def test_trained_blocks_are_meant_to_differ():
 def test_the_papers_start_is_meant_to_differ():
     network, injected = pair(init="paper")
     verdict = si.verify(network, injected, X)
-    assert [check.passed for check in verdict.checks] == [True, True, None, True, True]
+    assert [check.passed for check in verdict.checks] == [True, True, None, True, True, True]
 
 
 def test_a_block_without_parameters_has_no_gradients_to_miss():
@@ -323,8 +324,8 @@ def test_only_what_was_added_is_asked_about():
     train(first)
     second = si.inject(first, X)
     verdict = si.verify(first, second, X)
-    assert [check.passed for check in verdict.checks] == [True] * 5
-    assert "4 new parameters of 1 block" in verdict.checks[4].detail
+    assert [check.passed for check in verdict.checks] == [True] * 6
+    assert "4 new parameters of 1 block" in verdict.checks[-1].detail
 
 
 def test_a_network_without_blocks_is_itself():

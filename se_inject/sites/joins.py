@@ -1,0 +1,144 @@
+"""The rule for concatenations along the channels, and sums of branches of equal depth, from a common value.
+
+Inception, Fire, CSP, shuffle units, RepVGG. The site is the joined value; if a convolution follows in the same module, what
+that module returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor, fx
+
+from se_inject.sites.additions import addition_of, operands_of
+from se_inject.sites.dataflow import lineage, shared_lineage, since
+from se_inject.sites.ledger import Ledger
+from se_inject.sites.operations import child_path, convolves, joins_channels, labels, parent, returned
+from se_inject.sites.residuals import by_depth, is_reparametrised, nodes_in_cells
+from se_inject.sites.site import HeldBack, Site
+from se_inject.tracing import OwnerGraph, kind, sources
+
+_SITE_KINDS = {"add": "sum", "cat": "concat"}
+
+
+class _Join(NamedTuple):
+    node: fx.Node
+    kind: str
+    inside: set[fx.Node]
+
+
+def joined_branches(ledger: Ledger, owner: OwnerGraph) -> None:
+    """Find the concatenations and sums of branches in one graph, the outermost of nested ones."""
+    if ledger.is_in_unit(owner):
+        return
+    joins: list[_Join] = []
+    taken = set(ledger.inside.get(owner.path, ()))
+    cells = nodes_in_cells(owner)
+    for node in reversed(owner.graph.nodes):
+        join = None if node in taken else _join(ledger, node, cells)
+        if join is None:
+            continue
+        if _mixes_resolutions(join):
+            where = child_path(owner.path, labels(owner.graph)[node])
+            ledger.refuse(where, "it joins values that came from different resolutions")
+            continue
+        taken |= join.inside
+        joins.append(join)
+    for join in reversed(joins):
+        value = ledger.values.activated(owner, _joined_value(owner, join.node, alone=len(joins) == 1))
+        held = HeldBack.NESTED if ledger.hold_units(join.inside) else None
+        if ledger.add(owner, value, join.kind, join.inside, held, join.node) and held is None:
+            ledger.mark(owner, [join.inside])
+            for layer in _dense_layers(join.node):
+                ledger.add(owner, layer, join.kind, lineage(layer), HeldBack.DENSE)
+
+
+def dense_blocks(ledger: Ledger) -> None:
+    """Make one site of each run of layers that put what they compute beside what they read (``cat([x, f(x)])``).
+
+    A layer of such a run reads what the one before returned. The run's site is the last one's; the layers are held back.
+    """
+    layers = [layer for site in ledger.found.values() if (layer := _self_concatenating(ledger, site)) is not None]
+    by_input = {id(layer.given.meta["val"]): layer for layer in layers}
+    followed = {id(layer.join.meta["val"]) for layer in layers} & set(by_input)
+    followers = {layer.site.address for key in followed for layer in [by_input[key]]}
+    runs = {layer.site.address for layer in layers if id(layer.join.meta["val"]) in followed} | followers
+    for layer in layers:
+        if layer.site.address not in runs:
+            continue
+        site, container = layer.site, parent(layer.site.unit)
+        if id(layer.join.meta["val"]) in followed:
+            del ledger.found[site.address]
+        elif container:
+            ledger.found[site.address] = replace(site, unit=container, container=parent(container))
+        for new in layer.new:
+            ledger.add(layer.owner, new, "concat", lineage(new), HeldBack.DENSE, layer.join)
+
+
+class _Layer(NamedTuple):
+    """A module that returns a concatenation of what it reads with what it computes."""
+
+    site: Site
+    owner: OwnerGraph
+    join: fx.Node
+    given: fx.Node
+    new: list[fx.Node]
+
+
+def _self_concatenating(ledger: Ledger, site: Site) -> _Layer | None:
+    """Return the layer that a site belongs to, if its module returns a concatenation of its input and new values."""
+    owner = ledger.trace.graphs[site.graph]
+    result = returned(owner.graph)
+    if site.kind != "concat" or site.held_back is not None or result is None or not owner.path:
+        return None
+    operands = operands_of(result, "cat")
+    given = [operand for operand in operands if operand.op == "placeholder"]
+    new = [operand for operand in operands if operand.op != "placeholder"]
+    return _Layer(site, owner, result, given[0], new) if len(given) == 1 and new else None
+
+
+def _join(ledger: Ledger, node: fx.Node, cells: set[fx.Node]) -> _Join | None:
+    """Return the join that a node is, if its operands are branches of one unit."""
+    operation = "cat" if kind(node) == "cat" else "add"
+    operands = operands_of(node, operation)
+    if len(operands) < 2 or (operation == "cat" and not joins_channels(node)):
+        return None
+    common = shared_lineage(operands)
+    inside = since(operands, common)
+    if not (common or node in cells) or not any(map(convolves, inside)):
+        return None
+    if operation == "add":
+        addition = addition_of(node)
+        if addition is None or not addition.is_plain:
+            return None
+        if max(ledger.depths.between(operand, common) for operand in operands) < 1:
+            return None
+        parts = by_depth(ledger, operands, common)
+        if parts and not is_reparametrised(ledger, *parts, common):
+            return None
+    return _Join(node, _SITE_KINDS[operation], inside)
+
+
+def _mixes_resolutions(join: _Join) -> bool:
+    """Whether a value behind a join is smaller than the join."""
+    size = join.node.meta["val"].shape[2:].numel()
+    values = [node.meta["val"] for node in join.inside]
+    maps = [value for value in values if isinstance(value, Tensor) and value.dim() > 2]
+    return any(0 < value.shape[2:].numel() < size for value in maps)
+
+
+def _joined_value(owner: OwnerGraph, node: fx.Node, *, alone: bool) -> fx.Node:
+    """Return what is gated: the join itself, or what the module returns if convolutions follow at this resolution."""
+    result = returned(owner.graph)
+    if not alone or result is None or not owner.path or node not in sources(result):
+        return node
+    after = lineage(result) - lineage(node)
+    same_size = result.meta["val"].shape[2:] == node.meta["val"].shape[2:]
+    return result if any(map(convolves, after)) and same_size else node
+
+
+def _dense_layers(join: fx.Node) -> list[fx.Node]:
+    """Return the modules whose outputs a concatenation puts together, if one of them reads another's."""
+    layers = [operand for operand in operands_of(join, "cat") if operand.op == "call_module" and convolves(operand)]
+    return layers if any(sources(one) & set(layers) for one in layers) else []

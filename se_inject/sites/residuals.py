@@ -1,0 +1,209 @@
+"""The rule for residual units: an addition whose operands start from a common value.
+
+The operand with fewer convolutions on its shortest way from there is the shortcut. The site is the other one, the branch,
+before what only scales it (dropout, stochastic depth, layer scale).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx
+
+from se_inject.forwards import class_of
+from se_inject.sites.additions import addition_of, operands_of
+from se_inject.sites.dataflow import lineage, shared_lineage
+from se_inject.sites.ledger import Ledger
+from se_inject.sites.operations import (
+    any_prefix,
+    attends,
+    child_path,
+    convolves,
+    joins_channels,
+    labels,
+    parent,
+    returned,
+    slice_origins,
+    slices_channels,
+)
+from se_inject.sites.outputs import is_image_output
+from se_inject.sites.site import ATTENTION, HeldBack
+from se_inject.tracing import OwnerGraph, function_name_of, kind
+
+
+class Split(NamedTuple):
+    """The parts of a residual unit: the branch, the shortcut if there is one, and the values that both start from."""
+
+    branch: fx.Node
+    shortcut: fx.Node | None
+    common: set[fx.Node]
+
+
+def residual_units(ledger: Ledger, owner: OwnerGraph) -> None:
+    """Find the branches of the additions in one graph; an addition around other units is held back."""
+    found: list[tuple[fx.Node, set[fx.Node], HeldBack | None]] = []
+    cells = nodes_in_cells(owner)
+    for node in owner.graph.nodes:
+        addition = addition_of(node)
+        if addition is None or len(addition.operands) != 2 or node in cells:
+            continue
+        common = shared_lineage(addition.operands)
+        if not common:
+            if any(convolves(behind) for operand in addition.operands for behind in lineage(operand)):
+                _postpone(ledger, owner, node, "its operands do not start from one value: it joins, it does not skip")
+            continue
+        parts = by_depth(ledger, addition.operands, common)
+        if parts is None or is_reparametrised(ledger, *parts, common):
+            continue  # branches only: a join
+        branch, shortcut = parts
+        factors: set[fx.Node] = set().union(*map(lineage, addition.factors))
+        inside = (lineage(branch) | factors) - lineage(shortcut)
+        own = lineage(shortcut) - common - lineage(branch)
+        if _differ_in_channels(inside, own, common):
+            _postpone(ledger, owner, node, "its operands start from different channels of one value")
+            continue
+        around = any(inside & {other} for other, _, _ in found) or ledger.hold_units(inside | own)
+        if any(map(attends, inside | own)):
+            where = child_path(owner.path, labels(owner.graph)[node])
+            ledger.refuse(where, ATTENTION)
+            if not around:
+                ledger.attending.add(where)
+            continue
+        held = HeldBack.NESTED if around else None
+        if held is None and is_image_output(ledger.trace, owner, node, inside):
+            held = HeldBack.OUTPUT
+        found.append((node, inside, held))
+        ledger.add(owner, ledger.values.unscaled(owner, branch), "residual", inside | own | {node}, held, node)
+    ledger.mark(owner, [nodes for _, nodes, held in found if held is None])
+
+
+def _postpone(ledger: Ledger, owner: OwnerGraph, node: fx.Node, reason: str) -> None:
+    """Leave an addition for ``two_streams``, or refuse it."""
+    if _streams(node) is not None:
+        ledger.postponed.append((owner, node, reason))
+    else:
+        ledger.refuse(child_path(owner.path, labels(owner.graph)[node]), reason)
+
+
+def two_streams(ledger: Ledger) -> None:
+    """Find the units ``a + f(b)`` of two streams, both given to the module: outside of other units, or where it returns the sum."""
+    for owner, node, reason in ledger.postponed:
+        streams = _streams(node)
+        alone = not any_prefix(owner.path, ledger.units) and node not in ledger.inside.get(owner.path, ())
+        if streams is not None and _is_handed_on(node) and (alone or owner.path in ledger.units):
+            branch, shortcut = streams
+            inside = lineage(branch) - lineage(shortcut)
+            if ledger.add(owner, ledger.values.unscaled(owner, branch), "residual", inside, None, node):
+                ledger.mark(owner, [inside])
+            continue
+        ledger.refuse(child_path(owner.path, labels(owner.graph)[node]), reason)
+
+
+def _streams(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return branch and shortcut of a sum of one given value and what convolutions make of another of the same shape."""
+    operands = operands_of(node, "add")
+    branch = _only_deep(operands) if len(operands) == 2 else None
+    if branch is None:
+        return None
+    (shortcut,) = set(operands) - {branch}
+    shape = shortcut.meta["val"].shape
+    given = [each for each in lineage(shortcut) if isinstance(each.meta["val"], Tensor)]
+    if any(each.meta["val"].shape[2:] != shape[2:] for each in given) or not any(map(is_given, given)):
+        return None
+    others = lineage(branch) - lineage(shortcut)
+    return (branch, shortcut) if any(is_given(each) and each.meta["val"].shape == shape for each in others) else None
+
+
+def is_given(node: fx.Node) -> bool:
+    """Whether a value is an argument of the module, or part of one."""
+    while function_name_of(node) in ("getitem", "chunk", "split", "tensor_split", "narrow") and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder"
+
+
+def _is_handed_on(node: fx.Node) -> bool:
+    """Whether a sum is one of the streams that the module returns: no convolution of its own reads it alone (Res2Net's does)."""
+    return any(user.op == "output" or kind(user) == "cat" for user in node.users)
+
+
+def units_without_shortcut(ledger: Ledger, owners: list[OwnerGraph]) -> None:
+    """Find blocks of the same class as a residual unit, near one, whose shortcut is missing or is its caller's.
+
+    Without one it is gated at what it returns.
+    """
+    kin: dict[str, set[Any]] = {}
+    for site in ledger.found.values():
+        if site.held_back is not HeldBack.NESTED:
+            path = site.unit if site.unit == site.owner else site.owner
+            for near in (parent(site.unit), parent(parent(site.unit))):
+                kin.setdefault(near, set()).add(class_of(ledger.trace.model.get_submodule(path)))
+    for owner in owners:
+        classes = kin.get(parent(owner.path), set()) | kin.get(parent(parent(owner.path)), set())
+        if not owner.path or owner.path in ledger.around or any_prefix(owner.path, ledger.units):
+            continue
+        result = returned(owner.graph)
+        if class_of(owner.module) not in classes or result is None or not any(map(convolves, lineage(result))):
+            continue
+        join, branch = _given_shortcut(owner) or (None, result)
+        value = ledger.values.unscaled(owner, branch)
+        if ledger.add(owner, value, "residual", lineage(result), None, join):
+            ledger.mark(owner, [lineage(result)])
+
+
+def split(ledger: Ledger, owner: OwnerGraph, join: fx.Node) -> Split:
+    """Divide an addition that is a residual unit's into its parts."""
+    operands = operands_of(join, "add")
+    common = shared_lineage(operands)
+    if not common and (branch := _only_deep(operands)) is not None:
+        (shortcut,) = set(operands) - {branch}
+        return Split(branch, shortcut, {node for node in owner.graph.nodes if node.op == "placeholder"})
+    parts = by_depth(ledger, operands, common)
+    return Split(join, None, common) if parts is None else Split(*parts, common)
+
+
+def by_depth(ledger: Ledger, operands: list[fx.Node], common: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """Return the branch and the shortcut: with more convolutions on the shortest way, and with fewer; None if equal."""
+    one, other = operands
+    depths = [ledger.depths.between(operand, common) for operand in operands]
+    return None if depths[0] == depths[1] else (one, other) if depths[0] > depths[1] else (other, one)
+
+
+def is_reparametrised(ledger: Ledger, branch: fx.Node, shortcut: fx.Node, common: set[fx.Node]) -> bool:
+    """Whether a sum is of linear branches, one of them the normalised input alone, as RepVGG's is in training."""
+    if ledger.depths.between(shortcut, common) or ledger.depths.is_bare(shortcut, common):
+        return False
+    return not any(ledger.depths.contains(node, "act") for node in lineage(branch) - common)
+
+
+def nodes_in_cells(owner: OwnerGraph) -> set[fx.Node]:
+    """Return all within the concatenations of sums (NASNet's cells): these have the site, not the sums."""
+    inside: set[fx.Node] = set()
+    for node in owner.graph.nodes:
+        sums = [operand for operand in operands_of(node, "cat") if kind(operand) == "add"]
+        if len(sums) > 1 and joins_channels(node):
+            inside |= lineage(node)
+    return inside
+
+
+def _differ_in_channels(inside: set[fx.Node], own: set[fx.Node], common: set[fx.Node]) -> bool:
+    """Whether branch and shortcut start from different channels of a common value."""
+    slices = set(filter(slices_channels, own))
+    return any(slice_origins(each) & common for each in slices) or (
+        bool(slices) and not any(map(slices_channels, inside))
+    )
+
+
+def _only_deep(operands: list[fx.Node]) -> fx.Node | None:
+    """Return the one of two operands with convolutions behind it; None if both have some, or neither."""
+    deep = [operand for operand in operands if any(map(convolves, lineage(operand)))]
+    return deep[0] if len(deep) == 1 else None
+
+
+def _given_shortcut(owner: OwnerGraph) -> tuple[fx.Node, fx.Node] | None:
+    """Return the last addition whose one operand is the caller's, and its other operand."""
+    for node in reversed(owner.graph.nodes):
+        operands = operands_of(node, "add")
+        branch = _only_deep(operands) if len(operands) == 2 else None
+        if branch is not None:
+            return node, branch
+    return None

@@ -1,0 +1,347 @@
+"""Small networks of a kind each, with the place where an expert would put the blocks: address → why others have none.
+
+Each is a stem, some units of one form, and a head. ``PLACES`` is the table: what is chosen by default, in order.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+C = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """One network.
+
+    Args:
+        make: makes it.
+        chosen: addresses of the sites chosen by default.
+        attended: addresses of those that have attention already.
+        missed: part of the reason why its units can take no block; empty if they can.
+    """
+
+    make: Callable[[], nn.Module]
+    chosen: tuple[str, ...] = ()
+    attended: tuple[str, ...] = ()
+    missed: str = ""
+
+
+PLACES: dict[str, Places] = {}
+
+
+def conv(inputs=C, outputs=C, kernel=3, groups=1, act=True):
+    layers = [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups), nn.BatchNorm2d(outputs)]
+    return nn.Sequential(*layers, *([nn.ReLU()] if act else []))
+
+
+def branch(channels=C):
+    return nn.Sequential(conv(channels, channels), conv(channels, channels, act=False))
+
+
+def units(*values, attended=(), missed=""):
+    """Put two units of a class between a stem and a head; the values are relative to the unit."""
+
+    def register(unit):
+        def make():
+            return nn.Sequential(
+                conv(3), nn.Sequential(unit(), unit()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(C, 4)
+            )
+
+        paths = ("1.0", "1.1")
+        PLACES[unit.__name__] = Places(
+            make,
+            tuple(f"{path}.{value}" for path in paths for value in values),
+            tuple(f"{path}.{value}" for path in paths for value in attended),
+            missed,
+        )
+        return unit
+
+    return register
+
+
+def network(*values, attended=(), missed=""):
+    def register(make):
+        PLACES[make.__name__] = Places(make, values, attended, missed)
+        return make
+
+    return register
+
+
+# -- bodies that return several values --------------------------------------------------------------------------
+
+
+@units("getitem")
+class PreActivation(nn.Module):
+    """The body returns the branch and what its first activation gave, which the projection reads."""
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.first, self.second = nn.BatchNorm2d(C), nn.Conv2d(C, C, 3, padding=1), nn.Conv2d(C, C, 1)
+
+        def forward(self, x):
+            start = F.relu(self.norm(x))
+            return {"out": self.second(F.relu(self.first(start))), "start": start}
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.project = self.Body(), nn.Conv2d(C, C, 1)
+
+    def forward(self, x):
+        found = self.body(x)
+        return found["out"] + self.project(found["start"])
+
+
+@units("getitem#3")
+class NestedResults(nn.Module):
+    """A body within a body, each returning two values, the inner one's handed on as they are."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = self.Inner()
+
+        def forward(self, x):
+            return x, self.inner(x)
+
+        class Inner(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = branch()
+
+            def forward(self, x):
+                return x.mean(), self.conv(x)
+
+    def __init__(self):
+        super().__init__()
+        self.body = self.Outer()
+
+    def forward(self, x):
+        _, pair = self.body(x)
+        return F.relu(x + pair[1])
+
+
+# -- more forms of residual -------------------------------------------------------------------------------------
+
+
+class Unit(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch = branch()
+
+
+@units("branch")
+class ReversedDifference(Unit):
+    def forward(self, x):
+        return self.branch(x).sub(x)
+
+
+@units("branch")
+class InPlaceDifference(Unit):
+    def forward(self, x):
+        y = self.branch(x)
+        y -= x
+        return F.relu(y)
+
+
+@units("branch")
+class Alpha(Unit):
+    def forward(self, x):
+        return torch.add(x, self.branch(x), alpha=0.5)
+
+
+@units("branch")
+class Lerp(Unit):
+    def forward(self, x):
+        return torch.lerp(x, self.branch(x), 0.3)
+
+
+@units("branch")
+class StackAndMean(Unit):
+    def forward(self, x):
+        return torch.stack([self.branch(x), x], dim=1).mean(1)
+
+
+@units("branch")
+class PythonSum(Unit):
+    def forward(self, x):
+        return sum([x, self.branch(x)])
+
+
+@units(attended=("branch",))
+class GatedAddcmul(Unit):
+    """The gate of a squeeze-and-excitation is the last factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, C, 1), nn.Sigmoid())
+
+    def forward(self, x):
+        y = self.branch(x)
+        return torch.addcmul(x, y, self.gate(y))
+
+
+@units(attended=("einsum",))
+class EinsumGate(Unit):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(C, C)
+
+    def forward(self, x):
+        y = self.branch(x)
+        return x + torch.einsum("b c, b c h w -> b c h w", self.fc(y.mean((2, 3))).sigmoid(), y)
+
+
+@units(attended=("out",))
+class SelectiveKernels(nn.Module):
+    """A softmax over branches, in the last dimension, and a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.fc, self.out = conv(), conv(kernel=5), nn.Linear(C, 2 * C), conv(kernel=1, act=False)
+        self.choose = nn.Softmax(dim=-1)
+
+    def forward(self, x):
+        both = torch.stack([self.one(x), self.two(x)], -1)
+        weights = self.choose(self.fc(both.sum(-1).mean((2, 3))).view(-1, C, 2))
+        return F.relu(x + self.out((both * weights[:, :, None, None]).sum(-1)))
+
+
+@units()
+class Positions(nn.Module):
+    """Attention between positions stays attention: nothing is put there."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Conv2d(C, C, 1) for _ in range(3))
+        self.softmax = nn.Softmax(dim=-1)
+
+    def forward(self, x):
+        q, k, v = (each(x).flatten(2) for each in (self.q, self.k, self.v))
+        return x + (v @ self.softmax(q.transpose(1, 2) @ k).transpose(1, 2)).view(x.shape)
+
+
+@units()
+class Separable(nn.Module):
+    """A depthwise and a pointwise convolution, each in a class of its own; the second pair is the first without an activation."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, kernel, groups):
+            super().__init__()
+            self.conv = nn.Conv2d(C, C, kernel, padding=kernel // 2, groups=groups)
+            self.norm = nn.BatchNorm2d(C)
+
+        def forward(self, x):
+            return F.relu(self.norm(self.conv(x)))
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.Sequential(
+            nn.Sequential(self.Wrapped(3, C), self.Wrapped(1, 1)),
+            nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.ReLU()),
+        )
+
+    def forward(self, x):
+        return self.convs(x)
+
+
+PLACES["Separable"] = dataclasses.replace(
+    PLACES["Separable"], chosen=("0.2", "1.0.convs.0.1.relu", "1.0.convs.1.1", "1.1.convs.0.1.relu", "1.1.convs.1.1")
+)
+
+
+@network("1.0.f", "1.1.f")
+def Streams():
+    """Two streams in a list, of which each unit changes one."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = branch(C // 2)
+
+        def forward(self, streams):
+            a, b = streams
+            return [b, a + self.f(b)]
+
+    class Split(nn.Module):
+        def forward(self, x):
+            return list(x.chunk(2, 1))
+
+    class Join(nn.Module):
+        def forward(self, streams):
+            return torch.cat(streams, 1).mean((2, 3))
+
+    return nn.Sequential(nn.Sequential(conv(3), Split()), nn.Sequential(Pair(), Pair()), Join(), nn.Linear(C, 4))
+
+
+@network("1.2.cat")
+def DenseInLayers():
+    """Layers that put what they compute first, and drop some of it."""
+
+    class Layer(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(channels), nn.Conv2d(channels, 8, 3, padding=1)
+
+        def forward(self, x):
+            return torch.cat((F.dropout(self.conv(F.relu(self.norm(x))), 0.1, self.training), x), dim=1)
+
+    return nn.Sequential(conv(3), nn.Sequential(*(Layer(C + 8 * i) for i in range(3))), nn.Conv2d(C + 24, 4, 1))
+
+
+# -- values that can't be gated ---------------------------------------------------------------------------------
+
+
+@units(missed="gates real numbers")
+class Integers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = branch()
+
+    def forward(self, x):
+        codes = (x * 8).round().int() + (self.conv(x) * 8).round().int()
+        return codes.float() / 8
+
+
+@network(*(f"net.{2 * i + 1}" for i in range(4)))
+def Denoiser():
+    """The whole network is the branch of an image: its plain convolutions are the places, not the image."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            hidden = [layer for _ in range(3) for layer in (nn.Conv2d(C, C, 3, padding=1), nn.ReLU())]
+            self.net = nn.Sequential(nn.Conv2d(3, C, 3, padding=1), nn.ReLU(), *hidden, nn.Conv2d(C, 3, 3, padding=1))
+
+        def forward(self, x):
+            return (x - self.net(x)).clamp(-9, 9)
+
+    return Net()
+
+
+@network("0.2", "1.2")
+def Scores():
+    """The last convolution makes class scores, which are averaged."""
+    return nn.Sequential(conv(3), conv(), conv(C, 10), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+# -- silence ----------------------------------------------------------------------------------------------------
+
+
+@units(missed="depends on the data")
+class DataDecide(Unit):
+    def forward(self, x):
+        y = self.branch(x)
+        return x + y if y.mean() > -99 else x
+
+
+@units(missed="called several times")
+class Recurrent(Unit):
+    def forward(self, x):
+        for _ in range(2):
+            x = x + self.branch(x)
+        return x
