@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from se_inject.blocks.layers import Bottleneck, batch_norm, convolution, zero_
+from se_inject.blocks.layers import Bottleneck, batch_norm, convolution, largest, zero_
 
 from ._layers import odd_kernel
 
@@ -76,5 +76,5 @@ class ConvolutionalBlockAttention(Bottleneck):
     def channel_gate(self, x: Tensor) -> Tensor:
         """The gate of each channel alone, before that of each position."""
         mean = self.excite(x.mean(self.space, keepdim=True))
-        peak = self.excite(x.amax(self.space, keepdim=True))
+        peak = self.excite(largest(x, self.space))
         return self.gain * torch.sigmoid(mean + peak)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from se_inject.blocks.layers import convolution, zero_
+from se_inject.blocks.layers import convolution, hard_sigmoid, zero_
 
 
 class EffectiveSqueezeExcitation(nn.Module):
@@ -56,4 +55,4 @@ class EffectiveSqueezeExcitation(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         """hσ(W mean(x) + b), (N, C, 1, …)."""
-        return self.gain * F.hardsigmoid(self.fc(x.mean(self.space, keepdim=True)))
+        return self.gain * hard_sigmoid(self.fc(x.mean(self.space, keepdim=True)))

@@ -66,6 +66,7 @@ class StyleRecalibration(nn.Module):
     def gate(self, x: Tensor) -> Tensor:
         """σ(BN(w · style)), (N, C, 1, …)."""
         mean, deviation = mean_and_deviation(x, self.space, self.epsilon)
-        style = torch.stack([mean.flatten(1), deviation.flatten(1)], 2)
-        s = self.gain * torch.sigmoid(self.norm((style * self.weight).sum(2)))
+        # not stacked and summed: OpenVINO is wrong where a norm is behind a sum
+        style = mean.flatten(1) * self.weight[:, 0] + deviation.flatten(1) * self.weight[:, 1]
+        s = self.gain * torch.sigmoid(self.norm(style))
         return s.reshape([x.size(0), x.size(1)] + self.ones)  # noqa: RUF005 -- TorchScript has no unpacking

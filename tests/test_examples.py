@@ -1,5 +1,6 @@
 """The examples run, as a user runs them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,5 +19,23 @@ def test_example_runs(path, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_two_processes_shard_a_network_and_one_goes_on_from_their_checkpoint(tmp_path):
+    script = str(next(path for path in EXAMPLES if path.stem == "finetune_distributed"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    told = []
+    for command, epochs in ((torchrun, 1), ([script], 2)):
+        done = subprocess.run(
+            [sys.executable, *command, "--strategy", "fsdp", "--epochs", str(epochs), "--checkpoint", "run"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told.append(dict(line.rsplit(": loss ", 1) for line in done.stdout.splitlines() if ": loss " in line))
+    first, second = told
+    assert first["epoch 1"] == first["put together"]
+    assert abs(float(second["resumed after epoch 1"]) - float(first["epoch 1"])) < 1e-5
+    assert float(second["epoch 2"]) < float(first["epoch 1"])
+    assert second["epoch 2"] == second["put together"]
+
+
 def test_there_are_examples():
-    assert {path.stem for path in EXAMPLES} >= {"adapter", "own_module", "finetune_digits"}
+    assert {path.stem for path in EXAMPLES} >= {"adapter", "own_module", "finetune_digits", "finetune_distributed"}

@@ -360,6 +360,16 @@ def test_blocks_are_off_inside_and_on_outside(options, training):
         assert not torch.equal(twin.eval()(X), plain.eval()(X))
 
 
+def test_fused_blocks_are_off_too():
+    network = strong()
+    plain, expected = without(network), network(X)
+    si.fuse_(network)
+    with si.disabled(network), torch.no_grad():
+        assert torch.equal(network(X), plain(X))
+    torch.testing.assert_close(network(X), expected)
+    assert torch.equal(si.unfuse_(network)(X), expected)
+
+
 def test_an_exception_leaves_the_blocks_on():
     network = strong()
     expected = network(X)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from se_inject.errors import OptionError
@@ -55,6 +56,30 @@ def chosen(what: str, value: str, known: Iterable[str]) -> str:
     if value not in known:
         raise OptionError(f"no such {what}: `{value}`", seen=", ".join(known), hint=did_you_mean(str(value), known))
     return value
+
+
+def _recorded() -> bool:
+    """Tell whether a call is being exported or traced: files are then written in forms that more runtimes get right."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call,no-any-return]
+
+
+def hard_sigmoid(a: Tensor) -> Tensor:
+    """min(max(a + 3, 0), 6) / 6; in files written like this: OpenCV's HardSigmoid before a product is wrong."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined] # noqa: SIM102 -- TorchScript drops it
+        if _recorded():
+            return (a + 3).clamp(0, 6) / 6
+    return F.hardsigmoid(a)
+
+
+def largest(x: Tensor, space: list[int]) -> Tensor:
+    """The maximum over space, (N, C, 1, …); of an image in files as a pooling, which more runtimes read and quantise.
+
+    Not in eager, where pooling gives all of the gradient to the first of equal values.
+    """
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined] # noqa: SIM102 -- TorchScript drops it
+        if len(space) == 2 and _recorded():
+            return F.adaptive_max_pool2d(x, 1)
+    return x.amax(space, keepdim=True)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from se_inject.blocks.layers import Bottleneck, chosen, mean_and_deviation, zero_
+from se_inject.blocks.layers import Bottleneck, chosen, hard_sigmoid, largest, mean_and_deviation, zero_
 
 SQUEEZES = ("avg", "max", "avg+max", "std")
 GATES = ("sigmoid", "hard_sigmoid", "tanh", "relu")
@@ -120,10 +119,10 @@ class SqueezeExcitation(Bottleneck):
         if self.squeeze == "avg":
             return x.mean(self.space, keepdim=True)
         if self.squeeze == "max":
-            return x.amax(self.space, keepdim=True)
+            return largest(x, self.space)
         if self.squeeze == "std":
             return mean_and_deviation(x, self.space, 1e-5)[1]
-        return 0.5 * x.mean(self.space, keepdim=True) + 0.5 * x.amax(self.space, keepdim=True)
+        return 0.5 * x.mean(self.space, keepdim=True) + 0.5 * largest(x, self.space)
 
     def gated(self, a: Tensor) -> Tensor:
         """s = g(a), with the gate of the start."""
@@ -131,7 +130,7 @@ class SqueezeExcitation(Bottleneck):
             return 1 + torch.tanh(a) if self.one_at_zero else torch.tanh(a)
         if self.sigma == "relu":
             return torch.relu(1 + a) if self.one_at_zero else torch.relu(a)
-        s = torch.sigmoid(a) if self.sigma == "sigmoid" else F.hardsigmoid(a)
+        s = torch.sigmoid(a) if self.sigma == "sigmoid" else hard_sigmoid(a)
         return 2 * s if self.one_at_zero else s
 
     def extra_repr(self) -> str:

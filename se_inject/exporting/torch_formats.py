@@ -53,8 +53,10 @@ def write_pt2(reference: Reference, path: Path, free: Free) -> Written:
 def write_module(reference: Reference, path: Path, free: Free) -> Written:
     """Write the pickled module, with the modes it has; loaded back it must have the same modes and weights."""
     model = reference.model
-    write_through(path, lambda file: torch.save(model, file))
+    content = _content(model)
+    write_through(path, lambda file: torch.save(content, file))
     loaded = torch.load(path, weights_only=False)  # written a moment ago, so it may be trusted
+    loaded = loaded if content is model else loaded["model"]
     modes = [[(name, module.training) for name, module in net.named_modules()] for net in (model, loaded)]
     before, after = model.state_dict(), loaded.state_dict()
     same = before.keys() == after.keys() and all(same_value(before[key], after[key]) for key in before)
@@ -62,5 +64,26 @@ def write_module(reference: Reference, path: Path, free: Free) -> Written:
         raise Rejected("what is loaded back has other weights or modes")
     kind = original_class(model)
     code = "`se_inject`" if isinstance(model, Program) else f"the code of `{kind.__module__}.{kind.__qualname__}`"
-    note = f"a pickle: loading it needs {code}"
-    return Written("whole module", loaded.eval(), (note,))
+    notes = [f"a pickle: loading it needs {code}"]
+    if content is not model:
+        notes.append("a checkpoint as Ultralytics' own: `YOLO(path)` opens it, where `se_inject` is installed")
+    return Written("whole module", loaded.eval(), tuple(notes))
+
+
+def _content(model: torch.nn.Module) -> Any:
+    """What is pickled: the module, or what its library wraps it in.
+
+    Ultralytics reads checkpoints, and takes of a bare module its layers alone.
+    """
+    if not any(kind.__module__.startswith("ultralytics.") for kind in type(model).__mro__):
+        return model
+    args = getattr(model, "args", None) or {}
+    return {
+        "epoch": -1,  # no training is to be resumed
+        "best_fitness": None,
+        "model": model,
+        "ema": None,
+        "updates": None,
+        "optimizer": None,
+        "train_args": dict(args) if isinstance(args, dict) else dict(vars(args)),
+    }
