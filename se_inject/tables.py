@@ -16,9 +16,22 @@ FORMATS = ("text", "markdown", "csv")
 
 
 def table(
-    headers: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "text", *, right: Sequence[int] = ()
+    headers: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    style: str = "text",
+    *,
+    right: Sequence[int] = (),
+    indented: bool = False,
 ) -> str:
-    """Rows under headers, as aligned text, a Markdown table or CSV. Columns of numbers, and those named, go right."""
+    """Rows under headers, as aligned text, a Markdown table or CSV. Columns of numbers, and those named, go right.
+
+    Args:
+        headers: of the columns.
+        rows: their cells.
+        style: ``text``, ``markdown`` or ``csv``.
+        right: columns that go right whatever is in them.
+        indented: keep blanks at the beginning of cells.
+    """
     if style == "csv":
         buffer = io.StringIO()
         csv.writer(buffer, lineterminator="\n").writerows([headers, *rows])
@@ -34,6 +47,7 @@ def table(
         tablefmt="github" if style == "markdown" else "simple",
         colalign=kinds if rows else None,
         disable_numparse=True,
+        preserve_whitespace=indented,
     )
 
 

@@ -146,6 +146,16 @@ def sites(**given: Any) -> None:
 )
 @options.attended
 @options.block
+@click.option(
+    "--by",
+    type=click.Choice(["module"]),
+    help="A table of the network's own modules instead, with the blocks in it (or those that would go in) marked.",
+)
+@click.option(
+    "--depth",
+    type=click.IntRange(min=0),
+    help="With --by module: rows with at most so many modules around.  [default: 2]",
+)
 @click.option("--plot", type=OutputPath(), help="Draw the grid: .png, .svg or .pdf. Needs matplotlib.")
 @options.force
 @options.tables

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from torch import nn
 
 from se_inject.blocks import block_names, build_block, find_block, has_identity_start
 from se_inject.cli.arguments import block_options, example
 from se_inject.cli.block_texts import parsed_blocks
 from se_inject.cli.talk import note, print_json
-from se_inject.errors import InjectError
+from se_inject.cost import module_costs
+from se_inject.errors import InjectError, OptionError
 from se_inject.forwards import original_class
 from se_inject.isolation import protections
 from se_inject.loading import describe, inspect_file, load
@@ -25,10 +27,12 @@ from se_inject.plans import (
     cost_grid,
     grid_data,
     grid_text,
+    plan,
     plot_grid,
 )
 from se_inject.progress import step
 from se_inject.sites import HeldBack, sites_data, sites_in, sites_text, stages_text
+from se_inject.surgery import steps_of
 from se_inject.tables import counted, table
 from se_inject.tracing import observe_model
 
@@ -67,12 +71,19 @@ def cost(
     reductions: tuple[float, ...] | None, stages: tuple[str, ...], plot: Path | None, force: bool, style: str,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Print, and draw, what blocks would add for every ratio and choice of stages."""
+    """Print, and draw, what blocks would add for every ratio and choice of stages; or what each module costs."""
+    if options["by"] is None and options["depth"] is not None:
+        raise OptionError("`--depth` is for the table of modules", hint="add --by module")
+    if options["by"] is not None and plot is not None:
+        raise OptionError("`--plot` draws the grid, and `--by module` is a table", hint="leave one of them out")
     if plot is not None:
         check_plot(plot, force=force)
     step(f"reading {model}")
     network = load(model, arch=arch, weights=weights, trust=trust, mmap=True)
     step("counting the cost")
+    if options["by"] is not None:
+        _cost_by_module(network, example(inputs, network), reductions or (), stages, style, as_json, options)
+        return
     grid = cost_grid(
         network,
         example(inputs, network),
@@ -93,6 +104,32 @@ def cost(
     if plot is not None:
         plot_grid(grid, plot, force=force)
         note(f"wrote {plot}")
+
+
+def _cost_by_module(
+    network: nn.Module, inputs: Any, reductions: tuple[float, ...], stages: tuple[str, ...], style: str, as_json: bool,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    """The network's modules with its blocks; into one without, the blocks that the options describe are put first."""
+    if len(reductions) > 1 or len(stages) > 1:
+        raise OptionError("the table of modules is of one network", hint="give one --r and one --stages")
+    if not steps_of(network):
+        given = {**block_options(options), **({"reduction": reductions[0]} if reductions else {})}
+        (block,) = parsed_blocks([options["block"]], options["settings"], given)
+        planned = plan(
+            network, inputs, stages=stages[0] if stages else None, attended=options["attended"], block=block.name,
+            position=options["position"], init=options["init"], **block.options,
+        )  # fmt: skip
+        note(f"with the {counted(len(planned), 'block')} that would be put in; nothing is written")
+        network = planned.apply(network)
+    found = module_costs(network, observe_model(network, inputs))
+    shown = found.within(2 if options["depth"] is None else options["depth"])
+    if as_json:
+        print_json({"modules": shown.data(), "uncounted": list(found.uncounted)})
+    else:
+        click.echo(shown.text(style))
+    if found.uncounted:
+        note(f"not counted: {', '.join(found.uncounted)}")
 
 
 def inspect(*, file: Path, trust: tuple[str, ...], as_json: bool) -> None:

@@ -5,6 +5,7 @@ Must not know: how a plan is made, or where its figures are printed.
 """
 
 from se_inject.cost.counting import Cost, CostReport, CostRow, Latency, cost_of_steps, measure_latency, rows_of_steps
+from se_inject.cost.modules import ModuleCosts, ModuleRow, module_costs
 from se_inject.cost.text import FIGURES, cost_data, cost_dict, cost_figures, cost_lines, cost_text, latency_line
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "CostReport",
     "CostRow",
     "Latency",
+    "ModuleCosts",
+    "ModuleRow",
     "cost_data",
     "cost_dict",
     "cost_figures",
@@ -21,5 +24,6 @@ __all__ = [
     "cost_text",
     "latency_line",
     "measure_latency",
+    "module_costs",
     "rows_of_steps",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,7 @@ class Latency:
     rounds: int
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what every operation of a call does."""
 
     def __init__(self) -> None:
@@ -163,25 +164,44 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
 
-@under_guard
 def cost_of_model(model: nn.Module, trace: Trace) -> tuple[Cost, tuple[str, ...]]:
     """The cost of a whole network for one example, and the operations nobody counted."""
     params = sum(parameter.numel() for parameter in model.parameters())
+    counter, batch = counted_call(model, trace)
+    counts = (count // batch for count in (counter.macs, counter.elementwise, counter.bytes))
+    return Cost(params, *counts), tuple(sorted(counter.unknown))
+
+
+Watch = Callable[[nn.Module, Counter], AbstractContextManager[Any]]
+
+
+@under_guard
+def counted_call(model: nn.Module, trace: Trace, watch: Watch | None = None) -> tuple[Counter, int]:
+    """Call a twin of the network without numbers, and count what it does.
+
+    Args:
+        model: the network.
+        trace: an observed call of it.
+        watch: entered around the call with the twin and the counter.
+
+    Returns:
+        the counter, and the batch size of the call.
+    """
     own = batch_of(trace.inputs)
     for batch in dict.fromkeys((1, own)):
         args, kwargs = real_inputs(
             trace.inputs, batch=batch, device=torch.device("meta"), dtype=float_like(model).dtype
         )
         try:
-            with standing_in(model, trace.how) as (twin, matching), _Counter() as counter:
+            with standing_in(model, trace.how) as (twin, matching), Counter() as counter:
                 counter.leave_out(twin)
-                twin(*matching(args), **matching(kwargs))
-            break
+                with watch(twin, counter) if watch is not None else nullcontext():
+                    twin(*matching(args), **matching(kwargs))
+            return counter, batch or 1
         except Exception:
             if batch == own:
                 raise
-    counts = (count // (batch or 1) for count in (counter.macs, counter.elementwise, counter.bytes))
-    return Cost(params, *counts), tuple(sorted(counter.unknown))
+    raise AssertionError("the last batch raises")
 
 
 def cost_of_step(step: Step, dtype: torch.dtype = torch.float32) -> CostRow:
@@ -189,7 +209,7 @@ def cost_of_step(step: Step, dtype: torch.dtype = torch.float32) -> CostRow:
     with torch.device("meta"):
         block = build_block(step.block, step.channels, step.size, step.options, step.init).to(dtype).eval()
         value = torch.empty((1, step.channels, *step.size), dtype=dtype)
-    with torch.no_grad(), _Counter() as counter:
+    with torch.no_grad(), Counter() as counter:
         counter.leave_out(block)
         block(value)
     params = sum(parameter.numel() for parameter in block.parameters())

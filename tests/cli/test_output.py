@@ -266,3 +266,26 @@ def test_blocks_on_a_network(se_inject):
     assert one["added"]["params"] == data["eca"]["added"]["params"]
     assert one["added"]["bytes"] < data["eca"]["added"]["bytes"]
     assert re.search(rf"^se  .* {data['se']['added']['bytes']:,}  .* yes  1\s*$", text, re.M)
+
+
+# -- the network's own rows --------------------------------------------------------------------------------
+
+
+def test_cost_by_module_shows_the_network_with_its_blocks(se_inject, tiny):
+    done = se_inject("cost", "nets.py:tiny", *SMALL, "--by", "module", "--stages", "2", "--r", "4")
+    assert "with the 2 blocks that would be put in; nothing is written" in done.err
+    lines = done.out.splitlines()
+    assert re.match(r"module +class +block +output +params +MACs +element-wise +bytes", lines[0])
+    assert [line.split()[0] for line in lines if "◆ se" in line] == ["two.0.se", "two.1.se"]
+    assert any(line.startswith("    two.0 ") for line in lines)
+    se_inject("tiny.pt", *SMALL, "-o", "a.pt")
+    data = document(se_inject("cost", "a.pt", *SMALL, "--by", "module", "--depth", "0", "--json").out)
+    assert [row["module"] for row in data["modules"]] == ["", *(site.replace("bn2", "se") for site in SITES)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--depth", "1"), ("--by", "module", "--r", "4,8"), ("--by", "module", "--plot", "x.svg"), ("--by", "layer")],
+)
+def test_what_does_not_go_with_modules_is_refused(se_inject, arguments):
+    assert se_inject("cost", "nets.py:tiny", *SMALL, *arguments, code=2).out == ""
