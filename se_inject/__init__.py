@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from se_inject.errors import InjectError as InjectError
     from se_inject.exporting import Exported as Exported
     from se_inject.exporting import export as export
+    from se_inject.gates import Compared as Compared
     from se_inject.gates import Excitations as Excitations
     from se_inject.gates import Pruned as Pruned
+    from se_inject.gates import compare as compare
     from se_inject.gates import excitations as excitations
     from se_inject.gates import prune_blocks_ as prune_blocks_
     from se_inject.inference import for_inference as for_inference
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BackboneWarning": "adapters",
+    "Compared": "gates",
     "CostGrid": "plans",
     "CostReport": "cost",
     "Excitations": "gates",
@@ -74,6 +77,7 @@ _HOME = {
     "active_adapter": "adapters",
     "adapters_of": "adapters",
     "add_to_optimizer": "training",
+    "compare": "gates",
     "cost_grid": "plans",
     "disabled": "training",
     "eject_": "surgery",

@@ -38,4 +38,5 @@ def test_two_processes_shard_a_network_and_one_goes_on_from_their_checkpoint(tmp
 
 
 def test_there_are_examples():
-    assert {path.stem for path in EXAMPLES} >= {"adapter", "own_module", "finetune_digits", "finetune_distributed"}
+    names = {"adapter", "own_module", "finetune_digits", "finetune_distributed", "which_blocks_matter"}
+    assert {path.stem for path in EXAMPLES} >= names

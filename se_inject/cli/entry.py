@@ -201,6 +201,7 @@ def inspect(**given: Any) -> None:
     looking.inspect(**given)
 
 
+cli.add_command(gates.compare)
 cli.add_command(gates.excitations)
 cli.add_command(gates.prune)
 cli.add_command(pictures.draw)

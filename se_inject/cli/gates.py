@@ -37,7 +37,12 @@ data = options.together(
 @options.network
 @data
 @click.option("--classes", is_flag=True, help="By class as well, where the data has labels.")
-@click.option("--plot", type=OutputPath(), help="Draw them: .png, .svg or .pdf. Needs matplotlib.")
+@click.option("--plot", type=OutputPath(), help="Draw them by channel: .png, .svg or .pdf. Needs matplotlib.")
+@click.option(
+    "--draw",
+    type=OutputPath(),
+    help="Draw the network, its blocks coloured by how much their gates vary: .svg or .png.",
+)
 @options.force
 @options.tables
 def excitations(**given: Any) -> None:
@@ -45,13 +50,17 @@ def excitations(**given: Any) -> None:
 
     The network runs once over the data, in eval mode. Nothing of it is changed or written.
     """
+    from se_inject.cli.arguments import example
     from se_inject.gates import excitations as measure
     from se_inject.gates import excitations_data, excitations_text, plot_gates
-    from se_inject.plans import check_plot
+    from se_inject.pictures import check_picture
+    from se_inject.plans import check_plot, plan_of
     from se_inject.tables import as_json
 
     if given["plot"] is not None:
         check_plot(given["plot"], force=given["force"])
+    if given["draw"] is not None:
+        check_picture(given["draw"], force=given["force"])
     network, batches = loaded(given)
     found = measure(network, limited(batches, given["limit"]), progress=progress())
     for note in batches.all_notes():
@@ -63,6 +72,11 @@ def excitations(**given: Any) -> None:
     if given["plot"] is not None:
         plot_gates(found, given["plot"], force=given["force"])
         click.echo(f"wrote {given['plot']}", err=True)
+    if given["draw"] is not None:
+        inputs = example(given["inputs"], network)
+        plan = plan_of(network, inputs, trust=given["trust"])
+        plan.draw(network, found, example_inputs=inputs).save(given["draw"], force=given["force"])
+        click.echo(f"wrote {given['draw']}", err=True)
 
 
 @click.command(cls=WorkerCommand, short_help="Fold away the blocks of MODEL whose gates hardly depend on the image.")
@@ -157,13 +171,46 @@ def prune(**given: Any) -> None:
         )
 
 
-def loaded(given: dict[str, Any]) -> tuple[nn.Module, Data]:
-    """The network and the data that the options name."""
-    from se_inject.gates import open_data, preprocessing_for
+@click.command(cls=WorkerCommand, short_help="Compare networks A and B on the same data.")
+@click.argument("models", nargs=2, metavar="A B")
+@options.reading
+@data
+@click.option("--latency", is_flag=True, help="Measure both in turns.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def compare(**given: Any) -> None:
+    """Compare two networks on the same data: with and without blocks, or with two ratios.
+
+    Says how often they agree and, where there are labels, how accurate they are, with the standard error of the
+    difference: nobody should take noise for gain.
+    """
+    from se_inject.gates import compare as measure
+    from se_inject.gates import comparison_data, comparison_text
+    from se_inject.tables import as_json
+
+    first, second = given["models"]
+    rest = {"arch": None, "weights": None}
+    a, batches = loaded({**given, **rest, "model": first})
+    b = read_network({**given, **rest, "model": second})
+    batches = limited(batches, given["limit"])
+    found = measure(a, b, batches, latency_seconds=3.0 if given["latency"] else 0.0, progress=progress())
+    for note in batches.all_notes():
+        click.echo(f"note: {note}", err=True)
+    click.echo(as_json(comparison_data(found)) if given["as_json"] else comparison_text(found))
+
+
+def read_network(given: dict[str, Any]) -> nn.Module:
+    """The network that the options name."""
     from se_inject.loading import load
 
     packages = tuple(name for name in given["trust"] if not name.endswith(".py"))
-    network = load(given["model"], arch=given["arch"], weights=given["weights"], trust=packages)
+    return load(given["model"], arch=given["arch"], weights=given["weights"], trust=packages)
+
+
+def loaded(given: dict[str, Any]) -> tuple[nn.Module, Data]:
+    """The network and the data that the options name."""
+    from se_inject.gates import open_data, preprocessing_for
+
+    network = read_network(given)
 
     def prepared() -> Any:
         return preprocessing_for(network, _shape(network, given["inputs"]), given["mean"], given["std"])

@@ -4,17 +4,30 @@ In: an injected network and batches. Out: statistics of every gate, a network wi
 Must not know: the command line, how plans are made, or how files are exported.
 """
 
+from se_inject.gates.compare import Compared, compare
 from se_inject.gates.data import Data, open_data, preprocessing_for
 from se_inject.gates.excitations import BlockGates, Excitations, excitations
 from se_inject.gates.plot import plot_gates
 from se_inject.gates.prune import Pruned, latency_beside, prune_blocks_
-from se_inject.gates.text import excitations_data, excitations_text, figures, pruned_data, pruned_text
+from se_inject.gates.text import (
+    comparison_data,
+    comparison_text,
+    excitations_data,
+    excitations_text,
+    figures,
+    pruned_data,
+    pruned_text,
+)
 
 __all__ = [
     "BlockGates",
+    "Compared",
     "Data",
     "Excitations",
     "Pruned",
+    "compare",
+    "comparison_data",
+    "comparison_text",
     "excitations",
     "excitations_data",
     "excitations_text",

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from se_inject.errors import DataError, SurgeryError
 from se_inject.forwards import original_class
 from se_inject.gates.batches import Progress, finite_examples, moved, not_finite_note, outputs_of
 from se_inject.gates.moments import Moments, Summary
+from se_inject.gates.plot import plot_gates
 from se_inject.gates.recording import Record, Records, gate_method, gate_range, recorded_gates
 from se_inject.gates.text import excitations_text
 from se_inject.surgery import Step, own_steps
@@ -171,6 +173,19 @@ class Excitations:
 
     def __str__(self) -> str:
         return excitations_text(self)
+
+    def plot(self, path: str | PathLike[str], **options: Any) -> None:
+        """Draw a panel for each block: the gates of its channels, by class where there are labels; see ``plot_gates``.
+
+        Args:
+            path: ``.png``, ``.svg`` or ``.pdf``.
+            **options: ``blocks`` and ``classes`` by name, and ``force`` to replace a file.
+
+        Raises:
+            OptionError: a suffix of no picture, or no such block or class.
+            ExportError: the file can't be written, or there is no matplotlib.
+        """
+        plot_gates(self, path, **options)
 
     @property
     def depth_correlation(self) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ from se_inject.tables import counted, short, table
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from se_inject.gates.compare import Compared
     from se_inject.gates.excitations import BlockGates, Excitations
     from se_inject.gates.prune import Pruned
 
@@ -190,4 +191,52 @@ def pruned_data(pruned: Pruned) -> dict[str, Any]:
         "passes": pruned.passes,
         "saved": cost_dict(pruned.saved),
         "notes": list(pruned.notes),
+    }
+
+
+def comparison_text(compared: Compared) -> str:
+    """Two networks side by side in a few lines."""
+    lines = [
+        f"{letter}  {name}: {params:,} parameters, {counted(blocks, 'block') if blocks else 'no blocks'}"
+        for letter, name, params, blocks in zip("AB", compared.models, compared.params, compared.blocks, strict=True)
+    ]
+    lines.append(
+        f"outputs      differ by {compared.change:.3g} of their size, over {counted(compared.examples, 'example')}"
+    )
+    if compared.agreement is not None:
+        lines.append(f"predictions  agree on {100 * compared.agreement:.1f} %")
+    if compared.right is not None and compared.difference is not None and compared.error is not None and compared.only:
+        (a, b), (only_a, only_b) = compared.right, compared.only
+        lines.append(
+            f"accuracy     A {100 * a:.2f} %, B {100 * b:.2f} %; {only_a:,} only A has right, {only_b:,} only B"
+        )
+        lines.append(
+            f"difference   {100 * compared.difference:+.2f} ± {100 * compared.error:.2f} percentage points (standard error): "
+            + ("within two standard errors, which is noise" if compared.is_noise else "more than noise")
+        )
+    if compared.latency is not None:
+        time = compared.latency
+        lines.append(
+            f"latency      A {time.before_ms:.1f} ms, B {time.after_ms:.1f} ms, ratio {time.ratio:.3f} "
+            f"(quartiles {time.low:.3f} to {time.high:.3f}, {time.rounds} rounds in turns)"
+        )
+    return "\n".join([*lines, *(f"note: {note}" for note in compared.notes)])
+
+
+def comparison_data(compared: Compared) -> dict[str, Any]:
+    """The same for ``--json``."""
+    return {
+        "models": list(compared.models),
+        "params": list(compared.params),
+        "blocks": list(compared.blocks),
+        "examples": compared.examples,
+        "change": _finite(compared.change),
+        "agreement": compared.agreement,
+        "accuracy": None if compared.right is None else list(compared.right),
+        "difference": compared.difference,
+        "standard_error": compared.error,
+        "only": None if compared.only is None else list(compared.only),
+        "noise": compared.is_noise,
+        "latency": None if compared.latency is None else vars(compared.latency),
+        "notes": list(compared.notes),
     }

@@ -501,12 +501,15 @@ def test_the_command(folder, tmp_path):
         "    return si.inject(body, torch.empty(2, 3, 12, 12), init='paper', reduction=2)\n"
     )
     command = ["excitations", f"{tmp_path}/nets.py:net", "--input", "3x12x12", "--data"]
-    done = CliRunner().invoke(cli, [*command, str(folder), "--classes", "--plot", f"{tmp_path}/gates.png"])
+    done = CliRunner().invoke(
+        cli, [*command, str(folder), "--classes", "--plot", f"{tmp_path}/gates.png", "--draw", f"{tmp_path}/net.svg"]
+    )
     assert done.exit_code == 0, done.output
     assert "Gates of Sequential over 6 examples" in done.stdout
     assert "cat" in done.stdout
     assert "broken.png" in done.stderr
     assert (tmp_path / "gates.png").stat().st_size > 1000
+    assert "variation, from 0 to the largest" in (tmp_path / "net.svg").read_text()
     done = CliRunner().invoke(cli, [*command, str(folder), "--json", "--limit", "1"])
     assert json.loads(done.stdout)["examples"] == 6
     done = CliRunner().invoke(cli, [*command, str(tmp_path / "none")])
