@@ -23,12 +23,14 @@ from torch.fx.proxy import Scope, TracerBase
 from se_inject.forwards import Form
 from se_inject.tracing.operations import operation_of
 from se_inject.tracing.proxy import (
+    Changed,
     Untraceable,
     ValueProxy,
     contents_of,
     holds_proxy,
     holds_tensor,
     is_numbers,
+    reflect,
     values_of,
 )
 from se_inject.tracing.snapshots import random_state, restore, set_random_state, snapshot
@@ -294,8 +296,7 @@ class OwnerTracer(TracerBase):
         except BaseException:
             self.graph.erase_node(node)  # the forward may go on without it
             raise
-        if contents_of((values, keywords)) != before:
-            raise Untraceable(f"passes a container to `{path}`, which changes it")
+        reflect((args, kwargs), (values, keywords), before, path)
         return value
 
     def attribute(self, module: nn.Module, name: str, value: Tensor) -> Any:
@@ -311,6 +312,8 @@ class OwnerTracer(TracerBase):
     def create_arg(self, a: Any) -> Any:
         if type(a) is ValueProxy:
             return a.node
+        if type(a) is Changed:
+            a._refuse()
         if isinstance(a, Tensor):
             for name, value in self.owner.__dict__.items():
                 if value is a:
