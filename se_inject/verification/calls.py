@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils._pytree import tree_flatten
 
 from se_inject.tracing import (
     SMALL_SIDE,
@@ -23,7 +22,7 @@ from se_inject.tracing import (
     real_inputs,
     set_random_state,
 )
-from se_inject.verification.comparison import same_numbers
+from se_inject.verification.comparison import Unlike, pairs_in, same_numbers
 
 LARGE = 500_000_000
 """MACs of convolutions in the observed call from which on the numeric checks use a smaller input."""
@@ -100,20 +99,21 @@ def seeded(seed: int = 1) -> Iterator[None]:
 
 
 def difference(expected: Any, seen: Any) -> str:
-    """Empty if two outputs are the same bit for bit; else what differs."""
-    (leaves, structure), (others, other_structure) = tree_flatten(expected), tree_flatten(seen)
-    if structure != other_structure:
-        return "the output has another structure"
-    errors = []
-    for one, other in zip(leaves, others, strict=True):
-        if not isinstance(one, Tensor):
-            if one != other:
-                return f"{one} became {other}"
-        elif one.shape != other.shape or one.dtype != other.dtype:
-            return f"{tuple(one.shape)} {one.dtype} became {tuple(other.shape)} {other.dtype}"
-        elif not same_numbers(one, other):
-            wide = torch.promote_types(one.dtype, torch.float64)
-            errors.append(float((one.to(wide) - other.to(wide)).abs().nan_to_num(nan=float("inf")).max()))
+    """Compare two outputs, of any classes: empty if they are the same bit for bit, else what differs."""
+    errors: list[float] = []
+    for one, other in pairs_in(expected, seen):
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            if one.shape != other.shape or one.dtype != other.dtype:
+                return f"{tuple(one.shape)} {one.dtype} became {tuple(other.shape)} {other.dtype}"
+            if not same_numbers(one, other):
+                wide = torch.promote_types(one.dtype, torch.float64)
+                errors.append(float((one.to(wide) - other.to(wide)).abs().nan_to_num(nan=float("inf")).max()))
+        elif type(one) is not type(other):
+            return f"the output has another structure: a {type(one).__name__} became a {type(other).__name__}"
+        elif isinstance(one, Unlike):
+            return "the output has another structure"
+        elif one != other:
+            return f"{one} became {other}"
     return f"differs by up to {max(errors):.3g}" if errors else ""
 
 

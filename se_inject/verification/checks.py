@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from se_inject.blocks import NoGate, is_fused
 from se_inject.errors import VerificationError
@@ -39,7 +38,7 @@ from se_inject.verification.calls import (
     run_awake,
     seeded,
 )
-from se_inject.verification.comparison import same_value
+from se_inject.verification.comparison import same_value, tensors_in
 from se_inject.verification.coverage import units_with_blocks
 
 _OF_THE_BLOCKS = {"same output as before", "blocks trainable"}
@@ -168,7 +167,7 @@ def check_against_file(network: nn.Module, program: Any, trace: Trace) -> Check:
             continue
         with torch.no_grad():
             seen = run(rehearsed(network), (args, kwargs), "eval").output
-        leaves, others = ([leaf for leaf in tree_leaves(each) if isinstance(leaf, Tensor)] for each in (expected, seen))
+        leaves, others = (tensors_in(each) for each in (expected, seen))
         different = difference(leaves, others)
         return Check(name, not different, different or f"bit-equal on {describe(args)}")
     return Check(name, None, f"torch can't run the file on these inputs: {why}")
@@ -185,7 +184,7 @@ def weight_warnings(model: nn.Module) -> list[str]:
 
 
 def _overflow(seen: Seen) -> list[str]:
-    numbers = [leaf for leaf in tree_leaves(seen.output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    numbers = [leaf for leaf in tensors_in(seen.output) if leaf.is_floating_point()]
     if any(bool(leaf.isfinite().any()) for leaf in numbers) or not any(leaf.numel() for leaf in numbers):
         return []
     return ["warning: no number in the network's own output is finite: equal outputs tell nothing"]
@@ -441,7 +440,7 @@ def _calls_of(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[Counte
 
 def _grads_of(output: Any, named: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
     """The gradients of a random projection of all outputs; None where there is no way back."""
-    outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    outputs = [leaf for leaf in tensors_in(output) if leaf.requires_grad]
     if not named or not outputs:
         return dict.fromkeys(named)
     generator = torch.Generator().manual_seed(3)

@@ -111,3 +111,36 @@ def same_numbers(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other) or (
         one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
     )
+
+
+class Unlike:
+    """Stands for two containers with other keys, or of other lengths."""
+
+
+def parts_of(value: Any) -> dict[Any, Any] | None:
+    """What a container of any class holds, by key, position or attribute; None for what is no container."""
+    if isinstance(value, dict):
+        return dict(dict.items(value))
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if isinstance(value, Tensor | type | torch.nn.Module) or callable(value):
+        return None
+    return getattr(value, "__dict__", None)
+
+
+def pairs_in(one: Any, other: Any, seen: frozenset[int] = frozenset()) -> Iterator[tuple[Any, Any]]:
+    """The leaves of two values side by side; where their structures differ, what differs, and nothing beyond."""
+    parts, others = parts_of(one), parts_of(other)
+    if parts is None or others is None or type(one) is not type(other) or id(one) in seen:
+        if id(one) not in seen:
+            yield one, other
+    elif parts.keys() != others.keys() or (isinstance(one, dict) and list(parts) != list(others)):
+        yield Unlike(), Unlike()
+    else:
+        for key, part in parts.items():
+            yield from pairs_in(part, others[key], seen | {id(one)})
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in a value, in containers of any class, at any depth."""
+    return [leaf for leaf, _ in pairs_in(value, value) if isinstance(leaf, Tensor)]
