@@ -33,7 +33,7 @@ from se_inject.forwards import is_plain_name, original_class
 from se_inject.pictures import Picture, picture
 from se_inject.plans.text import plan_text
 from se_inject.sites import place_of, sites_in
-from se_inject.surgery import Step, first_problem, inject_, steps_of
+from se_inject.surgery import Step, first_problem, inject_, steps_of, with_integers
 from se_inject.tables import counted
 from se_inject.tracing import Trace, check_supported, duplicate, inputs_from, observe_model, shapes_of
 from se_inject.user_code import NoSuchFile
@@ -305,7 +305,9 @@ class Plan:
                 raise type(error)(
                     f"step {number} of the plan: {error.message}", seen=error.seen, hint=error.hint
                 ) from error
-        return cls(tuple(steps), data["model"], None if data["inputs"] is None else tuple(data["inputs"]))
+        return cls(
+            tuple(steps), data["model"], None if data["inputs"] is None else tuple(with_integers(data["inputs"]))
+        )
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write the plan to a JSON file, completely or not at all.
@@ -346,7 +348,7 @@ class Plan:
         return cls.from_json(text, trust=trust)
 
 
-_FORM = "`-o plan.json` writes plans; `se_inject/plan.schema.json` says what one is"
+_FORM = "`-o plan.json` writes plans; `se_inject/surgery/plan.schema.json` says what one is"
 
 
 def already(paths: Sequence[str], model: nn.Module) -> AlreadyInjected:

@@ -8,7 +8,7 @@ from se_inject.surgery.edit import edited_graphs
 from se_inject.surgery.freeze import freeze_statistics_, thaw_statistics_
 from se_inject.surgery.fuse import Fused, FusedBlock, fuse_, fused, unfuse_
 from se_inject.surgery.remove import put_back_, remove_
-from se_inject.surgery.schema import first_problem
+from se_inject.surgery.schema import first_problem, with_integers
 from se_inject.surgery.step import Step
 from se_inject.surgery.swap import (
     body_of,
@@ -44,4 +44,5 @@ __all__ = [
     "steps_of",
     "thaw_statistics_",
     "unfuse_",
+    "with_integers",
 ]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from se_inject.errors import LoadError
-from se_inject.surgery.schema import first_problem
+from se_inject.surgery.schema import first_problem, with_integers
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class Step:
             place, wrong = problem
             raise LoadError(
                 f"a step of a plan can't be read: `{_dotted(place)}` {wrong}" if place else f"a step {wrong}",
-                hint="`se_inject/plan.schema.json` says what a plan is",
+                hint="`se_inject/surgery/plan.schema.json` says what a plan is",
             )
+        data = with_integers(data)
         if len(data["size"]) != data["rank"]:
             raise LoadError(f"a step of rank {data['rank']} has {len(data['size'])} numbers for its `size`")
         readers = None if data.get("readers") is None else tuple(data["readers"])
