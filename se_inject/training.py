@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from se_inject.blocks import ungated
 from se_inject.errors import OptionError, SurgeryError
+from se_inject.forwards import is_frozen
 from se_inject.surgery import freeze_statistics_, injected_blocks, thaw_statistics_
 
 
@@ -40,7 +41,7 @@ class Trainable:
 def trainable(model: nn.Module) -> Trainable:
     """Count the parameters of a network that require gradients. Nothing is changed."""
     parameters = list(model.parameters())
-    frozen = sum(hasattr(type(module), "_se_inject_thawed") for module in model.modules())
+    frozen = sum(is_frozen(module) for module in model.modules())
     return Trainable(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters), frozen)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from se_inject.adapters.files import adapter_for
 from se_inject.errors import AlreadyInjected, OptionError, SurgeryError
+from se_inject.forwards import is_frozen
 from se_inject.plans import Plan
 from se_inject.surgery import eject_, freeze_statistics_, steps_of
 from se_inject.user_code import did_you_mean
@@ -162,7 +163,7 @@ def _switch_(model: nn.Module, known: _Named, name: str | None) -> None:
         return
     present = {step.path: step for step in steps_of(model)}
     if name is None or present != {step.path: step for step in known.plans[name].steps}:
-        norms = [module for module in model.modules() if "_se_inject_thawed" in vars(type(module))]
+        norms = [module for module in model.modules() if is_frozen(module)]
         eject_(model)
         if name is not None:
             with torch.random.fork_rng(devices=[]):  # new blocks draw numbers; these are replaced at once

@@ -10,6 +10,7 @@ from se_inject.blocks.fusion import (
     fuse_block_,
     how_computed,
     is_fused,
+    rebuild_fused,
     unfuse_block_,
     ungated,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "is_at_hand",
     "is_fused",
     "parsed_options",
+    "rebuild_fused",
     "register_block",
     "unfuse_block_",
     "ungated",

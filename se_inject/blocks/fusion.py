@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from se_inject.blocks.registry import has_gate
 from se_inject.blocks.squeeze_excitation import SqueezeExcitation
 from se_inject.errors import LoadError
+from se_inject.forwards import addressed
 from se_inject.kernels import activated, excite, has_kernel, prepare, tail, why_not
 
 
@@ -84,6 +85,7 @@ def _fused_class(original: Any) -> Any:
     return type(original)(name, (original,), attributes)
 
 
+@addressed("fused")
 def rebuild_fused(original: Any) -> nn.Module:
     """Make an empty block of the fused class: what a pickle calls.
 

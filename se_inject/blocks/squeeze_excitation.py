@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from se_inject.blocks.layers import Bottleneck, chosen, hard_sigmoid, largest, mean_and_deviation, zero_
+from se_inject.forwards import addressed
 
 SQUEEZES = ("avg", "max", "avg+max", "std")
 GATES = ("sigmoid", "hard_sigmoid", "tanh", "relu")
@@ -20,6 +21,7 @@ PUBLISHED_NAMES = (
 """W1 and W2 in the state dicts of others: EfficientNets of timm, OpenMMLab, pytorchcv, a Sequential of nn.Linear."""
 
 
+@addressed("SqueezeExcitation")
 class SqueezeExcitation(Bottleneck):
     """Squeeze-and-Excitation: a gate for every channel, from the means of all channels.
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from se_inject.errors import ExportError
 from se_inject.exporting.conversion import Conversion
 from se_inject.exporting.dimensions import Case, Dimensions, Free
+from se_inject.exporting.silence import blocks_called
 from se_inject.progress import step
 from se_inject.tracing import SMALL_SIDE, copied, cropped, describe, preserved
 from se_inject.verification import TOLERANCES, Check, Rejected, difference, reason, tensors
@@ -172,7 +173,8 @@ class Reference:
         self.sizes = [_shown(self.dimensions.sizes)]
         found = self.dimensions.batch
         self.batch = found or 1
-        self._observe(Case(self.batch))
+        with blocks_called(self.model):
+            self._observe(Case(self.batch))
         self.fixed = None if found is not None else "no input has a batch dimension"
         for batch in BATCHES if found is not None else ():
             try:

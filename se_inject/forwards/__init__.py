@@ -1,22 +1,36 @@
 """Stored forwards: a module's ``forward`` as data that can be checked, pickled and written as Python.
 
-In: fx graphs of one module, or program lines out of a file. Out: JSON-able rows, source, and generated classes.
+In: fx graphs of one module, or program lines out of a file. Out: JSON-able lines, source, and generated classes.
 Must not know: how a call is observed, what a site is, or what a file looks like.
 """
 
-from se_inject.forwards.edited import check_targets, generated_class, graph_data, graph_from, original_class, rebuild
+from se_inject.forwards.checks import check_forward, stored_lines
+from se_inject.forwards.classes import addressed, made, reduction, shared
+from se_inject.forwards.edited import check_lines, checked_class, edited, generated_class
+from se_inject.forwards.graphs import expectations, graph_of, lines_of
+from se_inject.forwards.lasting import give_back_forward_
+from se_inject.forwards.lines import all_lines, in_modes, is_at_output, without_unused
+from se_inject.forwards.marks import (
+    THAWED,
+    body_of,
+    class_when_thawed,
+    has_changed_class,
+    is_edited,
+    is_frozen,
+    made_from,
+    original_class,
+    steps_data,
+)
 from se_inject.forwards.programs import (
     ATTRIBUTES,
     FixedBatchNorm,
     Program,
-    check_program,
     class_of,
-    function_called,
-    is_name,
     is_of_training,
+    program,
+    program_class,
     program_module,
     recorded_inputs,
-    without_unused,
 )
 from se_inject.forwards.vocabulary import (
     Form,
@@ -27,30 +41,52 @@ from se_inject.forwards.vocabulary import (
     function_named,
     is_plain_name,
 )
+from se_inject.forwards.writer import function_called, is_name
 
 __all__ = [
     "ATTRIBUTES",
+    "THAWED",
     "FixedBatchNorm",
     "Form",
     "Program",
-    "check_program",
-    "check_targets",
+    "addressed",
+    "all_lines",
+    "body_of",
+    "check_forward",
+    "check_lines",
+    "checked_class",
     "checked_path",
     "class_of",
+    "class_when_thawed",
     "decoded",
+    "edited",
     "encoded",
+    "expectations",
     "function_called",
     "function_name",
     "function_named",
     "generated_class",
-    "graph_data",
-    "graph_from",
+    "give_back_forward_",
+    "graph_of",
+    "has_changed_class",
+    "in_modes",
+    "is_at_output",
+    "is_edited",
+    "is_frozen",
     "is_name",
     "is_of_training",
     "is_plain_name",
+    "lines_of",
+    "made",
+    "made_from",
     "original_class",
+    "program",
+    "program_class",
     "program_module",
-    "rebuild",
     "recorded_inputs",
+    "reduction",
+    "shared",
+    "steps_data",
+    "stored_lines",
     "without_unused",
 ]

@@ -59,8 +59,9 @@ def check_text(tree: ast.Module, scope: dict[str, Any]) -> None:
             raise LoadError(f"a forward in this file has a statement that no forward needs: {type(node).__name__}")
         if isinstance(node, ast.Attribute) and node.attr.startswith("__"):
             raise LoadError(f"a forward in this file refers to `{node.attr}`, which it must not")
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-            _check_getattr(node)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id == "getattr" or scope.get(node.func.id) is getattr:
+                _check_getattr(node)
         elif isinstance(node, ast.arg):
             parameters.add(node.arg)
         elif isinstance(node, ast.Name):

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from se_inject.errors import InjectError
-from se_inject.forwards import generated_class, graph_data, graph_from, original_class
+from se_inject.forwards import body_of, generated_class, graph_of, in_modes, is_at_output, lines_of, original_class
 from se_inject.inference.norms import affine_of, is_convolution, is_plain_norm, scale_outputs_
-from se_inject.surgery import body_of, edited_graphs, set_class
+from se_inject.surgery import edited_lines, set_class
 from se_inject.tracing import Trace, function_name_of
 
 _LAYERS: dict[str, Any] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -43,13 +43,9 @@ def fold_in_forwards_(model: nn.Module, trace: Trace) -> int:
         body = body_of(owner)
         with contextlib.suppress(InjectError):
             if body is None:
-                body = {
-                    "steps": [],
-                    "output": False,
-                    "was_none": {},
-                    **edited_graphs(trace, path, [], [], training=False),
-                }
-            if not body["output"]:
+                lines = edited_lines(trace, path, [], [], training=False)
+                body = {"steps": [], "was_none": {}, "lines": lines}
+            if not is_at_output(body["lines"]):
                 folded += _fold_in_(owner, body)
     return folded
 
@@ -60,7 +56,8 @@ def _may_be_norm(node: fx.Node) -> bool:
 
 @torch.no_grad()
 def _fold_in_(owner: nn.Module, body: dict[str, Any]) -> int:
-    graph = graph_from(body["eval"])
+    expected, _, evaluated = in_modes(body["lines"])
+    graph = graph_of(evaluated)
     new: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
         source = node.args[0] if node.op.startswith("call") and node.args else None
@@ -83,7 +80,8 @@ def _fold_in_(owner: nn.Module, body: dict[str, Any]) -> int:
         graph.erase_node(node)
         graph.erase_node(source)
     if new:
-        kind = generated_class(original_class(owner), json.dumps({**body, "eval": graph_data(graph), "train": None}))
+        lines = [*expected, *lines_of(graph)]
+        kind = generated_class(original_class(owner), json.dumps({**body, "lines": lines}))
         for name, module in new.items():
             setattr(owner, name, module.eval())
         set_class(owner, kind)

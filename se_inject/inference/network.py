@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_map_only
 
 from se_inject.blocks import NoGate, SqueezeExcitation, is_fused, unfuse_block_
 from se_inject.errors import InjectError, VerificationError
-from se_inject.forwards import generated_class, graph_data, graph_from, original_class
+from se_inject.forwards import body_of, generated_class, graph_of, in_modes, is_at_output, lines_of, original_class
 from se_inject.inference.blocks import FixedGate, compacted, early
 from se_inject.inference.forwards import drop_pass_throughs_, fold_in_forwards_
 from se_inject.inference.norms import Uses, fold_norms_, is_convolution, scale_outputs_
-from se_inject.surgery import body_of, fuse_, may_change, set_class, steps_of, thaw_statistics_, unfuse_
+from se_inject.surgery import fuse_, may_change, set_class, steps_of, thaw_statistics_, unfuse_
 from se_inject.tracing import Trace, check_has_numbers, copied, cropped, float_like, observe_model, real_inputs
 from se_inject.verification import TOLERANCES, difference, tensors
 
@@ -102,16 +102,17 @@ def _squeeze_early_(model: nn.Module) -> None:
     """Let the blocks behind 1×1 convolutions read what those read. The forwards become those of eval mode alone."""
     for module in list(model.modules()):
         body = body_of(module)
-        if body is None or body["output"]:
+        if body is None or is_at_output(body["lines"]):
             continue
-        graph = graph_from(body["eval"])
+        expected, _, evaluated = in_modes(body["lines"])
+        graph = graph_of(evaluated)
         for step in body["steps"]:
             block = module.get_submodule(step["block_name"])
             calls = [node for node in graph.nodes if node.op == "call_module" and node.target == step["block_name"]]
             if len(calls) == 1 and _can_be_early(block):
                 _make_early_(graph, calls[0], module)
         new = {key: value for key, value in body.items() if key != "fused"}
-        new |= {"eval": graph_data(graph), "train": None}
+        new["lines"] = [*expected, *lines_of(graph)]
         set_class(module, generated_class(original_class(module), json.dumps(new)))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from se_inject.forwards import generated_class, original_class
+from se_inject.forwards import generated_class, made_from, original_class
 from se_inject.tracing import Trace
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -130,13 +130,13 @@ def _what_is_left(norm: Any) -> nn.Module:
     left: nn.Module = nn.Identity()
     if hasattr(norm, "act") and isinstance(norm.act, nn.Module):
         left = nn.Sequential(getattr(norm, "drop", nn.Identity()), norm.act)
-    body = vars(type(norm)).get("_se_inject_body")
-    if body is not None:  # a block gates what it returns
+    _, *body = made_from(type(norm))
+    if body:  # a block gates what it returns
         names = [name for name in norm._modules if name not in ("act", "drop")]
         for name in names:
             setattr(left, name, norm._modules[name])
         kind: Any = type(left)
-        left.__class__ = generated_class(kind, body)
+        left.__class__ = generated_class(kind, *body)
     return left.eval()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from se_inject.errors import LoadError
-from se_inject.forwards import Program
+from se_inject.forwards import all_lines, stored_lines
 
 _PYTHON = ("getattr", "round", "assert")
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async")
@@ -87,14 +87,8 @@ def check_vocabulary(module: nn.Module) -> None:
 
 def _check_arguments(module: nn.Module) -> None:
     """Some operators crash on arguments that no program has."""
-    if not isinstance(module, Program):
-        return
-    todo = list(json.loads(type(module).program)["lines"])
-    while todo:
-        kind, *parts = todo.pop()
-        if kind in ("if", "loop"):
-            todo += [line for part in parts if isinstance(part, list) for line in part if isinstance(line, list)]
-        elif kind == "set" and parts[1] == "ops:aten._native_batch_norm_legit.no_stats":
+    for kind, *parts in all_lines(stored_lines(module)):
+        if kind == "set" and parts[1] == "ops:aten._native_batch_norm_legit.no_stats":
             training = parts[2][3] if len(parts[2]) > 3 else parts[3].get("training")
             if training is not True:
                 raise LoadError("a program in this file normalises by statistics that it doesn't have")
@@ -102,31 +96,16 @@ def _check_arguments(module: nn.Module) -> None:
 
 def named_in(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The operators, methods and attributes in a module's stored forward, each as its kind and name."""
-    body = getattr(type(module), "_se_inject_body", None)
-    if body is not None:
-        yield from _in_rows(json.loads(body))
-    if isinstance(module, Program):
-        yield from _in_lines(json.loads(type(module).program)["lines"])
+    yield from _in_lines(stored_lines(module))
 
 
 def named_in_text(text: str) -> Iterator[tuple[str, Any]]:
     """The same for the JSON text of a stored forward; nothing if it is none."""
     try:
         data = json.loads(text)
-        found = _in_lines(data["lines"]) if "lines" in data else _in_rows(data)
-        yield from list(found)
+        yield from list(_in_lines(data["lines"]))
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         return
-
-
-def _in_rows(data: Any) -> Iterator[tuple[str, Any]]:
-    for _, op, target, args, _ in (*(data["eval"] or []), *(data["train"] or [])):
-        if op == "call_function":
-            yield "function", target
-        elif op == "call_method":
-            yield "method", target
-        if op == "call_function" and target == "getattr":
-            yield "attribute", args["tuple"][1]
 
 
 def _in_lines(lines: Any) -> Iterator[tuple[str, Any]]:

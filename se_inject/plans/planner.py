@@ -18,7 +18,7 @@ from se_inject.plans.budget import Search, parsed_budget, plan_within
 from se_inject.plans.candidates import ratios_of
 from se_inject.plans.value import Plan, already, check_trust
 from se_inject.sites import POSITIONS, HeldBack, Place, Site, Sites, place_of, sites_in
-from se_inject.surgery import Step, check_unfused, own_steps
+from se_inject.surgery import Step, check_unfused, method_notes, own_steps
 from se_inject.tables import counted
 from se_inject.tracing import Trace, float_like, observe_model, shapes_of
 
@@ -97,7 +97,7 @@ def plan(
     draft = Step("", "", None, 0, 0, block, dict(block_options), start, position=position)
     steps = tuple(_step(draft, site, place, name) for site, place in places)
     _check_names(model, steps)
-    notes = [*trace.notes, *notes, *unplaced, *odd]
+    notes = [*trace.notes, *notes, *unplaced, *odd, *method_notes(model, steps)]
     args, kwargs = trace.inputs
     shapes = None if kwargs or (listed := shapes_of(args)) is None else tuple(listed)
     if trace.failures:

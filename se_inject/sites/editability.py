@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from se_inject.errors import LoadError, SurgeryError
-from se_inject.forwards import encoded, graph_data, graph_from
+from se_inject.forwards import check_lines, expectations, lines_of, steps_data
 from se_inject.sites.dataflow import IN_PLACE, lineage, reaches_output
 from se_inject.sites.operations import convolves, means_the_same, passed_through, path_of, returned
 from se_inject.tracing import OwnerGraph, Trace, Untraceable, function_name_of, is_data, is_leaf, kind, training_graph
@@ -192,8 +191,7 @@ class Values:
 
     def steps(self, path: str) -> list[dict[str, Any]]:
         """The steps of ours that an owner's forward was edited by."""
-        body = getattr(type(self.trace.model.get_submodule(path)), "_se_inject_body", None)
-        return json.loads(body)["steps"] if body else []
+        return steps_data(self.trace.model.get_submodule(path))
 
 
 def check_editable(trace: Trace, owner: OwnerGraph) -> None:
@@ -203,11 +201,10 @@ def check_editable(trace: Trace, owner: OwnerGraph) -> None:
         SurgeryError: it can't.
     """
     try:
-        graph_from(graph_data(owner.graph))
-        for value in (*owner.constants.values(), *owner.settings.values()):
-            encoded(value)
+        lines = lines_of(owner.graph)
         if owner.reads_training:
-            graph_from(graph_data(training_graph(trace, owner)[0]))
+            lines = [["if", {"training": True}, lines_of(training_graph(trace, owner)[0]), lines]]
+        check_lines(owner.kind, [*expectations(owner.constants, owner.settings), *lines])
     except Untraceable as error:
         raise SurgeryError(str(error)) from error
     except LoadError as error:

@@ -21,8 +21,8 @@ def named(trace: Trace, values: Values, sites: list[Site]) -> list[Site]:
     """
     owners = Counter(site.owner for site in sites)
     injected: dict[str, list[str]] = {}
-    for path, module in trace.model.named_modules():
-        for step in values.steps(path) if hasattr(type(module), "_se_inject_body") else ():
+    for path, _ in trace.model.named_modules():
+        for step in values.steps(path):
             address = path + step["site"] if step["site"].startswith(".") else step["site"]
             injected.setdefault(address.lstrip("."), []).append(child_path(path, step["block_name"]))
     result: list[Site] = []

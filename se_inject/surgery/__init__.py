@@ -4,14 +4,14 @@ In: a network and steps (site, block, options). Out: the same network, its edite
 Must not know: how sites are found or chosen, or how anything is printed.
 """
 
-from se_inject.surgery.edit import edited_graphs
-from se_inject.surgery.freeze import freeze_statistics_, thaw_statistics_
+from se_inject.surgery.edit import edited_lines
+from se_inject.surgery.freeze import freeze_statistics_, frozen, thaw_statistics_
 from se_inject.surgery.fuse import Fused, FusedBlock, fuse_, fused, unfuse_
+from se_inject.surgery.methods import method_notes
 from se_inject.surgery.remove import put_back_, remove_
 from se_inject.surgery.schema import first_problem, with_integers
 from se_inject.surgery.step import Step
 from se_inject.surgery.swap import (
-    body_of,
     check_unfused,
     eject_,
     inject_,
@@ -26,17 +26,18 @@ __all__ = [
     "Fused",
     "FusedBlock",
     "Step",
-    "body_of",
     "check_unfused",
-    "edited_graphs",
+    "edited_lines",
     "eject_",
     "first_problem",
     "freeze_statistics_",
+    "frozen",
     "fuse_",
     "fused",
     "inject_",
     "injected_blocks",
     "may_change",
+    "method_notes",
     "own_steps",
     "put_back_",
     "remove_",

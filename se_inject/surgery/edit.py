@@ -9,16 +9,16 @@ import torch
 from torch import fx
 
 from se_inject.errors import SurgeryError
-from se_inject.forwards import encoded, graph_data
+from se_inject.forwards import expectations, lines_of
 from se_inject.sites import labels, returned
 from se_inject.surgery.step import Step
 from se_inject.tracing import Trace, Untraceable, training_graph
 
 
-def edited_graphs(
+def edited_lines(
     trace: Trace, path: str, earlier: list[Step], steps: list[Step], *, training: bool = True
-) -> dict[str, Any]:
-    """An owner's edited forward as plain data: ``eval``, ``train`` if it differs, ``settings`` and ``constants``.
+) -> list[Any]:
+    """Return an owner's edited forward as lines: what it was observed with, then both modes if they differ.
 
     Args:
         trace: an observed call.
@@ -36,15 +36,13 @@ def edited_graphs(
             f"the forward of `{path}` can't be edited", seen=trace.failures.get(path, "it was not called")
         )
     try:
-        body: dict[str, Any] = {"train": None}
-        body["eval"] = graph_data(_edited(owner.graph, owner.guards, earlier, steps))
+        lines = lines_of(_edited(owner.graph, owner.guards, earlier, steps))
         if training and owner.reads_training:
             other, guards = training_graph(trace, owner)
             if _text(other) != _text(owner.graph):
-                body["train"] = graph_data(_edited(other, guards, earlier, steps))
-        body["settings"] = {name: encoded(value) for name, value in owner.settings.items()}
-        body["constants"] = {name: encoded(value) for name, value in owner.constants.items()}
-        return body
+                trained = lines_of(_edited(other, guards, earlier, steps))
+                lines = [["if", {"training": True}, trained, lines]]
+        return [*expectations(owner.constants, owner.settings), *lines]
     except (SurgeryError, Untraceable) as error:
         message = error.message if isinstance(error, SurgeryError) else str(error)
         raise SurgeryError(f"the forward of `{path}` can't be edited", seen=message) from error

@@ -10,14 +10,24 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from se_inject.blocks import can_fuse, fuse_block_, how_computed, is_fused, unfuse_block_
 from se_inject.errors import LoadError, SurgeryError
-from se_inject.forwards import check_targets, generated_class, graph_data, graph_from, original_class, rebuild
-from se_inject.surgery.freeze import class_when_thawed
+from se_inject.forwards import (
+    body_of,
+    check_forward,
+    checked_class,
+    class_when_thawed,
+    generated_class,
+    graph_of,
+    in_modes,
+    is_at_output,
+    lines_of,
+    original_class,
+)
 from se_inject.surgery.step import Step
-from se_inject.surgery.swap import body_of, check_own_classes, own_steps, set_class
+from se_inject.surgery.swap import check_own_classes, own_steps, set_class
 from se_inject.surgery.tails import fuse_in_graph
 from se_inject.tables import table
 from se_inject.tracing import check_supported
@@ -82,9 +92,9 @@ def unfuse_(model: nn.Module) -> nn.Module:
         body = body_of(module)
         if body is not None and body.get("fused"):
             now = class_when_thawed(module)
-            set_class(module, type(rebuild(original_class(module), json.dumps(body["fused"]["before"]))))
+            set_class(module, checked_class(original_class(module), json.dumps(body["fused"]["before"])))
             try:
-                check_targets(module)
+                check_forward(module)
             except LoadError:  # out of somebody's file
                 set_class(module, now)
                 raise
@@ -144,7 +154,7 @@ def _fused_bodies(model: nn.Module, steps: list[Step]) -> dict[str, dict[str, An
     for step in steps:
         owner = model.get_submodule(step.owner)
         body = bodies.get(step.owner) or body_of(owner)
-        new = _with_tail(owner, body, step.block_name) if body is not None and not body["output"] else None
+        new = _with_tail(owner, body, step.block_name) if body is not None else None
         if new is not None:
             bodies[step.owner] = new
     return bodies
@@ -152,19 +162,30 @@ def _fused_bodies(model: nn.Module, steps: list[Step]) -> dict[str, dict[str, An
 
 def _with_tail(owner: nn.Module, body: dict[str, Any], block: str) -> dict[str, Any] | None:
     """An owner's forward in which a block takes over what it can, in each mode for itself; None if that is nothing."""
-    new = dict(body)
-    words = []
-    for mode in ("eval", "train"):
-        graph = graph_from(body[mode]) if body[mode] is not None else fx.Graph()
+    words: list[str] = []
+
+    def with_tail(lines: list[Any]) -> list[Any]:
+        graph = graph_of(lines)
         calls = [node for node in graph.nodes if node.op == "call_module" and node.target == block]
         if len(calls) == 1 and len(calls[0].args) == 1 and not calls[0].kwargs:
             tail = fuse_in_graph(graph, calls[0], owner.get_submodule)
-            words += [str(tail)] if tail.takes else []
-            new[mode] = graph_data(graph)
+            if tail.takes:
+                words.append(str(tail))
+                return lines_of(graph)
+        return lines
+
+    if is_at_output(body["lines"]):
+        return None
+    expected, trained, evaluated = in_modes(body["lines"])
+    if trained is None:
+        lines = with_tail(evaluated)
+    else:
+        lines = [["if", {"training": True}, with_tail(trained), with_tail(evaluated)]]
     if not words:
         return None
     earlier = body.get("fused") or {"before": body, "tails": {}}
-    return {**new, "fused": {"before": earlier["before"], "tails": {**earlier["tails"], block: words[0]}}}
+    tails = {**earlier["tails"], block: words[-1]}
+    return {**body, "lines": [*expected, *lines], "fused": {"before": earlier["before"], "tails": tails}}
 
 
 def fused_text(result: Fused) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from se_inject.errors import SurgeryError
-from se_inject.surgery.freeze import class_when_thawed
+from se_inject.forwards import has_changed_class, is_frozen
 from se_inject.surgery.step import Step
-from se_inject.surgery.swap import body_of, inject_, restore, steps_of
+from se_inject.surgery.swap import inject_, restore, steps_of
 from se_inject.tracing import Trace, observe_model
 
 
@@ -62,12 +62,12 @@ def _arrange_(
     before = []
     for path in wanted:
         owner = model.get_submodule(path)
-        if body_of(owner) is not None and "_se_inject_body" not in vars(class_when_thawed(owner)):
+        if has_changed_class(owner):
             raise SurgeryError(
                 f"`{path}` has become a {type(owner).__name__} since blocks were put into it",
                 hint="undo that first: remove its parametrizations",
             )
-        if class_when_thawed(owner) is not type(owner):
+        if is_frozen(owner):
             raise SurgeryError(f"the statistics of `{path}` are frozen", hint="`si.freeze_backbone_(model)` thaws them")
         before.append((owner, type(owner), dict(owner._modules)))
     try:

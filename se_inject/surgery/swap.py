@@ -17,9 +17,17 @@ from torch import Tensor, nn
 
 from se_inject.blocks import build_block
 from se_inject.errors import InjectError, PluginError, SurgeryError, either
-from se_inject.forwards import generated_class, original_class
-from se_inject.surgery.edit import edited_graphs
-from se_inject.surgery.freeze import class_when_thawed, freeze_statistics_, is_frozen, thaw_statistics_
+from se_inject.forwards import (
+    body_of,
+    generated_class,
+    give_back_forward_,
+    has_changed_class,
+    is_frozen,
+    original_class,
+    steps_data,
+)
+from se_inject.surgery.edit import edited_lines
+from se_inject.surgery.freeze import freeze_statistics_, thaw_statistics_
 from se_inject.surgery.step import Step
 from se_inject.tracing import Trace
 
@@ -89,7 +97,7 @@ def restore(owner: nn.Module) -> None:
     body = body_of(owner)
     if body is not None:
         names = [step["block_name"] for step in body["steps"]]
-        _restore(owner, type(owner)._se_inject_original, names, body["was_none"])  # type: ignore[attr-defined]
+        _restore(owner, original_class(owner), names, body["was_none"])
 
 
 def check_own_classes(model: nn.Module) -> None:
@@ -99,7 +107,7 @@ def check_own_classes(model: nn.Module) -> None:
         SurgeryError: something else has made a subclass of one since.
     """
     for path, module in model.named_modules():
-        if body_of(module) is not None and "_se_inject_body" not in vars(class_when_thawed(module)):
+        if has_changed_class(module):
             raise SurgeryError(
                 f"`{path}` has become a {type(module).__name__} since blocks were put into it",
                 hint="undo that first: remove its parametrizations, or eject before wrapping",
@@ -126,18 +134,11 @@ def check_unfused(model: nn.Module) -> None:
         raise SurgeryError("this network is fused: its additions are within its blocks", hint="`unfuse_` it first")
 
 
-def body_of(module: nn.Module) -> dict[str, Any] | None:
-    """The body of a generated class; None for a module that holds no block of ours."""
-    text = type(module).__dict__.get("_se_inject_body") or getattr(type(module), "_se_inject_body", None)
-    return json.loads(text) if text else None
-
-
 def steps_of(model: nn.Module) -> tuple[Step, ...]:
     """The steps that were applied to this model, read from the model itself."""
     found = []
     for path, module in model.named_modules():
-        body = body_of(module)
-        for data in body["steps"] if body else ():
+        for data in steps_data(module):
             site = data["site"] if not data["site"].startswith(".") else path + data["site"]
             found.append(Step.from_data({**data, "owner": path, "site": site.lstrip(".")}))
     return tuple(found)
@@ -170,6 +171,7 @@ def _restore(owner: nn.Module, original: type, names: list[str], was_none: dict[
         if was_none.get(name) == "attribute":
             setattr(owner, name, None)
     owner.__class__ = original
+    give_back_forward_(owner)
 
 
 def _prepare(
@@ -196,23 +198,15 @@ def _prepare(
                 )
             was_none[step.block_name] = "module" if step.block_name in owner._modules else "attribute"
     kept = [replace(step, owner="", site=_relative(step.site, path)) for step in (*earlier, *steps)]
-    body: dict[str, Any] = {
-        "steps": [step.to_data() for step in kept],
-        "output": all(step.value is None for step in kept),
-        "eval": None,
-        "train": None,
-        "constants": {},
-        "settings": {},
-        "was_none": was_none,
-    }
-    if body["output"] and was_none:
+    at_output = all(step.value is None for step in kept)
+    if at_output and was_none:
         # the original forward, which still runs, would find its attribute taken
         raise SurgeryError(
             f"`{path}` reads an attribute of the name the block is to get: `{next(iter(was_none))}`",
             hint=f"choose another name with `{either('--name NAME', 'name=…')}`",
         )
-    if not body["output"]:
-        body |= edited_graphs(trace, path, earlier, steps)
+    lines = _lines_at_output(kept) if at_output else edited_lines(trace, path, earlier, steps)
+    body = {"steps": [step.to_data() for step in kept], "was_none": was_none, "lines": lines}
     blocks = {step.block_name: _surrounded(owner, model, step, states.get(step.path)) for step in steps}
     try:
         generated = generated_class(original, json.dumps(body))
@@ -223,6 +217,13 @@ def _prepare(
             f"no subclass of {original.__name__} (`{path}`) can be made", seen=f"{type(error).__name__}: {error}"
         ) from error
     return _Operation(owner, generated, blocks, was_none)
+
+
+def _lines_at_output(steps: list[Step]) -> list[Any]:
+    """Return the forward that calls the author's own and passes what it returns through the blocks."""
+    gated = {"node": "gated"}
+    calls = [["call", ["gated"], step.block_name, [gated], {}] for step in steps]
+    return [["original", ["gated"]], *calls, ["return", gated]]
 
 
 def _relative(site: str, path: str) -> str:

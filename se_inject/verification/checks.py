@@ -16,7 +16,7 @@ from se_inject.blocks import NoGate, is_fused
 from se_inject.errors import VerificationError
 from se_inject.forwards import original_class
 from se_inject.guarding import under_guard
-from se_inject.surgery import Step, injected_blocks, steps_of
+from se_inject.surgery import Step, injected_blocks, method_notes, steps_of
 from se_inject.tables import Printed, counted
 from se_inject.tracing import (
     Trace,
@@ -137,6 +137,7 @@ def verify(
         _gradients(after, blocks, inputs),
     ]
     notes = [f"numeric checks on {describe(*inputs)}", *_overflow(in_eval), *warnings_of_weights]
+    notes += method_notes(after, [step for step in steps_of(after) if step.path in blocks])
     return Verdict(tuple(checks), tuple(notes))
 
 

@@ -20,6 +20,7 @@ from torch import nn
 import se_inject as si
 from se_inject.blocks.registry import GROUP, block_names, block_options, find_block, has_identity_start
 from se_inject.errors import OptionError, PluginError
+from se_inject.forwards import is_edited
 from se_inject.testing import check_block
 from tests.common import TIMM_NAMES, build, outputs, randomise
 
@@ -581,7 +582,7 @@ def untouched(network, before):
         type(network).__name__ == "ResNet"
         and now.keys() == before.keys()
         and all(torch.equal(now[key], before[key]) for key in before)
-        and not [module for module in network.modules() if hasattr(type(module), "_se_inject_body")]
+        and not [module for module in network.modules() if is_edited(module)]
     )
 
 
@@ -647,6 +648,7 @@ STRANGER = """
 import sys
 import torch, torchvision
 import se_inject as si
+from se_inject.forwards import is_edited
 from se_inject.blocks.registry import block_names
 
 torch.set_num_threads(1)

@@ -22,7 +22,7 @@ import torch
 import torchvision
 from torch import nn
 
-from se_inject.forwards import edited as bodies
+from se_inject.forwards import edited
 from tests.common import randomise
 
 HIT = "hit"
@@ -253,78 +253,86 @@ CLASSES = {
 
 # -- edited forwards ---------------------------------------------------------------------------------------
 
-NOTHING = [{"tuple": []}, {"dict": []}]
 RUN = f'getattr(__import__("os"), "mkdir")("{HIT}")'
-X = ["input", "placeholder", "input", *NOTHING]
+IN, OUT = {"node": "input"}, ["return", {"node": "y"}]
 
 
 def _call(target, *args, **kwargs):
-    return ["y", "call_function", target, {"tuple": list(args)}, {"dict": [[k, v] for k, v in kwargs.items()]}]
+    return ["set", ["y"], target, list(args), kwargs]
 
 
-def _body(rows=(["y", "placeholder", "input", *NOTHING],), **parts):
-    rows = [*rows, ["output", "output", "output", {"tuple": [{"node": "y"}]}, {"dict": []}]]
-    empty = {"steps": [], "output": False, "train": None, "constants": {}, "settings": {}, "was_none": []}
-    return {**empty, "eval": rows, **parts}
+def _method(target, *args, **kwargs):
+    return ["method", ["y"], target, list(args), kwargs]
+
+
+def _body(*lines, **parts):
+    return {"steps": [], "was_none": {}, "lines": [["let", ["y"], IN], *lines, OUT], **parts}
+
+
+def _gated(name):
+    lines = [["original", ["y"]], ["call", ["y"], name, [{"node": "y"}], {}], OUT]
+    return {"steps": [{"block_name": name}], "was_none": {}, "lines": lines}
 
 
 BODIES = {
-    "a placeholder": _body([["y", "placeholder", RUN, *NOTHING]]),
-    "a name": _body([[f"y = {RUN}\n", "placeholder", "y", *NOTHING]]),
-    "an operation": _body([["y", f"placeholder\n{RUN}", "y", *NOTHING]]),
-    "a path": _body([["y", "get_attr", f'training"), {RUN}, (self, "x', *NOTHING]]),
-    "a method's path": _body(
-        [X, ["y", "call_module", "load_state_dict", {"tuple": [{"node": "input"}]}, {"dict": []}]]
-    ),
-    "a path to a method": _body([["y", "get_attr", "forward", *NOTHING]]),
-    "a path to a class": _body([["y", "get_attr", "__class__", *NOTHING]]),
-    "a path to a function": _body([["y", "get_attr", "forward.__globals__", *NOTHING]]),
-    "a keyword": _body([X, _call("torch:relu", {"node": "input"}, **{f"a={RUN}, b": 0})]),
-    "a file": _body([_call("ops:aten.from_file", HIT, True, 4)]),
-    "a file to write": _body([X, _call("ops:aten.save", {"node": "input"}, HIT)]),
-    "a method of an operator": _body([X, _call("ops:aten.relu.default.redispatch", {"node": "input"})]),
-    "a namespace": _body([X, _call("ops:image.write_file", HIT, {"node": "input"})]),
-    "eval": _body([_call("builtins:eval", RUN)]),
-    "a call": _body([X, _call("operator:call", {"node": "input"}, RUN)]),
-    "an attribute": _body([X, _call("getattr", {"node": "input"}, "__class__")]),
+    "a parameter": _body(["let", ["y"], {"node": RUN}]),
+    "a name": _body(["let", [f"y = {RUN}\n"], IN]),
+    "an operation": _body([f"let\n{RUN}", ["y"], IN]),
+    "a path": _body(["read", ["y"], f'training"), {RUN}, (self, "x']),
+    "a method's path": _body(["call", ["y"], "load_state_dict", [IN], {}]),
+    "a path to a method": _body(["read", ["y"], "forward"]),
+    "a path to a class": _body(["read", ["y"], "__class__"]),
+    "a path to a function": _body(["read", ["y"], "forward.__globals__"]),
+    "a keyword": _body(_call("torch:relu", IN, **{f"a={RUN}, b": 0})),
+    "a file": _body(_call("ops:aten.from_file", HIT, True, 4)),
+    "a file to write": _body(_call("ops:aten.save", IN, HIT)),
+    "a method of an operator": _body(_call("ops:aten.relu.default.redispatch", IN)),
+    "a namespace": _body(_call("ops:image.write_file", HIT, IN)),
+    "eval": _body(_call("builtins:eval", RUN)),
+    "a call": _body(_call("operator:call", IN, RUN)),
+    "an attribute": _body(["attribute", ["y"], IN, "__class__"]),
+    "getattr": _body(_call("getattr", IN, "__class__")),
     "an attribute by a value": _body(
-        [
-            X,
-            ["shape", "call_function", "operator:add", {"tuple": ["__cla", "ss__"]}, {"dict": []}],
-            _call("getattr", {"node": "input"}, {"node": "shape"}),
-        ]
+        ["set", ["shape"], "operator:add", ["__cla", "ss__"], {}], ["attribute", ["y"], IN, {"node": "shape"}]
     ),
-    "a method": _body([X, ["y", "call_method", "__reduce_ex__", {"tuple": [{"node": "input"}, 2]}, {"dict": []}]]),
-    "a method with dots": _body(
-        [X, ["y", "call_method", f"relu(); {RUN}; x", {"tuple": [{"node": "input"}]}, {"dict": []}]]
+    "getattr by a value": _body(
+        ["set", ["shape"], "operator:add", ["__cla", "ss__"], {}], _call("getattr", IN, {"node": "shape"})
     ),
-    "a private function": _body([X, _call("torch.nn.functional:_add_docstr", {"node": "input"}, "")]),
-    "a function of functions": _body([X, _call("torch.nn.functional:boolean_dispatch", {"node": "input"})]),
-    "a block's name": _body(steps=[{"block_name": f"se({RUN})"}], output=True),
-    "a block's name with lines": _body(steps=[{"block_name": f"se\n    {RUN}"}], output=True),
-    "a block that is none": _body(steps=[{"block_name": "requires_grad_"}], output=True),
-    "a constant's name": _body(constants={f"x, {RUN}": 1}),
-    "a setting's name": _body(settings={f"inplace, {RUN}": 1}),
-    "a constant": _body(constants={"input": {"dtype": "os"}}),
-    "a form": _body(constants={"input": {"form": {"dtype": "serialization"}}}),
-    "a device": _body(constants={"input": {"device": RUN}}),
-    "a placeholder that is a builtin": _body([["y", "placeholder", "exec", *NOTHING]]),
-    "a function to sort by": _body(
-        [X, ["y", "call_method", "sort", {"tuple": [[1]]}, {"dict": [["key", {"node": "input"}]]}]]
+    "a method": _body(_method("__reduce_ex__", IN, 2)),
+    "a method with dots": _body(_method(f"relu(); {RUN}; x", IN)),
+    "a private function": _body(_call("torch.nn.functional:_add_docstr", IN, "")),
+    "a function of functions": _body(_call("torch.nn.functional:boolean_dispatch", IN)),
+    "a block's name": _gated(f"se({RUN})"),
+    "a block's name with lines": _gated(f"se\n    {RUN}"),
+    "a block that is none": _gated("requires_grad_"),
+    "a block's name alone": {**_body(), "steps": [{"block_name": f"se({RUN})"}]},
+    "a constant's name": _body(["expect", "argument", f"x, {RUN}", 1]),
+    "a setting's name": _body(["expect", "setting", f"inplace, {RUN}", 1]),
+    "a hidden setting": _body(["expect", "setting", "__class__", 1]),
+    "another expectation": _body(["expect", RUN, "input", 1]),
+    "a constant": _body(["expect", "argument", "input", {"dtype": "os"}]),
+    "a form": _body(["expect", "argument", "input", {"form": {"dtype": "serialization"}}]),
+    "a device": _body(["expect", "argument", "input", {"device": RUN}]),
+    "a parameter that is a builtin": _body(["let", ["y"], {"node": "exec"}]),
+    "a function to sort by": _body(_method("sort", [1], key=IN)),
+    "an address": _body(_method("new", IN, cdata=65)),
+    "letters that Python reads as underscores": _body(["read", ["y"], "_\uff3fclass\uff3f\uff3f"]),
+    "a block's name in other letters": _gated("\ufb01lter"),
+    "a table of modules": _body(["read", ["y"], "_modules"]),
+    "itself": _body(["let", ["y"], {"node": "self"}]),
+    "itself under its own name": _body(["let", ["self"], IN]),
+    "a parameter that is set": _body(["let", ["input"], 1]),
+    "a method as attribute": _body(["attribute", ["y"], IN, "share_memory_"]),
+    "a dict that is changed": _body(_method("update", IN)),
+    "a function that calls": _body(_call("torch.nn.functional:triplet_margin_with_distance_loss", IN, IN, IN)),
+    "keys of one hash": _body(_call("torch:relu", {"dict": [[i * (2**61 - 1), 0] for i in range(3)]})),
+    "absurd length": _body(["expect", "argument", "input", "long" * 2_000_000]),
+    "no lines": {**_body(), "lines": 3},
+    "a line that is none": _body(3),
+    "a line of nothing": _body([]),
+    "lines within lines": _body(
+        functools.reduce(lambda line, _: ["if", True, [line], []], range(150), ["let", ["y"], IN])
     ),
-    "an address": _body([X, ["y", "call_method", "new", {"tuple": [{"node": "input"}]}, {"dict": [["cdata", 65]]}]]),
-    "letters that Python reads as underscores": _body([["y", "get_attr", "_\uff3fclass\uff3f\uff3f", *NOTHING]]),
-    "a block's name in other letters": _body(steps=[{"block_name": "\ufb01lter"}], output=True),
-    "a table of modules": _body([["y", "get_attr", "_modules", *NOTHING]]),
-    "itself": _body([["y", "placeholder", "self", *NOTHING]]),
-    "a method as attribute": _body([X, _call("getattr", {"node": "input"}, "share_memory_")]),
-    "a dict that is changed": _body([X, ["y", "call_method", "update", {"tuple": [{"node": "input"}]}, {"dict": []}]]),
-    "a function that calls": _body(
-        [X, _call("torch.nn.functional:triplet_margin_with_distance_loss", *[{"node": "input"}] * 3)]
-    ),
-    "keys of one hash": _body([_call("torch:relu", {"dict": [[i * (2**61 - 1), 0] for i in range(3)]})]),
-    "absurd length": _body(constants={"input": "long" * 2_000_000}),
-    "no rows": _body(eval=3),
     "unknown parts": {**_body(), "more": RUN},
 }
 
@@ -336,7 +344,7 @@ class Injected:
         self.body = body
 
     def __reduce__(self):
-        return bodies.rebuild, (nn.ReLU, json.dumps(self.body)), vars(nn.ReLU())
+        return edited, (nn.ReLU, json.dumps(self.body)), vars(nn.ReLU())
 
 
 # -- files that grow ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import nn
 
 import se_inject as si
 from se_inject.errors import LoadError
-from se_inject.forwards import programs
+from se_inject.forwards import program_module
 from se_inject.forwards.source import check_text, compiled
 
 SCOPE = {"torch": torch, "_plain": lambda value: value}
@@ -26,7 +26,7 @@ class Unit(nn.Module):
 
 
 def generated():
-    program = programs.program_module("N", "n", [["x"]], [["return", {"node": "x"}]])
+    program = program_module("N", "n", [["x"]], [["return", {"node": "x"}]])
     injected = si.inject(nn.Sequential(nn.Conv2d(3, 8, 3), Unit()), torch.rand(2, 3, 8, 8))
     return program, injected[1]
 

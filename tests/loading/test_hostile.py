@@ -17,7 +17,7 @@ from torch import nn
 
 import se_inject as si
 from se_inject.errors import LoadError, UntrustedGlobals
-from se_inject.forwards import edited as bodies
+from se_inject.forwards import body_of, generated_class, is_edited, original_class
 from se_inject.forwards import programs as _programs
 from se_inject.forwards import vocabulary as _vocabulary
 from se_inject.loading import formats as _formats
@@ -470,11 +470,11 @@ def test_a_plan_read_from_a_model_imports_nobody(path, tmp_path):
     (tmp_path / "gates.py").write_text(f"open({HIT!r}, 'w').close()\n\n\ndef Gate(channels): ...\n")
     torch.save(si.inject(small(), torch.rand(2, 3, 8, 8), at="*"), path)
     model = load(path)
-    owner = next(module for module in model.modules() if hasattr(type(module), "_se_inject_body"))
-    plain = type(owner)._se_inject_body
+    owner = next(module for module in model.modules() if is_edited(module))
+    plain = json.dumps(body_of(owner))
     for block in ("gates.py:Gate", "gates:Gate"):
         body = plain.replace('"block": "se"', f'"block": "{block}"')
-        owner.__class__ = bodies.generated_class(bodies.original_class(owner), body)
+        owner.__class__ = generated_class(original_class(owner), body)
         with pytest.raises(UntrustedGlobals, match="is code that a file may not name"):
             si.plan_of(model)
         assert len(si.eject_(copy.deepcopy(model)).state_dict()) < len(model.state_dict())

@@ -14,7 +14,7 @@ from torch import nn
 import se_inject as si
 from se_inject.blocks import SqueezeExcitation
 from se_inject.errors import LoadError, SurgeryError, UnsupportedModel
-from se_inject.forwards import generated_class
+from se_inject.forwards import body_of, generated_class
 from tests.common import build, outputs, randomise
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -386,8 +386,8 @@ def test_a_subclass_that_computes_otherwise_keeps_its_own_gate():
 def test_a_file_can_not_hide_another_forward_in_what_it_was_before():
     fused = si.fuse_(si.inject(Stack(Unit(), Unit()), X))
     unit = fused.units[0]
-    body = json.loads(type(unit)._se_inject_body)
-    (row,) = [row for row in body["fused"]["before"]["eval"] if row[2] == "norm"]
+    body = body_of(unit)
+    (row,) = [row for row in body["fused"]["before"]["lines"] if "norm" in row]
     row[2] = "norm.half"  # a method, not a module
     unit.__class__ = kind = generated_class(Unit, json.dumps(body))
     with pytest.raises(LoadError, match=r"norm\.half"):

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from se_inject.forwards import Program
+
 NETWORKS = (
     "torch.nn",
     "torchvision.models",
     "torchvision.ops",
     "timm.models",
     "timm.layers",
-    "se_inject",
+    "se_inject.generated.FixedBatchNorm",
+    "se_inject.generated.SqueezeExcitation",
     "se_inject_plugins",
     "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional",
     "torch.ao.quantization.stubs.QuantStub",
@@ -29,6 +32,7 @@ NOT_NETWORKS = (
     nn.parallel.DistributedDataParallel,  # its __setstate__ talks to a process group
     torch.fx.GraphModule,  # is source code
     torch.jit.ScriptModule,
+    Program,  # is named by its text alone
 )
 _TRACING = (
     "timm.models._features.FeatureHookNet",
@@ -36,7 +40,6 @@ _TRACING = (
     "torch.nn.parallel.",
     "torch.nn.utils._expanded_weights.",
     "torchvision.models.feature_extraction.",
-    "se_inject.generated.",
 )
 """Where classes are that trace, load or build source when they are made; they are in no network's file."""
 
@@ -46,11 +49,11 @@ BUILDERS = frozenset(
         "_codecs.encode",
         "collections.Counter",
         "collections.OrderedDict",
-        "se_inject.forwards.programs.new_program",
-        "se_inject.forwards.programs.program_class",
-        "se_inject.blocks.fusion.rebuild_fused",
-        "se_inject.forwards.edited.rebuild",
-        "se_inject.surgery.freeze.rebuild_frozen",
+        "se_inject.generated.edited",
+        "se_inject.generated.frozen",
+        "se_inject.generated.fused",
+        "se_inject.generated.program",
+        "se_inject.generated.program_class",
         "torch.Size",
         "torch.Tensor",
         "torch._tensor._rebuild_from_type_v2",

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from se_inject.errors import LoadError
-from se_inject.forwards import Program, check_program, check_targets
+from se_inject.forwards import check_forward
 from se_inject.loading.operators import check_vocabulary
 from se_inject.loading.pickles.allowlist import within
 from se_inject.loading.pickles.layers import check_layer
@@ -84,10 +84,7 @@ def _check_one(module: nn.Module, trust: Sequence[str], values: ValueChecks, che
         values.check(module, {name: value for name, value in state.items() if name not in _TABLES})
         check_layer(module)
         _check_config(module, state)
-    if hasattr(kind, "_se_inject_body"):
-        check_targets(module)
-    if isinstance(module, Program):
-        check_program(module)
+    check_forward(module)
     if not trust:
         check_vocabulary(module)
 

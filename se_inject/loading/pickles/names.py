@@ -15,9 +15,7 @@ from se_inject.loading.pickles.constructors import builder
 from se_inject.loading.pickles.unpickler import Inert, Reading, Unpickler, spelled_today
 from se_inject.loading.zip_archive import Archive
 
-_STORED_FORWARDS = tuple(
-    name for name in BUILDERS if name.rpartition(".")[2] in ("rebuild", "new_program", "program_class")
-)
+_STORED_FORWARDS = tuple(name for name in BUILDERS if name.rpartition(".")[2] in ("edited", "program", "program_class"))
 
 
 @dataclass

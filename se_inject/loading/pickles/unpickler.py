@@ -9,7 +9,7 @@ So the opcodes that do something are replaced here, and one reader serves every 
   ``__setstate__``. The file never calls it, and ``_contents`` looks at every module when all has been read.
 * Called are only ``_builders``, which make tensors and plain data and check their arguments; an enum with one
   value; ``functools.partial`` with one callable and nothing else; ``getattr`` for a module's own ``forward…``
-  methods and torch's activations; and our own ``rebuild`` and ``rebuild_frozen``, which check
+  methods and torch's activations; and our own ``edited`` and ``frozen``, which check
   what they are given.
 * Functions of tensors may be referred to: networks keep them as attributes and call them in their forward.
 * Everything else, name or call, becomes an ``Inert`` module that keeps its tensors and does nothing. Reading

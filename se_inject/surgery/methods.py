@@ -1,0 +1,73 @@
+"""Find blocks whose value is computed in a method that users may call by itself: there the block does not act."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+from se_inject.forwards import original_class
+from se_inject.surgery.step import Step
+
+
+def method_notes(model: nn.Module, steps: Iterable[Step]) -> list[str]:
+    """Return a note for every method that computes values which get a block, and that anybody can call.
+
+    An edited forward has the text of such methods in it, and the methods stay as they are. What names tell is used:
+    the submodules that ``forward`` itself and its methods mention. Nothing is called.
+
+    Args:
+        model: the network, with the blocks or without.
+        steps: what is put where.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for step in steps:
+        if step.value is not None:
+            owner = model.get_submodule(step.owner)
+            for name in _methods_with(original_class(owner), step.value.partition(".")[0]):
+                found.setdefault((step.owner, name), []).append(step.path)
+    notes = []
+    for (place, name), paths in found.items():
+        whose = f"`{place}.{name}`" if place else f"`{name}`"
+        blocks = f"`{paths[0]}`" + (f" and {len(paths) - 1} more blocks" if len(paths) > 1 else "")
+        notes.append(f"called by itself, {whose} runs without {blocks}: the blocks act in `forward`, which calls it")
+    return notes
+
+
+def _methods_with(kind: Any, child: str) -> list[str]:
+    """Return the public methods by which ``forward`` reaches a submodule that it does not mention itself."""
+    mentioned = _mentioned(kind.forward)
+    if child in mentioned:
+        return []
+    found, seen, todo = [], {"forward"}, sorted(mentioned)
+    while todo:
+        name = todo.pop()
+        method = inspect.getattr_static(kind, name, None)
+        if name in seen or not inspect.isfunction(method) or hasattr(nn.Module, name):
+            continue
+        seen.add(name)
+        within = _mentioned(method)
+        todo += sorted(within)
+        if not name.startswith("_") and (child in within or any(child in _mentioned_by(kind, each) for each in within)):
+            found.append(name)
+    return sorted(found)
+
+
+def _mentioned_by(kind: Any, name: str) -> set[str]:
+    method = inspect.getattr_static(kind, name, None)
+    return _mentioned(method) if inspect.isfunction(method) and not hasattr(nn.Module, name) else set()
+
+
+def _mentioned(function: Any) -> set[str]:
+    """Return the attribute names and texts in the code of a function, functions within it too."""
+    names: set[str] = set()
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    todo = [code] if code is not None else []
+    while todo:
+        code = todo.pop()
+        names |= {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}
+        todo += [each for each in code.co_consts if isinstance(each, CodeType)]
+    return names
