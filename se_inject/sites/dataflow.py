@@ -47,6 +47,8 @@ def reaches_output(trace: Trace, owner: OwnerGraph, value: fx.Node) -> bool:
     """Whether the network's output is made from a value, as far as the graphs of its callers tell."""
     reached = _descendants([value])
     result = next(iter(reversed(owner.graph.nodes)))
+    if _is_taken_by_a_hook(trace, owner, reached):
+        return True
     if result not in reached:
         return False
     if not owner.path:
@@ -61,6 +63,15 @@ def reaches_output(trace: Trace, owner: OwnerGraph, value: fx.Node) -> bool:
         if calls:
             return any(reaches_output(trace, caller, reader) for reader in readers)
     return True
+
+
+def _is_taken_by_a_hook(trace: Trace, owner: OwnerGraph, reached: set[fx.Node]) -> bool:
+    """Whether a forward hook sees one of these values: what it does with it no graph tells."""
+    if not trace.hooked:
+        return False
+    if owner.path in trace.hooked and any(node.op == "output" for node in reached):
+        return True
+    return any(node.op == "call_module" and path_of(node) in trace.hooked for node in reached)
 
 
 def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:

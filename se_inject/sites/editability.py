@@ -11,7 +11,17 @@ from se_inject.errors import LoadError, SurgeryError
 from se_inject.forwards import check_lines, expectations, lines_of, steps_data
 from se_inject.sites.dataflow import IN_PLACE, lineage, reaches_output
 from se_inject.sites.operations import convolves, means_the_same, passed_through, path_of, returned
-from se_inject.tracing import OwnerGraph, Trace, Untraceable, function_name_of, is_data, is_leaf, kind, training_graph
+from se_inject.tracing import (
+    OwnerGraph,
+    Trace,
+    Untraceable,
+    function_name_of,
+    is_data,
+    is_leaf,
+    kind,
+    returns_alike,
+    training_graph,
+)
 
 UNREACHED = "nothing that the network returns is made from it"
 _LINEAR = ("linear", "addmm", "mm")
@@ -102,6 +112,8 @@ class Values:
             return f"the forward of `{path}` goes through all its children: a block would become one of them"
         if self._is_repeated(owner, value):
             return f"`{value.target}` is called several times in one forward: each call would get a block of its own"
+        if value.op == "call_module" and not returns_alike(self.trace, path_of(value)):
+            return f"`{value.target}` returns something of another structure in training"
         reason = self._uneditable(owner, value, written) or self._misread(value)
         if reason is None and not reaches_output(self.trace, owner, value):
             return UNREACHED

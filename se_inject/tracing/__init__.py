@@ -25,7 +25,7 @@ from se_inject.tracing.proxy import Untraceable, holds_tensor
 from se_inject.tracing.snapshots import preserved, random_state, set_random_state
 from se_inject.tracing.substitutes import duplicate, rehearsed, standing_in
 from se_inject.tracing.trace import Counts, OwnerGraph, Trace, float_like
-from se_inject.tracing.training_mode import training_graph
+from se_inject.tracing.training_mode import returns_alike, training_graph
 from se_inject.tracing.twin import twin_of
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "random_state",
     "real_inputs",
     "rehearsed",
+    "returns_alike",
     "set_random_state",
     "shapes_of",
     "sources",

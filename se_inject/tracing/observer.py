@@ -68,6 +68,7 @@ class Record:
             kinds=MappingProxyType({path: frozenset(kinds) for path, kinds in self.kinds.items()}),
             canonical=MappingProxyType({other: path for path, others in self.aliases.items() for other in others}),
             without_grad=frozenset(self.without_grad),
+            hooked=frozenset(path for path, module in self.model.named_modules() if module._forward_hooks),
             outputs=outputs,
             macs=macs,
             size=self.size,

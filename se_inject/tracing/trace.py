@@ -78,6 +78,7 @@ class Trace:
         kinds: path of a module → the kinds of its arguments.
         canonical: other path of a shared module → the path that all else is under.
         without_grad: paths of modules that ran without grad.
+        hooked: paths of modules with forward hooks.
         outputs: of the call.
         macs: multiply-adds of its convolutions.
         size: spatial size of what the first convolution read.
@@ -93,6 +94,7 @@ class Trace:
     kinds: Mapping[str, frozenset[Any]]
     canonical: Mapping[str, str]
     without_grad: frozenset[str]
+    hooked: frozenset[str]
     outputs: Any
     macs: int
     size: tuple[int, ...]

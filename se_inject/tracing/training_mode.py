@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
 from se_inject.guarding import guarded
@@ -42,7 +45,7 @@ def training_graph(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
 
 
 def _observed(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
-    inputs, outputs = owner.inputs, _children_outputs(owner)
+    inputs, outputs = owner.inputs, _children_outputs(trace, owner)
     if trace.how == "fake":  # its values belong to a mode that is closed
         outputs, inputs = tree_map_only(Tensor, shapes_only, (outputs, inputs))
     twin, watch = _twin(trace)
@@ -70,12 +73,50 @@ def _observed(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
     return tracer.graph, tuple(tracer.guards)
 
 
-def _children_outputs(owner: OwnerGraph) -> dict[str, list[Any]]:
-    """By path, what each child returned in the first call, in the order of its calls."""
+def returns_alike(trace: Trace, path: str) -> bool:
+    """Whether a module returns a value of the same structure in training as in eval, as far as its graphs tell."""
+    return _in_training(trace, path) is None
+
+
+def _in_training(trace: Trace, path: str) -> tuple[Any] | None:
+    """What a module returns in training, if that has another structure than in eval; else None."""
+    key = ("output", path)
+    if key not in trace.known:
+        trace.known[key] = None
+        owner = trace.graphs.get(path)
+        if owner is not None and (owner.reads_training or any(map(partial(_in_training, trace), _children(owner)))):
+            with contextlib.suppress(Untraceable):
+                value = _returned(training_graph(trace, owner)[0])
+                if _structure(value) != _structure(_returned(owner.graph)):
+                    trace.known[key] = (value,)
+    found: tuple[Any] | None = trace.known[key]
+    return found
+
+
+def _children(owner: OwnerGraph) -> list[str]:
+    return [node.meta["path"] for node in owner.graph.nodes if node.op == "call_module"]
+
+
+def _returned(graph: fx.Graph) -> Any:
+    return map_arg(next(iter(reversed(graph.nodes))).args[0], lambda node: node.meta["val"])
+
+
+def _structure(value: Any) -> Any:
+    """The classes of containers and leaves, and how many there are."""
+    if isinstance(value, dict):
+        return type(value), [(key, _structure(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return type(value), [_structure(item) for item in value]
+    return Tensor if isinstance(value, Tensor) else type(value)
+
+
+def _children_outputs(trace: Trace, owner: OwnerGraph) -> dict[str, list[Any]]:
+    """By path, what each child returned in the first call, or returns in training, in the order of its calls."""
     outputs: dict[str, list[Any]] = {}
     for node in owner.graph.nodes:
         if node.op == "call_module":
-            outputs.setdefault(str(node.target), []).append(node.meta["val"])
+            other = _in_training(trace, node.meta["path"])
+            outputs.setdefault(str(node.target), []).append(node.meta["val"] if other is None else other[0])
     return outputs
 
 

@@ -307,3 +307,64 @@ def test_an_encoder_whose_output_numbers_index():
     after = plan.apply(model)
     assert torch.equal(after(X), model(X))
     assert type(after.encoder(torch.rand(1, 8, 8, 8))) is Indexed
+
+
+class TupleInTraining(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return (self.conv(x), x) if self.training else self.conv(x)
+
+
+class HandsOn(nn.Module):
+    """Does not look at its mode; its child does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = TupleInTraining()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("head", [TupleInTraining, HandsOn])
+def test_a_child_that_returns_a_tuple_in_training_alone(head):
+    model = network(lambda: nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), head()))
+    after = si.plan(model, X, at="*").apply(model)
+    assert torch.equal(after(X), model(X))
+    model.train(), after.train()
+    same(model(X), after(X))
+    assert any("in training" in item.reason for item in si.find_sites(model, X).refused)
+
+
+def test_features_that_hooks_take_are_no_dead_end():
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.units = nn.Conv2d(3, 8, 3, padding=1), nn.ModuleList([Unit(), Unit()])
+            self.taken = {}
+            for index, unit in enumerate(self.units):
+                unit.register_forward_hook(self.take(index))
+
+        def take(self, index):
+            def hook(module, args, output):
+                self.taken[index] = output
+
+            return hook
+
+        def forward(self, x):
+            self.taken.clear()
+            x = self.stem(x)
+            for unit in self.units:
+                x = unit(x)
+            return list(self.taken.values())
+
+    model = network(Hooked)
+    expected = model(X)
+    plan = si.plan(model, X)
+    assert [step.owner for step in plan.steps] == ["units.0", "units.1"]
+    assert [leaf.is_meta for leaf in model.taken.values()] == [False, False]
+    after = plan.apply_(network(Hooked))
+    assert all(torch.equal(a, b) for a, b in zip(expected, after(X), strict=True))
