@@ -276,6 +276,8 @@ def check_supported(model: Any) -> None:
                 hint="call the network once on real inputs, then inject",
             )
 
+    if not any(leaf_kind(module) is not None for module in model.modules()):
+        return
     outside = outside_of_leaves(model)
     leaves = [(path, module, kind) for path, module in outside if (kind := leaf_kind(module)) is not None]
     if leaves and not any(isinstance(module, nn.modules.conv._ConvNd) for _, module in outside):

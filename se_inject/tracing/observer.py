@@ -47,10 +47,12 @@ class Record:
     kinds: dict[str, set[Any]] = field(default_factory=dict)
     paths: dict[int, str] = field(default_factory=dict)
     aliases: dict[str, list[str]] = field(default_factory=dict)
+    originals: dict[str, nn.Module] = field(init=False)
     without_grad: set[str] = field(default_factory=set)
     size: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        self.originals = dict(self.model.named_modules())
         for path, module in self.twin.named_modules(remove_duplicate=False):
             known = self.paths.setdefault(id(module), path)
             if known != path:
@@ -68,7 +70,7 @@ class Record:
             kinds=MappingProxyType({path: frozenset(kinds) for path, kinds in self.kinds.items()}),
             canonical=MappingProxyType({other: path for path, others in self.aliases.items() for other in others}),
             without_grad=frozenset(self.without_grad),
-            hooked=frozenset(path for path, module in self.model.named_modules() if module._forward_hooks),
+            hooked=frozenset(path for path, module in self.originals.items() if module._forward_hooks),
             outputs=outputs,
             macs=macs,
             size=self.size,
@@ -268,7 +270,7 @@ class Observer:
                     return module.forward(*args, **kwargs)
             self.result.graphs[path] = OwnerGraph(
                 path=path,
-                module=self.result.model.get_submodule(path),
+                module=self.result.originals[path],
                 kind=type(module),
                 graph=tracer.graph,
                 constants=MappingProxyType(tracer.constants),

@@ -79,7 +79,9 @@ class _Copier:
         attributes = twin.__dict__
         compiled = is_compiled(original)
         for name, value in original.__dict__.items():
-            if not compiled or name in _OF_EVERY_MODULE:  # and nothing of the compiler's
+            if name in _OF_EVERY_MODULE and not value:  # tables of hooks, as a rule
+                attributes[name] = value if type(value) in _ATOMIC else type(value)()
+            elif not compiled or name in _OF_EVERY_MODULE:  # and nothing of the compiler's
                 attributes[name] = value if type(value) in _ATOMIC else self.copied(value)
         if compiled:
             attributes["_super_module_initialized"] = True
