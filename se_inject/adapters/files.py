@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from se_inject.atomic_files import atomic, write_through
 from se_inject.blocks import build_block
 from se_inject.errors import ExportError, InjectError, LoadError, OptionError, SurgeryError, printable
-from se_inject.loading import described, form_of
+from se_inject.loading import described, form_of, opened
 from se_inject.plans import Plan, plan_of
 from se_inject.surgery import injected_blocks
 from se_inject.tracing import check_supported, duplicate
@@ -179,14 +179,14 @@ def read_adapter(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> 
     if not Path(path).exists():
         raise NoSuchFile(f"no file `{path}`", hint=_FORM)
     try:
-        with open(path, "rb") as opened:
-            form = form_of(opened)
+        with opened(Path(path)) as file:
+            form = form_of(file)
         if form not in ("adapter", "safetensors"):
             raise LoadError(f"`{path}` is no adapter", seen=described(form), hint=_FORM)
-        with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names} if _KEY in metadata else {}
+        with safe_open(os.fspath(path), framework="pt") as archive:
+            metadata = archive.metadata() or {}
+            names = list(archive.keys())
+            tensors = {name: archive.get_tensor(name) for name in names} if _KEY in metadata else {}
     except LoadError:
         raise
     except (SafetensorError, OSError, ValueError) as error:

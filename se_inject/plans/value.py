@@ -30,6 +30,7 @@ from se_inject.errors import (
     printable,
 )
 from se_inject.forwards import is_plain_name, original_class
+from se_inject.loading import read_text
 from se_inject.pictures import Picture, picture
 from se_inject.plans.text import plan_text
 from se_inject.sites import place_of, sites_in
@@ -335,16 +336,9 @@ class Plan:
             NoSuchFile: a file that doesn't exist.
             LoadError: no plan, or one of a later version.
         """
-        try:
-            text = Path(path).read_text("utf-8-sig")
-        except FileNotFoundError as error:
-            raise NoSuchFile(
-                f"no file `{path}`", hint=f"`{either('-o plan.json', 'plan.save(path)')}` writes one"
-            ) from error
-        except OSError as error:
-            raise LoadError(f"`{path}` can't be read", seen=str(error), hint=_FORM) from error
-        except ValueError as error:
-            raise LoadError(f"`{path}` is no plan", seen="it is no text", hint=_FORM) from error
+        if not os.path.lexists(path):
+            raise NoSuchFile(f"no file `{path}`", hint=f"`{either('-o plan.json', 'plan.save(path)')}` writes one")
+        text = read_text(Path(path), _LONGEST, "plan")
         return cls.from_json(text, trust=trust)
 
 
