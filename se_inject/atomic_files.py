@@ -112,6 +112,12 @@ delegate: Delegate | None = None
 """Set in a process that may not write beside the files that are to appear; it then does what ``atomic_all`` does."""
 
 
+def delegate_to(other: Delegate) -> None:
+    """Have another process move this one's files into place from now on."""
+    global delegate
+    delegate = other
+
+
 def stage(paths: Sequence[str | os.PathLike[str]], force: bool = False) -> dict[Path, Path]:
     """Make a temporary directory beside each file that is to appear.
 

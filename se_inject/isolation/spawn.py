@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from se_inject import atomic_files, errors
+import se_inject.errors as errors
+from se_inject.atomic_files import atomic
 from se_inject.errors import InjectError, WorkerError, out_of_memory
 from se_inject.isolation.confinement import Confinement
 from se_inject.isolation.worker import Interrupted, can_fork, run_in_worker
@@ -85,7 +86,7 @@ def main() -> None:
     def work() -> int:
         place, _, name = request["function"].partition(":")
         try:
-            with atomic_files.atomic(output) as path:
+            with atomic(output) as path:
                 getattr(importlib.import_module(place), name)(path, **request["arguments"])
         except Exception as error:
             return _answer(error)

@@ -26,9 +26,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
-from se_inject import atomic_files, progress
+from se_inject.atomic_files import commit, delegate_to, discard, stage
 from se_inject.errors import ExportError, InjectError, WorkerError, printable
 from se_inject.isolation.confinement import Confinement, confine
+from se_inject.progress import listening
 
 _ENDING = {name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 _LAST_WORDS = 2000
@@ -92,7 +93,7 @@ def run_in_worker(
         Interrupted: this process was asked to end; the child has ended, and nothing is left of it.
     """
     with clean_end():
-        staged = atomic_files.stage(outputs, force)
+        staged = stage(outputs, force)
         try:
             private = Path(tempfile.mkdtemp(prefix="se-inject-"))
             try:
@@ -103,7 +104,7 @@ def run_in_worker(
             finally:
                 shutil.rmtree(private, ignore_errors=True)
         finally:
-            atomic_files.discard(staged)
+            discard(staged)
 
 
 @contextlib.contextmanager
@@ -254,7 +255,7 @@ class _Parent:
                 staged = {target: self.staged[target] for target in wanted}
                 for path in staged.values():
                     _inspect(path)
-                atomic_files.commit(staged, self.force)
+                commit(staged, self.force)
             except InjectError as error:
                 return {"message": error.message, "seen": error.seen, "hint": error.hint}
             except (OSError, KeyError, TypeError) as error:
@@ -354,8 +355,8 @@ def _child(
         control, answers = _plumb(pipes, keep_input=confinement is None)
         if confinement is not None:
             confine(confinement)
-        atomic_files.delegate = _Asking(control, answers, staged)
-        with progress.listening(lambda text: _tell(control, "step", text)):
+        delegate_to(_Asking(control, answers, staged))
+        with listening(lambda text: _tell(control, "step", text)):
             code = work()
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else 1

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ from se_inject.errors import (
     printable,
 )
 from se_inject.forwards import is_plain_name, original_class
-from se_inject.loading import read_text
 from se_inject.pictures import Picture, picture
 from se_inject.plans.text import plan_text
 from se_inject.sites import place_of, sites_in
@@ -338,7 +336,15 @@ class Plan:
         """
         if not os.path.lexists(path):
             raise NoSuchFile(f"no file `{path}`", hint=f"`{either('-o plan.json', 'plan.save(path)')}` writes one")
-        text = read_text(Path(path), _LONGEST, "plan")
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block, a device may never end
+            raise LoadError(f"`{path}` is not a regular file", hint=_FORM)
+        try:
+            with open(path, "rb") as file:
+                text = file.read(4 * _LONGEST + 1).decode("utf-8-sig")
+        except OSError as error:
+            raise LoadError(f"`{path}` can't be read", seen=str(error), hint=_FORM) from error
+        except ValueError as error:
+            raise LoadError(f"`{path}` is not a plan", seen="it is not text", hint=_FORM) from error
         return cls.from_json(text, trust=trust)
 
 
