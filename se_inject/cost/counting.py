@@ -46,7 +46,7 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """2 for each MAC."""
+        """Two for each MAC."""
         return 2 * self.macs
 
     def __add__(self, other: Cost) -> Cost:
@@ -102,7 +102,7 @@ class CostReport(Printed):
 
     @property
     def after(self) -> Cost:
-        """Before and added together."""
+        """The network with its blocks: before and added together."""
         return self.before + self.added
 
     @property
@@ -127,7 +127,7 @@ class Latency:
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what every operation of a call does."""
+    """Counts the MACs, element-wise operations and bytes of every operation of a call."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -165,7 +165,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def cost_of_model(model: nn.Module, trace: Trace) -> tuple[Cost, tuple[str, ...]]:
-    """The cost of a whole network for one example, and the operations nobody counted."""
+    """Count what a whole network costs for one example; and name the operations that were not counted."""
     params = sum(parameter.numel() for parameter in model.parameters())
     counter, batch = counted_call(model, trace)
     counts = (count // batch for count in (counter.macs, counter.elementwise, counter.bytes))
@@ -205,7 +205,7 @@ def counted_call(model: nn.Module, trace: Trace, watch: Watch | None = None) -> 
 
 
 def cost_of_step(step: Step, dtype: torch.dtype = torch.float32) -> CostRow:
-    """What one block adds at its site for one example."""
+    """Count what one block adds at its site for one example."""
     with torch.device("meta"):
         block = build_block(step.block, step.channels, step.size, step.options, step.init).to(dtype).eval()
         value = torch.empty((1, step.channels, *step.size), dtype=dtype)
@@ -224,13 +224,13 @@ def cost_of_step(step: Step, dtype: torch.dtype = torch.float32) -> CostRow:
 
 
 def cost_of_steps(model: nn.Module, trace: Trace, steps: Sequence[Step]) -> CostReport:
-    """The report for a plan."""
+    """Count what a network costs, and what the blocks of these steps add."""
     before, unknown = cost_of_model(model, trace)
     return CostReport(before, rows_of_steps(trace, steps), unknown)
 
 
 def rows_of_steps(trace: Trace, steps: Iterable[Step]) -> tuple[CostRow, ...]:
-    """What every block adds, as often as its owner was called. Equal blocks are measured once."""
+    """Count what every block adds, as often as its owner was called. Equal blocks are counted once."""
     dtype = float_like(trace.model).dtype
     known: dict[Any, CostRow] = {}
     rows = []

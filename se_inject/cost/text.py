@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def cost_text(report: CostReport, style: str = "text", *, by_site: bool = False) -> str:
-    """What is added per stage (or per site), and before, added and after in total."""
+    """Write a table of what is added per stage (or per site), and before, added and after in total."""
     headers = ("stage", "blocks", "C → width", "params", "MACs", "element-wise", "bytes")
     rows: list[list[Any]] = []
     for stage, cost in report.stages.items():
@@ -32,14 +32,14 @@ def cost_text(report: CostReport, style: str = "text", *, by_site: bool = False)
 
 
 def _widths(rows: Sequence[CostRow]) -> str:
-    """The channels of some blocks and the widths of their bottlenecks, as built."""
+    """List the channels of some blocks and the widths of their bottlenecks, as built."""
     pairs = dict.fromkeys((row.channels, row.width) for row in rows)
     told = [f"{channels} → {width}" if width is not None else str(channels) for channels, width in pairs]
     return ", ".join(told) if len(told) <= 2 else f"{told[0]}, …, {told[-1]}"
 
 
 def cost_lines(report: CostReport) -> list[str]:
-    """The same in a few lines for people."""
+    """Say the totals of a cost report in a few lines for people."""
     added, before = report.added, report.before
     lines = [
         f"parameters    {before.params:,} → {report.after.params:,} ({percent(added.params, before.params)})",
@@ -56,7 +56,7 @@ def cost_lines(report: CostReport) -> list[str]:
 
 
 def cost_data(report: CostReport) -> dict[str, Any]:
-    """A cost report for ``--json``."""
+    """Turn a cost report into data for ``--json``."""
     return {
         "before": cost_dict(report.before),
         "added": cost_dict(report.added),
@@ -88,7 +88,7 @@ def cost_dict(cost: Cost) -> dict[str, int]:
 
 
 def latency_line(latency: Latency) -> str:
-    """The measured ratio with its spread."""
+    """Say the measured ratio with its spread, in one line."""
     return (
         f"latency       {latency.before_ms:.1f} ms → {latency.after_ms:.1f} ms, ratio {latency.ratio:.3f} "
         f"(quartiles {latency.low:.3f} to {latency.high:.3f}, {latency.rounds} rounds in turns)"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from se_inject.blocks import is_fused
 from se_inject.cost import Cost, Latency, measure_latency, rows_of_steps
 from se_inject.errors import DataError, OptionError, SurgeryError, TraceError
 from se_inject.forwards import original_class
@@ -136,11 +137,15 @@ def prune_blocks_(
         progress: called after every batch.
 
     Raises:
-        SurgeryError: the network holds no block of ours, or not those of the excitations.
+        SurgeryError: the network holds no block of ours, not those of the excitations, or its blocks are fused.
         OptionError: a negative tolerance, or no data to measure on.
         DataError: the network fails on the data.
     """
     steps = {step.path: step for step in own_steps(model)}
+    if any(is_fused(model.get_submodule(path)) for path in steps):
+        raise SurgeryError(
+            "the blocks of this model are fused", hint="`si.unfuse_(model)` first; fuse again afterwards"
+        )
     batches = excitations.source if batches is None else batches
     _check(excitations, steps, tolerance, batches, metric)
     trace = _observed(model, example_inputs, batches)

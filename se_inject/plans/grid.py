@@ -102,7 +102,7 @@ def cost_grid(
     init: str | None = None,
     **block_options: Any,
 ) -> CostGrid:
-    """What a block would add, for every ratio and every choice of stages. Nothing is computed and nothing changed.
+    """Count what a block would add, for every ratio and every choice of stages. Computes and changes nothing.
 
     Every cell is what ``plan(..., stages=…, reduction=…).cost().added`` says, from one observed call for all.
 
@@ -211,7 +211,7 @@ class BlockCost:
 def block_costs(
     model: nn.Module, example_inputs: Any = None, names: Iterable[str] | None = None
 ) -> tuple[BlockCost, ...]:
-    """What blocks would add at all sites of a network. Nothing of the network is computed or changed.
+    """Count what blocks would add at all sites of a network. Computes and changes nothing of the network.
 
     Args:
         model: the network.
@@ -219,7 +219,7 @@ def block_costs(
         names: of the blocks; None: all that are known, by name.
 
     Raises:
-        InjectError: as ``plan`` does, for the network. A block that fails is told as refused.
+        InjectError: as ``plan`` does, for the network. A block that fails is listed as refused.
     """
     base = plan(model, example_inputs)
     origins = block_names()

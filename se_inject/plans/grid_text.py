@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def grid_text(grid: CostGrid, style: str = "text") -> str:
-    """A table of stages × ratios for each kind of cost; as CSV a line for each cell."""
+    """Write a table of stages × ratios for each kind of cost; as CSV a line for each cell."""
     if style == "csv":
         rows = [[cell.stages, cell.reduction, cell.blocks, *cost_figures(cell.added)] for cell in grid.cells]
         return table(
@@ -38,7 +38,7 @@ def _pivot(grid: CostGrid, field: str, style: str) -> str:
 
 
 def grid_data(grid: CostGrid) -> dict[str, Any]:
-    """A cost grid for ``--json``."""
+    """Turn a cost grid into data for ``--json``."""
     return {
         "model": grid.model,
         "block": grid.block,
@@ -53,7 +53,7 @@ def grid_data(grid: CostGrid) -> dict[str, Any]:
 
 
 def block_costs_text(costs: Sequence[BlockCost], style: str = "text") -> str:
-    """What each block adds to a network, and how it starts."""
+    """Write a table of what each block adds to a network, and how it starts."""
     rows = [
         [item.block, *cost_figures(item.added), item.identity, span(item.start)]
         if item.added is not None and item.start is not None
@@ -64,7 +64,7 @@ def block_costs_text(costs: Sequence[BlockCost], style: str = "text") -> str:
 
 
 def block_costs_data(costs: Sequence[BlockCost]) -> list[dict[str, Any]]:
-    """The same for ``--json``."""
+    """Turn the costs of single blocks into data for ``--json``."""
     return [
         {
             "block": item.block,

@@ -391,6 +391,17 @@ def test_bad_questions_change_nothing():
     same_portrait(before, portrait(model))
 
 
+def test_fused_blocks_are_seen_and_have_to_be_unfused_first():
+    model, (images, _) = injected(), examples()
+    plain = si.excitations(model, [images])
+    si.fuse_(model)
+    found = si.excitations(model, [images])
+    assert all(torch.equal(one.mean, two.mean) for one, two in zip(plain, found, strict=True))
+    with pytest.raises(SurgeryError, match="fused"):
+        si.prune_blocks_(model, found, tolerance=1e9)
+    assert len(si.prune_blocks_(si.unfuse_(model), found, tolerance=1e9)) == 3
+
+
 def test_folds_refuse_what_they_do_not_know():
     model = injected()
     finder = Folds(observe_model(model, X), ["one.0.se"])

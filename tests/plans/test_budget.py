@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock
 import se_inject as si
 from se_inject.cli.entry import cli
 from se_inject.cost import Latency
-from se_inject.errors import NoSites, OptionError
+from se_inject.errors import ExportError, NoSites, OptionError
 from se_inject.plans import budget as module
 from se_inject.plans.budget import Search, parsed_budget
 from tests.common import build
@@ -236,3 +236,6 @@ def test_the_command(tmp_path):
     assert isinstance(done.exception, NoSites)
     done = CliRunner().invoke(cli, [*command, "params=20%", "--block", "1=se", "--block", "1=eca"])
     assert isinstance(done.exception, OptionError)
+    if not torch.cuda.is_available():
+        done = CliRunner().invoke(cli, [*command, "latency=20%", "--device", "cuda"])
+        assert isinstance(done.exception, ExportError)
