@@ -30,7 +30,7 @@ class BottleneckAttention(nn.Module):
     Args:
         channels: C.
         rank: number of spatial dimensions: 1, 2 or 3.
-        reduction: r; m = max(1, C // r).
+        reduction: r; m = max(4, C // r).
         divisor: round C / r to a multiple of this instead.
         dilation: d.
         combine: ``product`` or ``sum`` of the two branches.

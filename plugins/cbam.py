@@ -30,7 +30,7 @@ class ConvolutionalBlockAttention(Bottleneck):
     Args:
         channels: C.
         rank: number of spatial dimensions: 1, 2 or 3.
-        reduction: r; the bottleneck is max(1, C // r) wide.
+        reduction: r; the bottleneck is max(4, C // r) wide.
         divisor: round C / r to a multiple of this instead.
         kernel: k of the spatial gate, an odd number.
         bias: whether W1 and W2 have biases; the authors' code has them, timm's has not.
@@ -65,7 +65,7 @@ class ConvolutionalBlockAttention(Bottleneck):
     def identity_init(self) -> None:
         """Start as x ↦ x: W2, and scale and shift of the spatial gate's norm, are zero; both gates are 2·σ(0) = 1."""
         self.gain = 2
-        zero_(self.fc2)
+        self.rest_()
         zero_(self.norm)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from se_inject.blocks.layers import Bottleneck, zero_
+from se_inject.blocks.layers import Bottleneck
 from se_inject.errors import OptionError
 
 # (u along the height, v along the width) of a transform of 7 × 7 points: the best sixteen of the 49, by the paper's
@@ -39,7 +39,7 @@ class FrequencyChannelAttention(Bottleneck):
 
     Args:
         channels: C.
-        reduction: r; the bottleneck is max(1, C // r) wide.
+        reduction: r; the bottleneck is max(4, C // r) wide.
         divisor: round C / r to a multiple of this instead.
         frequencies: n, 1 to 16, taken in the order of the paper's ranking.
         bias: whether W1 and W2 have biases; the authors' have none.
@@ -75,7 +75,7 @@ class FrequencyChannelAttention(Bottleneck):
     def identity_init(self) -> None:
         """Start as x ↦ x: W2 is zero and the gate is 2·σ(0) = 1."""
         self.gain = 2
-        zero_(self.fc2)
+        self.rest_()
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gate(x)

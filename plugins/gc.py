@@ -28,7 +28,7 @@ class GlobalContext(nn.Module):
     Args:
         channels: C.
         rank: number of spatial dimensions: 1, 2 or 3.
-        reduction: r; the bottleneck is max(1, C // r) wide. The paper uses 16 (and 4); timm 8.
+        reduction: r; the bottleneck is max(4, C // r) wide. The paper uses 16 (and 4); timm 8.
         divisor: round C / r to a multiple of this instead.
         fuse: ``add`` or ``scale``; the paper's choice is to add.
         epsilon: ε of the layer normalisation; timm has 1e-6.

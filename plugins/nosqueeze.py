@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from se_inject.blocks.layers import Bottleneck, zero_
+from se_inject.blocks.layers import Bottleneck
 
 
 class NoSqueeze(Bottleneck):
@@ -25,7 +25,7 @@ class NoSqueeze(Bottleneck):
     Args:
         channels: C.
         rank: number of spatial dimensions: 1, 2 or 3.
-        reduction: r; the bottleneck is max(1, C // r) wide.
+        reduction: r; the bottleneck is max(4, C // r) wide.
         divisor: round C / r to a multiple of this instead.
         bias: whether W1 and W2 have biases.
 
@@ -51,7 +51,7 @@ class NoSqueeze(Bottleneck):
     def identity_init(self) -> None:
         """Start as x ↦ x: W2 is zero and the gate is 2·σ(0) = 1 everywhere."""
         self.gain = 2
-        zero_(self.fc2)
+        self.rest_()
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gate(x)

@@ -27,7 +27,7 @@ class ConcurrentSqueezeExcitation(Bottleneck):
     Args:
         channels: C.
         rank: number of spatial dimensions: 1, 2 or 3.
-        reduction: r; the bottleneck is max(1, C // r) wide. The authors use 2.
+        reduction: r; the bottleneck is max(4, C // r) wide. The authors use 2.
         divisor: round C / r to a multiple of this instead.
         bias: whether W1 and W2 have biases.
         combine: ``sum`` or ``max`` of the two gated maps.
@@ -62,7 +62,7 @@ class ConcurrentSqueezeExcitation(Bottleneck):
     def identity_init(self) -> None:
         """Start as x ↦ x: W2 and the spatial weights are zero; the sum of gates is 1, for the maximum each is 2·σ(0)."""
         self.gain = 1 if self.combine == "sum" else 2
-        zero_(self.fc2)
+        self.rest_()
         zero_(self.spatial)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from se_inject.blocks.fusion import (
     unfuse_block_,
     ungated,
 )
+from se_inject.blocks.layers import LEAST_WIDTH
 from se_inject.blocks.registry import (
     Factory,
     block_names,
@@ -32,6 +33,7 @@ from se_inject.blocks.registry import (
 from se_inject.blocks.squeeze_excitation import SqueezeExcitation
 
 __all__ = [
+    "LEAST_WIDTH",
     "Factory",
     "NoGate",
     "SqueezeExcitation",

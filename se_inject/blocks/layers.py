@@ -98,11 +98,16 @@ def mean_and_deviation(x: Tensor, space: list[int], epsilon: float) -> tuple[Ten
     return mean.to(x.dtype), spread.to(x.dtype)
 
 
+LEAST_WIDTH = 4
+"""The narrowest bottleneck that a reduction gives; no count of the paper changes by it."""
+
+
 def squeeze_width(
     channels: int, reduction: float | None = None, divisor: int | None = None, width: int | None = None
 ) -> int:
-    """The width of the bottleneck: max(1, C // r), C / r rounded to a multiple of ``divisor``, or ``width`` itself.
+    """Return the width of the bottleneck: C // r, C / r rounded to a multiple of ``divisor``, or ``width`` itself.
 
+    C // r is at least ``LEAST_WIDTH``, or C if that is less: one or two units with a ReLU are soon off for every input.
     Rounding is to the nearest multiple and at least one, as timm's ``make_divisible(..., round_limit=0)`` has it.
 
     Args:
@@ -130,7 +135,7 @@ def squeeze_width(
             "the reduction r must be positive and finite", seen=f"r = {reduction}", hint="the paper uses 16"
         )
     if divisor is None:
-        return max(1, int(channels // reduction))
+        return max(min(LEAST_WIDTH, channels), int(channels // reduction))
     if divisor < 1:
         raise OptionError("the divisor must be at least 1", seen=f"divisor = {divisor}")
     return max(divisor, int(channels / reduction + divisor / 2) // divisor * divisor)
@@ -144,7 +149,7 @@ class Bottleneck(nn.Module):
     Args:
         channels: C.
         rank: number of spatial dimensions: 1, 2 or 3.
-        reduction: r; the bottleneck is max(1, C // r) wide. None: 16.
+        reduction: r; the bottleneck is max(4, C // r) wide. None: 16.
         divisor: round C / r to a multiple of this instead.
         width: of the bottleneck, instead of a reduction.
         bias: whether W1 and W2 have biases.
@@ -195,6 +200,22 @@ class Bottleneck(nn.Module):
     def width(self) -> int:
         """The width of the bottleneck that was built."""
         return self.fc1.out_channels  # type: ignore[no-any-return]
+
+    def rest_(self) -> None:
+        """Start with W2 zero and every inner unit on: a ReLU that is off for all inputs would never learn.
+
+        b1 is 1, and W1 z is well below 1 for inputs that a normalisation made. Without a bias, every second row of W1 is the
+        one before it turned round, so that some units are on whatever z is.
+        """
+        zero_(self.fc2)
+        if self.bn is not None:
+            nn.init.ones_(self.bn.bias)
+        elif self.fc1.bias is not None:
+            nn.init.ones_(self.fc1.bias)
+        else:
+            with torch.no_grad():
+                pairs = self.width // 2 * 2
+                self.fc1.weight[1:pairs:2] = -self.fc1.weight[0:pairs:2]
 
     def excite(self, z: Tensor) -> Tensor:
         """W2 δ(W1 z), for z of (N, C, *)."""

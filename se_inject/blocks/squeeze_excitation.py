@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from se_inject.blocks.layers import Bottleneck, chosen, hard_sigmoid, largest, mean_and_deviation, zero_
+from se_inject.blocks.layers import Bottleneck, chosen, hard_sigmoid, largest, mean_and_deviation
 from se_inject.forwards import addressed
 
 SQUEEZES = ("avg", "max", "avg+max", "std")
@@ -35,7 +35,7 @@ class SqueezeExcitation(Bottleneck):
     Not when: latency on a device that is slow at small kernels counts more than accuracy; with ``norm`` not when
     training with one example per device, since the norm then has one value for each channel; with ``gate=relu`` not in
     float16 with large values: it has no upper bound, so y grows as x² (and table 12 has it below no SE at all).
-    Start: the identity is exact, with W2 zero and a gate that is 1 at 0; else the factor is about 0.5 for the sigmoids
+    Start: the identity is exact, with W2 zero, b1 = 1 (no inner unit is off) and a gate that is 1 at 0; else the factor is about 0.5 for the sigmoids
     and about 0 for tanh and ReLU.
 
     The gate g(a) of the paper's start, and that of the identity start, with its slope at 0:
@@ -55,7 +55,7 @@ class SqueezeExcitation(Bottleneck):
     Args:
         channels: C.
         rank: number of spatial dimensions: 1, 2 or 3.
-        reduction: r; the bottleneck is max(1, C // r) wide. None: 16.
+        reduction: r; the bottleneck is max(4, C // r) wide. None: 16.
         divisor: round C / r to a multiple of this instead; 8 is what timm does.
         width: of the bottleneck, instead of a reduction.
         bias: whether W1 and W2 have biases: the paper's ablations have none, its released models do.
@@ -107,7 +107,7 @@ class SqueezeExcitation(Bottleneck):
         Gradients reach W2 at once and W1 from the second step on.
         """
         self.one_at_zero = True
-        zero_(self.fc2)
+        self.rest_()
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gate(x)

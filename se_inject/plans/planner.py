@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject.blocks import build_block, check_block, check_values, has_identity_start, is_at_hand
+from se_inject.blocks import LEAST_WIDTH, build_block, check_block, check_values, has_identity_start, is_at_hand
 from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError, either
 from se_inject.forwards import is_plain_name, original_class
 from se_inject.plans.budget import Search, parsed_budget, plan_within
@@ -293,11 +293,16 @@ def _probed(
                 start = "paper"
                 notes.append(f"block `{block}` has no identity start: the network's output changes until it is trained")
             check_block(block, build_block(block, channels, size, options, start), channels, size, dtype)
-        if getattr(built, "width", None) == 1 and options.get("width") is None and reduction > channels:
+        widened = getattr(built, "width", 0) > channels / reduction and "divisor" not in options
+        if widened and options.get("width") is None and channels // reduction < LEAST_WIDTH:
             narrow.append(channels)
     if narrow:
         told = " to ".join(str(channels) for channels in dict.fromkeys((min(narrow), max(narrow))))
-        notes.append(f"r = {reduction:g} is more than the {told} channels of some sites: the bottleneck is 1 wide")
+        least = min(LEAST_WIDTH, *narrow)
+        notes.append(
+            f"r = {reduction:g} is too much for the {told} channels of some sites: the bottleneck is {least} wide there, "
+            "for one narrower is soon off for every input"
+        )
     return start, list(dict.fromkeys(notes))
 
 

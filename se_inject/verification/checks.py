@@ -40,6 +40,7 @@ from se_inject.verification.calls import (
 )
 from se_inject.verification.comparison import same_value, tensors_in
 from se_inject.verification.coverage import units_with_blocks
+from se_inject.verification.learning import DRAWS, Learning, redrawn
 
 _OF_THE_BLOCKS = {"same output as before", "blocks trainable"}
 """Checks that a block can fail by its own fault."""
@@ -378,43 +379,35 @@ def _all_zero(tensor: Tensor) -> bool:
     return not tensor.flatten()[:1].any() and not tensor.any()  # of most, one number tells it
 
 
-_DRAWS = 4
-"""How often gradients are asked for: stochastic depth may drop a branch at random."""
-
-
 def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> Check:
-    """Backward passes of a random projection of the outputs, towards the new parameters only."""
+    """Ask for gradients of the new parameters, and of every unit in the blocks, over several inputs if need be."""
     name = "blocks trainable"
-    new = {path: {key: p for key, p in block.named_parameters() if p.requires_grad} for path, block in blocks.items()}
-    named = {f"{path}.{key}": p for path, parameters in new.items() for key, p in parameters.items()}
-    reached: set[str] = set()
-    alive = {path for path, parameters in new.items() if not parameters}
-    for seed in range(1, _DRAWS + 1):
+    learning = Learning(blocks)
+    woken = {**_awakened(after, learning.parameters), **learning.woken()}
+    for draw in range(DRAWS):
         with _calls_of(after, blocks) as calls, torch.enable_grad():
 
-            def backward(output: Any) -> tuple[Counter[str], bool, dict[str, Tensor | None]]:
+            def backward(output: Any, draw: int = draw) -> tuple[Counter[str], bool]:
                 made = calls.copy()  # before anything is called again on the way back
-                return made, after.training, _grads_of(output, named)
+                learning.ask(output, woken, draw)
+                return made, after.training
 
             with _watched(blocks) as running:
                 try:
-                    made, trained, grads = run_awake(after, inputs, _awakened(after, named), backward, seed)
+                    made, trained = run_awake(after, redrawn(inputs, draw), woken, backward, draw + 1)
                 except Exception as error:
                     return Check(name, False, _failure(after, error, running))
         if silent := sorted(path for path in blocks if not made[path]):
             return Check(name, False, f"not called: {', '.join(silent[:3])}")
         if repeated := sorted(path for path in blocks if 0 < made[path.rpartition(".")[0]] < made[path]):
             return Check(name, False, f"called more often than their owners: {', '.join(repeated[:3])}")
-        reached |= {key for key in named if grads[key] is not None}
-        alive |= {
-            path
-            for path, parameters in new.items()
-            if any((grad := grads[f"{path}.{key}"]) is not None and grad.any() for key in parameters)
-        }
-        unreached = [key for key in named if key not in reached] or [path for path in blocks if path not in alive]
-        if not unreached:
-            told = f"gradients reach all {counted(len(named), 'new parameter')} of {counted(len(blocks), 'block')}"
-            return Check(name, True, told)
+        if not learning.unreached() and not learning.partly_off():
+            break
+    unreached = learning.unreached()
+    if not unreached:
+        told = f"gradients reach all {counted(len(learning.parameters), 'new parameter')} of {counted(len(blocks), 'block')}"
+        off = learning.partly_off()
+        return Check(name, True, told + (f"; partly off: {', '.join(off[:3])}{', …' * (len(off) > 3)}" if off else ""))
     if any("quantized" in type(module).__module__ for module in after.modules()):
         return Check(name, None, "not told: no gradient passes its quantised modules")
     if not trained:  # a detector's best boxes need not come from everywhere
@@ -437,14 +430,3 @@ def _calls_of(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[Counte
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _grads_of(output: Any, named: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
-    """The gradients of a random projection of all outputs; None where there is no way back."""
-    outputs = [leaf for leaf in tensors_in(output) if leaf.requires_grad]
-    if not named or not outputs:
-        return dict.fromkeys(named)
-    generator = torch.Generator().manual_seed(3)
-    directions = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
-    grads = torch.autograd.grad(outputs, list(named.values()), directions, allow_unused=True)
-    return dict(zip(named, grads, strict=True))

@@ -315,5 +315,5 @@ def test_options_from_text_have_their_types():
 
 def test_a_width_of_one_is_no_reduction_above_the_channels():
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
-    assert not any("more than" in note for note in si.plan(network, value(2, 3, 16, 16), width=1).notes)
-    assert any("more than" in note for note in si.plan(network, value(2, 3, 16, 16), reduction=None).notes)
+    assert not any("too much" in note for note in si.plan(network, value(2, 3, 16, 16), width=1).notes)
+    assert any("too much" in note for note in si.plan(network, value(2, 3, 16, 16), reduction=None).notes)

@@ -54,7 +54,7 @@ def block_by_hand(channels, width, positions, item=4, identity=True, bias=True):
 def test_a_block_by_hand(rank, options):
     report = si.plan(plain(rank), example(rank), **options).cost()
     assert [(row.channels, row.width) for row in report.rows] == [
-        (channels, max(1, channels // options.get("reduction", 16))) for channels in (C, D)
+        (channels, max(4, channels // options.get("reduction", 16))) for channels in (C, D)
     ]
     for row in report.rows:
         assert row.cost == block_by_hand(
@@ -69,7 +69,7 @@ def test_a_block_by_hand(rank, options):
 @pytest.mark.parametrize(("dtype", "item"), [(torch.float64, 8), (torch.float16, 2), (torch.bfloat16, 2)], ids=str)
 def test_bytes_follow_the_number_format(dtype, item):
     report = si.plan(plain(2, dtype), example(2, dtype=dtype)).cost()
-    assert report.rows[0].cost == block_by_hand(C, 1, volume(2), item=item)
+    assert report.rows[0].cost == block_by_hand(C, 4, volume(2), item=item)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -135,7 +135,7 @@ def test_a_block_that_runs_twice_costs_twice_and_has_its_parameters_once():
 
     report = si.plan(Twice(), example(2)).cost()
     (row,) = report.rows
-    once = block_by_hand(C, 1, volume(2))
+    once = block_by_hand(C, 4, volume(2))
     assert row.cost == Cost(once.params, 2 * once.macs, 2 * once.elementwise, 2 * once.bytes)
 
 
