@@ -4,6 +4,7 @@ In: a ``Trace``. Out: ``Sites``: a frozen selection of sites in stages, and the 
 Must not know: which block will be put in, how a forward is edited, or what anything costs.
 """
 
+from se_inject.sites.dataflow import last_write
 from se_inject.sites.finder import find_sites, sites_in
 from se_inject.sites.operations import labels, returned
 from se_inject.sites.parts import Operation, Parts, parts_of
@@ -25,6 +26,7 @@ __all__ = [
     "Stage",
     "find_sites",
     "labels",
+    "last_write",
     "parts_of",
     "place_of",
     "returned",

@@ -22,6 +22,31 @@ def lineage(node: fx.Node) -> set[fx.Node]:
     } | {node}
 
 
+def last_write(value: fx.Node) -> fx.Node | None:
+    """Return the last node that writes into a value without returning what is read on: ``out[:, :4] = y``, ``out[0].copy_(y)``.
+
+    None if nothing does.
+    """
+    writes = [found for user in value.users for found in _writes(user, value)]
+    return max(writes) if writes else None
+
+
+def _writes(node: fx.Node, value: fx.Node) -> list[fx.Node]:
+    """Return the writes into a value that a reader of it does: itself, or those into the view that it takes."""
+    if not node.args or node.args[0] is not value:
+        return []
+    name = function_name_of(node)
+    if name == "setitem" or (name.endswith("_") and not name.endswith("__") and not node.users):
+        return [node]
+    if name not in _VIEWS or not node.users:
+        return []
+    found = [_writes(user, node) for user in node.users]
+    return [write for writes in found for write in writes] if all(found) else []
+
+
+_VIEWS = frozenset({"getitem", "narrow", "select", "view", "transpose", "permute", "unflatten"})
+
+
 def since(operands: list[fx.Node], common: set[fx.Node]) -> set[fx.Node]:
     """Return what operands were computed from since the values that are common to all of them."""
     lineages = [lineage(operand) for operand in operands]

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from se_inject.errors import LoadError, SurgeryError
 from se_inject.forwards import check_lines, expectations, lines_of, steps_data
-from se_inject.sites.dataflow import IN_PLACE, lineage, reaches_output
+from se_inject.sites.dataflow import IN_PLACE, last_write, lineage, reaches_output
 from se_inject.sites.operations import convolves, means_the_same, passed_through, path_of, returned
 from se_inject.tracing import (
     OwnerGraph,
@@ -140,6 +140,9 @@ class Values:
             training, _ = training_graph(self.trace, owner)
             if not means_the_same(owner.graph, training, written):
                 return f"its forward computes `{written.partition('#')[0]}` more often in one mode than in the other"
+        write = last_write(value)
+        if write is not None and any(user < write and not _leads_to(user, write) for user in value.users):
+            return "it is written into after it was read"
         if not value.users:
             return "nobody reads its value: it is written into another, whose name is read"
         order = {node: number for number, node in enumerate(owner.graph.nodes)}
@@ -204,6 +207,19 @@ class Values:
     def steps(self, path: str) -> list[dict[str, Any]]:
         """The steps of ours that an owner's forward was edited by."""
         return steps_data(self.trace.model.get_submodule(path))
+
+
+def _leads_to(user: fx.Node, write: fx.Node) -> bool:
+    """Whether a reader of a buffer is there to fill it: what it reads goes into a later assignment."""
+    pending, seen = [user], set()
+    while pending:
+        node = pending.pop()
+        if node is write or function_name_of(node) == "setitem":
+            return True
+        if node not in seen:
+            seen.add(node)
+            pending += [each for each in node.users if each < write or each is write]
+    return function_name_of(user) in ("getitem", "narrow", "select") and all(not each.users for each in user.users)
 
 
 def check_editable(trace: Trace, owner: OwnerGraph) -> None:

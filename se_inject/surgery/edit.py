@@ -10,7 +10,7 @@ from torch import fx
 
 from se_inject.errors import SurgeryError
 from se_inject.forwards import expectations, lines_of
-from se_inject.sites import labels, returned
+from se_inject.sites import labels, last_write, returned
 from se_inject.surgery.step import Step
 from se_inject.tracing import Trace, Untraceable, training_graph
 
@@ -86,8 +86,9 @@ def _gate(graph: fx.Graph, value: fx.Node, block_name: str) -> None:
     """Let all who read the value, or the last of its blocks for all, read a new block's output instead."""
     while (block := next((user for user in value.users if user.meta.get("for_all")), None)) is not None:
         value = block
-    users = list(value.users)
-    with graph.inserting_after(value):
+    write = last_write(value)  # a buffer is gated when it is full
+    users = [user for user in value.users if write is None or user > write]
+    with graph.inserting_after(value if write is None else write):
         gated = graph.call_module(block_name, (value,))
     gated.meta["for_all"] = True
     for user in users:

@@ -329,6 +329,39 @@ def Scores():
     return nn.Sequential(conv(3), conv(), conv(C, 10), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+@units("zeros_like")
+class Buffer(Unit):
+    """The branch is written into a buffer, half by half, the second half from the first."""
+
+    def forward(self, x):
+        y = self.branch(x)
+        out = torch.zeros_like(y)
+        out[:, : C // 2] = y[:, : C // 2]
+        out[:, C // 2 :] = y[:, C // 2 :] + 0.5 * out[:, : C // 2]
+        return torch.relu(x + out)
+
+
+@units("empty_like")
+class BufferByViews(Unit):
+    def forward(self, x):
+        y = self.branch(x)
+        out = torch.empty_like(y)
+        out.narrow(1, 0, 4).copy_(y[:, :4])
+        out[:, 4:].copy_(y[:, 4:])
+        return x - out
+
+
+@units(missed="written into after it was read")
+class ReadTooEarly(Unit):
+    def forward(self, x):
+        y = self.branch(x)
+        out = torch.zeros_like(y)
+        out[:, :4] = y[:, :4]
+        early = torch.relu(x + out)
+        out[:, 4:] = y[:, 4:]
+        return early
+
+
 # -- silence ----------------------------------------------------------------------------------------------------
 
 

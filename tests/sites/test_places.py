@@ -186,3 +186,19 @@ def test_sites_are_chosen_by_a_predicate():
         found.where(lambda site: False)
     with pytest.raises(SiteNotFound, match="predicate"):
         si.plan(network, example, at=lambda site: site.channels > 9999)
+
+
+def test_a_buffer_is_gated_when_it_is_full():
+    network = PLACES["Buffer"].make().eval()
+    after = si.inject(network, X)
+    block = next(module for path, module in after.named_modules() if path.startswith("1.0.se"))
+    seen = []
+    block.register_forward_hook(lambda _, args, out: seen.append((args[0].clone(), out)))
+    with torch.no_grad():
+        block.fc2.bias.fill_(3.0)
+        x = after[0](X)
+        y = network[1][0].branch(x)
+        full = torch.cat([y[:, : C // 2], y[:, C // 2 :] + 0.5 * y[:, : C // 2]], 1)
+        result = after[1][0](x)
+        assert torch.equal(seen[0][0], full) and not torch.equal(seen[0][1], full)
+        assert torch.equal(result, torch.relu(x + seen[0][1]))
