@@ -65,7 +65,7 @@ def _recorded() -> bool:
 
 def hard_sigmoid(a: Tensor) -> Tensor:
     """min(max(a + 3, 0), 6) / 6; in files written like this: OpenCV's HardSigmoid before a product is wrong."""
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined] # noqa: SIM102 -- TorchScript drops it
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         if _recorded():
             return (a + 3).clamp(0, 6) / 6
     return F.hardsigmoid(a)
@@ -76,7 +76,7 @@ def largest(x: Tensor, space: list[int]) -> Tensor:
 
     Not in eager, where pooling gives all of the gradient to the first of equal values.
     """
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined] # noqa: SIM102 -- TorchScript drops it
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         if len(space) == 2 and _recorded():
             return F.adaptive_max_pool2d(x, 1)
     return x.amax(space, keepdim=True)
