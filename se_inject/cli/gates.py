@@ -9,6 +9,7 @@ import click
 
 from se_inject.cli import options
 from se_inject.cli.running import OutputPath, WorkerCommand
+from se_inject.cli.talk import note
 from se_inject.progress import step
 
 if TYPE_CHECKING:
@@ -63,20 +64,20 @@ def excitations(**given: Any) -> None:
         check_picture(given["draw"], force=given["force"])
     network, batches = loaded(given)
     found = measure(network, limited(batches, given["limit"]), progress=progress())
-    for note in batches.all_notes():
-        click.echo(f"note: {note}", err=True)
+    for line in batches.all_notes():
+        note(f"note: {line}")
     if given["as_json"]:
         click.echo(as_json({**excitations_data(found, by_class=given["classes"]), "data": batches.all_notes()}))
     else:
         click.echo(excitations_text(found, given["style"], by_class=given["classes"]))
     if given["plot"] is not None:
         plot_gates(found, given["plot"], force=given["force"])
-        click.echo(f"wrote {given['plot']}", err=True)
+        note(f"wrote {given['plot']}")
     if given["draw"] is not None:
         inputs = example(given["inputs"], network)
         plan = plan_of(network, inputs, trust=given["trust"])
         plan.draw(network, found, example_inputs=inputs).save(given["draw"], force=given["force"])
-        click.echo(f"wrote {given['draw']}", err=True)
+        note(f"wrote {given['draw']}")
 
 
 @click.command(cls=WorkerCommand, short_help="Fold away the blocks of MODEL whose gates hardly depend on the image.")
@@ -155,8 +156,8 @@ def prune(**given: Any) -> None:
         force=given["force"],
         **conversion(given, "opset", "dynamic_size"),
     )
-    for note in (*found.notes, *batches.all_notes()):
-        click.echo(f"note: {note}", err=True)
+    for line in (*found.notes, *batches.all_notes()):
+        note(f"note: {line}")
     if given["as_json"]:
         timed = None if latency is None else vars(latency)
         click.echo(
@@ -193,8 +194,8 @@ def compare(**given: Any) -> None:
     b = read_network({**given, **rest, "model": second})
     batches = limited(batches, given["limit"])
     found = measure(a, b, batches, latency_seconds=3.0 if given["latency"] else 0.0, progress=progress())
-    for note in batches.all_notes():
-        click.echo(f"note: {note}", err=True)
+    for line in batches.all_notes():
+        note(f"note: {line}")
     click.echo(as_json(comparison_data(found)) if given["as_json"] else comparison_text(found))
 
 

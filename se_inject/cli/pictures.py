@@ -8,6 +8,7 @@ import click
 
 from se_inject.cli import options
 from se_inject.cli.running import OutputPath, WorkerCommand
+from se_inject.cli.talk import note
 
 
 @click.command(cls=WorkerCommand, short_help="Draw MODEL with the blocks in it.")
@@ -66,4 +67,4 @@ def draw(**given: Any) -> None:
         ).draw()
     for path in given["outputs"]:
         drawn.save(path, force=given["force"])
-        click.echo(f"wrote {path}", err=True)
+        note(f"wrote {path}")
