@@ -11,6 +11,8 @@ import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import os
+import stat
 import sys
 import traceback
 import types
@@ -18,7 +20,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import nn
 
@@ -208,3 +210,53 @@ def _where(error: BaseException, path: Path | None) -> str | None:
     frames = [frame for frame in frames if "importlib" not in frame.filename]
     frames = [frame for frame in frames if frame.filename == str(path)] or frames
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+
+
+# -- files -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def regular_file(path: Path, in_directory: Callable[[Path], str] | None = None) -> Iterator[IO[bytes]]:
+    """Open a regular file for reading, and close it afterwards.
+
+    Args:
+        path: of the file; a link to one is followed.
+        in_directory: what to do about a directory.
+
+    Raises:
+        NoSuchFile: nothing is there.
+        LoadError: a directory, a device, a pipe or a socket is there, or it can't be opened.
+    """
+    if path.is_dir():
+        raise LoadError(f"`{path}` is a directory", hint=in_directory(path) if in_directory else None)
+    try:
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - the errors are about opening alone
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except OSError as error:
+        if path.exists() and not path.is_file():  # a socket can't even be opened
+            raise _no_file(path) from error
+        raise LoadError(f"`{path}` can't be opened", seen=str(error)) from error
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise _no_file(path)
+        yield file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a pipe without waiting for somebody who writes to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _no_file(path: Path) -> LoadError:
+    return LoadError(f"`{path}` is not a file, but a device, a pipe or a socket")
+
+
+def _missing(path: Path) -> NoSuchFile:
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = did_you_mean(path.name, siblings)
+    if path.is_symlink():
+        return NoSuchFile(f"`{path}` is a link to a file that does not exist", seen=os.readlink(path))
+    if not path.suffix and path.name == str(path):
+        hint = f"a network has its package in front: `torchvision:{path}`, `timm:{path}`"
+    return NoSuchFile(f"no file `{path}`", hint=hint)

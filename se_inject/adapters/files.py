@@ -26,7 +26,7 @@ from se_inject.loading import described, form_of, opened
 from se_inject.plans import Plan, plan_of
 from se_inject.surgery import injected_blocks
 from se_inject.tracing import check_supported, duplicate
-from se_inject.user_code import NoSuchFile, fact
+from se_inject.user_code import fact
 
 VERSION = 1
 _KEY = "se_inject_adapter"  # one entry: of several, safetensors 0.8 writes the order anew each time
@@ -176,8 +176,6 @@ def read_adapter(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> 
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).exists():
-        raise NoSuchFile(f"no file `{path}`", hint=_FORM)
     try:
         with opened(Path(path)) as file:
             form = form_of(file)

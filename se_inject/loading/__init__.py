@@ -8,7 +8,7 @@ from se_inject.loading.exported.network import arguments_of
 from se_inject.loading.formats import described, form_of
 from se_inject.loading.inspection import Inspection, Named, inspect_file
 from se_inject.loading.models import describe, is_program, load, load_program, load_weights_
-from se_inject.loading.opened import opened, read_text
+from se_inject.loading.opened import opened
 
 __all__ = [
     "Inspection",
@@ -23,5 +23,4 @@ __all__ = [
     "load_program",
     "load_weights_",
     "opened",
-    "read_text",
 ]

@@ -37,8 +37,8 @@ from se_inject.tables import counted
 from se_inject.tracing import Trace, check_supported, duplicate, inputs_from, observe_model, shapes_of
 from se_inject.user_code import NoSuchFile
 
-LARGEST = 2**32
-"""Numbers in an input that a stored plan may ask for."""
+LARGEST = 2**28
+"""Numbers in all inputs that a stored plan may ask for: a gigabyte of float32."""
 VERSION = 1
 """Of the stored form, `plan.schema.json`. A change of the form that an older reader would misread makes it 2."""
 
@@ -155,8 +155,6 @@ class Plan:
     def _stored_inputs(self) -> tuple[Tensor, ...] | None:
         if self.inputs is None:
             return None
-        if max((math.prod(shape) for shape, _ in self.inputs), default=0) > LARGEST:
-            raise LoadError("the plan's inputs are too large", seen=str(self.inputs), hint=_FORM)
         return inputs_from(self.inputs)
 
     def _fitted_to(self, trace: Trace, resized: bool = False) -> Plan:
@@ -296,17 +294,16 @@ class Plan:
         for number, item in enumerate(data["steps"], 1):
             try:
                 steps.append(Step.from_data(item))
-                if not is_plain_name(steps[-1].block_name):
-                    raise LoadError(f"`{steps[-1].block_name}` can't be the name of an attribute")
+                _check_name(steps[-1].block_name)
                 check_trust(steps[-1].block, trust)
                 check_values(steps[-1].block, steps[-1].options)
             except InjectError as error:
                 raise type(error)(
                     f"step {number} of the plan: {error.message}", seen=error.seen, hint=error.hint
                 ) from error
-        return cls(
-            tuple(steps), data["model"], None if data["inputs"] is None else tuple(with_integers(data["inputs"]))
-        )
+        inputs = None if data["inputs"] is None else tuple(with_integers(data["inputs"]))
+        _check_inputs(inputs or ())
+        return cls(tuple(steps), data["model"], inputs)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write the plan to a JSON file, completely or not at all.
@@ -349,6 +346,30 @@ class Plan:
 
 
 _FORM = "`-o plan.json` writes plans; `se_inject/surgery/plan.schema.json` says what one is"
+
+
+def _check_name(name: str) -> None:
+    """Look whether a block may have this name: neither Python nor this package may have a use for it.
+
+    Raises:
+        LoadError: it may not.
+    """
+    is_ours = name.startswith(("__", "_se_inject")) or name == "_ungated_forward"
+    if not is_plain_name(name) or is_ours:
+        seen = "a name that Python or se-inject has a use for" if is_plain_name(name) else None
+        raise LoadError(f"`{name}` can't be the name of an attribute", seen=seen)
+
+
+def _check_inputs(inputs: Sequence[Any]) -> None:
+    """Look whether a network can be tried on inputs of these shapes.
+
+    Raises:
+        LoadError: one is empty, or they are too large.
+    """
+    if any(0 in shape for shape, _ in inputs):
+        raise LoadError("the plan's inputs are empty", seen=str(inputs), hint=_FORM)
+    if sum(math.prod(shape) for shape, _ in inputs) > LARGEST:
+        raise LoadError("the plan's inputs are too large", seen=str(inputs), hint=_FORM)
 
 
 def already(paths: Sequence[str], model: nn.Module) -> AlreadyInjected:

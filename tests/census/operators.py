@@ -44,6 +44,10 @@ UNDERSCORED = {
     "_native_batch_norm_legit_functional",
     "_native_batch_norm_legit",
     "_to_copy",
+    *(
+        f"_upsample_{mode}_aa" for mode in ("bilinear2d", "bicubic2d", "lanczos2d")
+    ),  # in the source of every F.interpolate
+    *(f"_upsample_nearest_exact{rank}d" for rank in (1, 2, 3)),
     "_softmax",
     "_log_softmax",
     "_adaptive_avg_pool2d",
@@ -91,7 +95,7 @@ KIN = {
         upsample_nearest_exact2d upsample_nearest_exact3d type_as empty_permuted channel_shuffle glu dim_order fft_fft fft_ifft fft_fft2
         fft_ifft2 fft_fftn fft_ifftn fft_rfft fft_irfft fft_rfft2 fft_irfft2 fft_rfftn fft_irfftn fft_fftshift fft_ifftshift
         linalg_vector_norm linalg_norm linalg_matrix_norm linalg_cross linalg_inv linalg_inv_ex special_expit special_erf copy
-        as_strided lstm gru rnn_tanh rnn_relu detach_ bernoulli bernoulli_ normal_ uniform_ exponential_ gelu_ new_zeros new_ones new_full new_empty arange_like""",
+        fill_ as_strided lstm gru rnn_tanh rnn_relu detach_ bernoulli bernoulli_ normal_ uniform_ exponential_ gelu_ new_zeros new_ones new_full new_empty arange_like""",
     "torch.nn.functional": """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
         adaptive_max_pool3d adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices affine_grid alpha_dropout avg_pool1d
         avg_pool2d avg_pool3d batch_norm bilinear celu channel_shuffle conv1d conv2d conv3d conv_transpose1d conv_transpose2d
@@ -148,6 +152,7 @@ ALSO = {
     "is_",
     "is_not",
     "as_strided",
+    "fill_",
     "values",
     "index",
     "numel",

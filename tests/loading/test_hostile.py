@@ -497,3 +497,86 @@ def test_trust_does_not_reach_further(path, monkeypatch):
     with pytest.raises(UntrustedGlobals, match=r"`helper\.system`"):
         load(path, trust=["helper"])
     assert not os.path.exists(HIT)
+
+
+# -- TorchScript, below any operator -----------------------------------------------------------------------
+
+
+def _chain(data, count, kind):
+    """An archive with classes, functions or methods more that need one another in turn."""
+    parts = hostile.records(data)
+    name = next(name for name in parts if name.endswith(".py") and b"class Sequential" in parts[name])
+    module, text = name.split("code/")[1][:-3].replace("/", "."), parts[name].decode()
+    if kind == "classes":
+        more = [f"class C{i}(Module):\n  a : {module}.C{i + 1}\n" for i in range(count)]
+        text += "".join(more) + f"class C{count}(Module):\n  training : bool\n"
+    elif kind == "functions":
+        more = [f"def f{i}(x: Tensor) -> Tensor:\n  return {module}.f{i + 1}(x)\n" for i in range(count)]
+        text += "".join(more) + f"def f{count}(x: Tensor) -> Tensor:\n  return x\n"
+    else:
+        last = f"  def m{count}(self: {module}.Sequential, x: Tensor) -> Tensor:\n    return x\n"
+        head = "  def m{0}(self: {1}.Sequential, x: Tensor) -> Tensor:\n    return (self).m{2}(x, )\n"
+        text += "".join(head.format(i, module, i + 1) for i in range(count)) + last
+    parts[name] = text.encode()
+    return hostile.zipped(parts)
+
+
+@pytest.mark.parametrize("kind", ["classes", "functions", "methods"])
+@pytest.mark.parametrize("count", [300, 6000])
+def test_definitions_that_need_one_another_without_end(kind, count, path):
+    """Of 6,000, torch's reader overflows its stack; it never sees them."""
+    data = hostile.scripted(small().eval())
+    path.write_bytes(_chain(data, 5, kind))
+    load(path)
+    refused(path, _chain(data, count, kind), match=r"in turn|too much source")
+
+
+def test_types_within_types_without_end(path):
+    parts = hostile.records(hostile.scripted(small().eval()))
+    name = next(name for name in parts if name.endswith(".py") and b"class Sequential" in parts[name])
+    parts[name] += f"class Deep(Module):\n  a : {'List[' * 90}int{']' * 90}\n".encode()
+    refused(path, hostile.zipped(parts), match="goes too deep")
+
+
+class _Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.conv(x)))
+
+
+def test_an_object_of_another_class_than_declared(path):
+    """The interpreter would read what lies behind the object in memory."""
+    parts = hostile.records(hostile.scripted(_Two().eval()))
+    name = next(name for name in parts if name.endswith(".py") and b"class _Two" in parts[name])
+    text = parts[name].decode()
+    conv, norm = (text.split(f"  {key} : ")[1].split("\n")[0] for key in ("conv", "norm"))
+    assert conv != norm
+    parts[name] = text.replace(f"  conv : {conv}", f"  conv : {norm}").encode()
+    refused(path, hostile.zipped(parts), match="`conv` holds an object of another class")
+
+
+def test_a_cast_that_nobody_checks(path):
+    parts = hostile.records(hostile.scripted(_Two().eval()))
+    name = next(name for name in parts if name.endswith(".py") and b"class _Two" in parts[name])
+    text = parts[name].decode()
+    norm = text.split("  norm : ")[1].split("\n")[0]
+    assert "norm = self.norm" in text
+    parts[name] = text.replace("norm = self.norm", f"norm = unchecked_cast({norm}, self.conv)").encode()
+    refused(path, hostile.zipped(parts), match=r"unchecked cast|damaged")
+
+
+def test_what_a_script_prints_stays_in_it(path, capfd):
+    class Printing(_Two):
+        def forward(self, x):
+            print("\x1b[31mhint: run this")
+            warnings.warn("\x1b[31mand this", stacklevel=2)
+            return torch.relu(self.norm(self.conv(x)))
+
+    path.write_bytes(hostile.scripted(Printing().eval()))
+    network, program = load(path), load_program(path)
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(program(images), network(images))
+    assert capfd.readouterr() == ("", "")

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import random
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import jsonschema
 import pytest
 import torch
 import torchvision
+from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import se_inject as si
@@ -402,3 +404,62 @@ def test_a_whole_number_may_be_written_with_a_point(network):
     assert '.0, "' in text
     assert [step.channels for step in Plan.from_json(text).steps] == [step.channels for step in Plan.load(STORED).steps]
     assert all(type(step.channels) is int for step in Plan.from_json(text).steps)
+
+
+# -- plans of strangers ------------------------------------------------------------------------------------
+
+
+def _plain():
+    convs = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)]
+    return nn.Sequential(*(part for conv in convs for part in (conv, nn.BatchNorm2d(4), nn.ReLU())))
+
+
+def _stored(tmp_path, change):
+    data = json.loads(si.plan(_plain(), torch.rand(2, 3, 16, 16), at="*").to_json())
+    change(data)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "__deepcopy__",
+        "__len__",
+        "__torch_function__",
+        "_se_inject_body",
+        "_se_inject_original",
+        "_ungated_forward",
+        "class",
+    ],
+)
+def test_names_that_a_block_can_not_have(name, tmp_path):
+    path = _stored(tmp_path, lambda data: data["steps"][0].update(block_name=name))
+    with pytest.raises(LoadError, match=f"`{name}` can't be the name of an attribute"):
+        si.Plan.load(path)
+
+
+@pytest.mark.parametrize("name", ["training", "_modules", "state_dict", "_forward_hooks"])
+def test_names_that_the_class_has(name, tmp_path):
+    plan = si.Plan.load(_stored(tmp_path, lambda data: data["steps"][0].update(block_name=name)))
+    with pytest.raises(SurgeryError, match=rf"`2\.{name}` is to become a block"):
+        plan.apply(_plain())
+
+
+@pytest.mark.parametrize("shape", [[0, 3, 16, 16], [1, 3, 30_000, 30_000], [2**24, 2**24]])
+def test_inputs_that_no_network_is_tried_on(shape, tmp_path):
+    path = _stored(tmp_path, lambda data: data.update(inputs=[[shape, "float32"]]))
+    with pytest.raises(LoadError, match=r"the plan's inputs are (empty|too large)"):
+        si.Plan.load(path)
+
+
+def test_a_plan_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", "/dev/stdin"):
+        for read in (si.Plan.load, lambda path: si.load_adapter(nn.ReLU(), path)):
+            with pytest.raises(LoadError, match=r"a device, a pipe or a socket|not a regular file"):
+                read(path)
+    (tmp_path / "large").write_bytes(b" " * 9_000_000)
+    with pytest.raises(LoadError):
+        si.Plan.load(tmp_path / "large")

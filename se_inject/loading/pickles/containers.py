@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any, ClassVar
 
 import torch
@@ -84,12 +84,13 @@ def _check_numel(numel: Any, dtype: torch.dtype, size: int) -> None:
         raise DamagedArchive(f"a storage that says that it is larger or smaller than its {size:,} bytes")
 
 
-def check_script_pickles(archive: Archive, names: Sequence[str]) -> None:
+def check_script_pickles(archive: Archive, names: Sequence[str], declared: Mapping[str, Mapping[str, Any]]) -> None:
     """Look at the pickles of TorchScript, which torch's reader in C++ will read: are its tensors within their storages?
 
     Args:
         archive: the archive.
         names: of the records, ``data.pkl`` and ``constants.pkl``.
+        declared: the types of each class's attributes, as ``checked_sources`` gives them.
 
     Raises:
         Exception: of any class; they aren't, or it names more than TorchScript does.
@@ -105,7 +106,9 @@ def check_script_pickles(archive: Archive, names: Sequence[str]) -> None:
             return _typed(_bytes(numel * dtype.itemsize, "meta"), dtype)
 
         reading.copies(data := archive.read(name))
-        _ScriptUnpickler(io.BytesIO(data), reading, storage).load()
+        reader = _ScriptUnpickler(io.BytesIO(data), reading, storage)
+        reader.declared = declared
+        reader.load()
         for other in reading.refused:
             if not other.startswith(_OF_TORCHSCRIPT) or other.startswith(_OF_CPP):
                 raise LoadError(f"a TorchScript archive that holds `{other}`", seen=f"in its {name}")
@@ -119,6 +122,34 @@ def _tuple_of(code: bytes) -> Any:
     return load
 
 
+class _Kind(Inert):
+    """A class of a TorchScript archive."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+def _fits(value: Any, declared: Any) -> bool:
+    """Whether every object in a value is of the class that is declared for its place."""
+    name, inner = declared
+    if isinstance(value, Inert):
+        kind = vars(value).get("kind")
+        return (
+            kind is None
+            or kind == name
+            or (name in ("Optional", "Union") and any(_fits(value, part) for part in inner))
+        )
+    if not isinstance(value, list | tuple | dict):
+        return True
+    if name in ("Optional", "Union"):
+        return any(_fits(value, part) for part in inner)
+    if isinstance(value, dict):
+        return all(_fits(part, inner[-1] if inner else ("", ())) for part in (*value, *value.values()))
+    each = inner if name == "Tuple" and len(inner) == len(value) else (inner[:1] or (("", ()),)) * len(value)
+    return all(map(_fits, value, each))
+
+
 class _ScriptUnpickler(Unpickler):
     """Reads what torch's reader would trip over: it takes values apart by recursion, and has a table of all that is stored.
 
@@ -130,6 +161,30 @@ class _ScriptUnpickler(Unpickler):
         self._known: dict[int, tuple[int, int, Any]] = {}
         """By address: how deep a value goes, how many it is when written out, and itself."""
         self._parts: set[int] = set()
+        self.declared: Mapping[str, Mapping[str, Any]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The same, but a class of the archive keeps its name."""
+        found = super().find_class(module, name)
+        return _Kind(f"{module}.{name}") if module.startswith(_OF_TORCHSCRIPT[0]) and type(found) is Inert else found
+
+    def _new_object(self) -> None:
+        _, kind = self.stack.pop(), self.stack[-1]
+        self.stack[-1] = made = self._inert()
+        if isinstance(kind, _Kind):
+            vars(made)["kind"] = kind.name
+
+    def _check_state(self, kind: str, state: Any) -> None:
+        """The interpreter believes what a class declares, and reads memory accordingly."""
+        types = self.declared.get(kind)
+        if types is None or type(state) is not dict:
+            raise Absurd("an object of a class that has no source")
+        for name, value in state.items():
+            if not _fits(value, types.get(name, ("", ()))):
+                raise LoadError(
+                    f"a TorchScript archive whose `{str(name)[:80]}` holds an object of another class than it declares",
+                    seen=f"in a {kind[:80]}",
+                )
 
     def _hold(self, owner: Any, parts: Iterable[Any]) -> None:
         if type(owner) is tuple and not owner:
@@ -153,6 +208,8 @@ class _ScriptUnpickler(Unpickler):
 
     def _set_state(self, instance: Any, state: Any) -> None:
         self._hold(instance, (state,))
+        if (kind := vars(instance).get("kind") if isinstance(instance, Inert) else None) is not None:
+            self._check_state(kind, state)
         super()._set_state(instance, state)
 
     def _set_items(self, items: list[Any]) -> None:
@@ -171,6 +228,7 @@ class _ScriptUnpickler(Unpickler):
 
     _OPCODES: ClassVar[dict[int, Any]] = {
         **{code: load for code, load in Unpickler._OPCODES.items() if bytes([code]) != pickle.PUT},
+        pickle.NEWOBJ[0]: _new_object,
         pickle.BINPUT[0]: lambda self: self._store(1),
         pickle.LONG_BINPUT[0]: lambda self: self._store(4),
         pickle.TUPLE[0]: _tuple_of(pickle.TUPLE),

@@ -9,7 +9,6 @@ looked at too: what a name in the source text means is for torch to say.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import io
 import os
@@ -23,10 +22,9 @@ from se_inject.errors import LoadError
 from se_inject.loading.operators import is_allowed_instruction
 from se_inject.loading.pickles.containers import check_script_pickles
 from se_inject.loading.pickles.module_checks import MOST_PATHS
+from se_inject.loading.torchscript.source import FORBIDDEN, checked_sources
 from se_inject.loading.zip_archive import Archive
 
-_FORBIDDEN = frozenset({"save", "load", "from_file", "classes", "__setstate__", "hasattr"})
-_NAMESPACES = frozenset({"aten", "prim", "torchvision"})
 _FOLDERS = ("code/", "constants/", "data/", "traced_inputs/", "extra/", ".data/")
 _FILES = frozenset(
     ["data.pkl", "constants.pkl", "traced_inputs.pkl", "version", "byteorder", ".format_version", ".storage_alignment"]
@@ -37,11 +35,6 @@ _READ = re.compile(r"(code/.*\.py|(data|constants)(\.pkl|/.*)|(\.data/)?version|
 _CASTS = ("prim::unchecked_cast", "prim::unchecked_unwrap_optional")
 _PRINTING = ("prim::Print", "aten::warn")
 _PICKLES = ("data.pkl", "constants.pkl")
-_TOKEN = re.compile(rb"\w+|[^\w\s]")
-_MOST_TOKENS = 200_000
-"""In one record of source text; to Python, each may take a kilobyte."""
-
-_LARGEST_SOURCE = 2 << 20
 
 
 def script_module(file: IO[bytes]) -> tuple[torch.jit.ScriptModule, Callable[[str], Any]]:
@@ -87,44 +80,8 @@ def _copy_checked(file: IO[bytes], to: IO[bytes]) -> None:
     for name in names:
         if not (name.startswith(_FOLDERS) or name in _FILES):
             raise LoadError(f"a TorchScript archive with a `{name[:80]}`")
-        if name.startswith("code/") and name.endswith(".py"):
-            _check_source(name, archive)
-    check_script_pickles(archive, _PICKLES)
+    check_script_pickles(archive, _PICKLES, checked_sources(archive))
     archive.copy(filter(_READ.fullmatch, archive.records), to)
-
-
-def _check_source(name: str, archive: Archive) -> None:
-    """TorchScript's grammar is a part of Python's."""
-    if archive.size(name) > _LARGEST_SOURCE or sum(1 for _ in _TOKEN.finditer(archive.read(name))) > _MOST_TOKENS:
-        raise LoadError("a TorchScript archive with too much source text", seen=name[:80])
-    try:
-        tree = ast.parse(archive.read(name).decode("ascii"))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise LoadError("a TorchScript archive with source text that is none", seen=name[:80]) from error
-    operators, readings = set(), set()
-    for node in ast.walk(tree):
-        word = _word(node)
-        if word in _FORBIDDEN:
-            raise LoadError(f"a TorchScript archive that uses `{word}`", seen=f"in its {name[:80]}")
-        if isinstance(node, ast.Attribute) and _word(node.value) in _NAMESPACES:
-            operators.add(getattr(node.value, "value", None))  # in `ops.aten.relu`, the `ops`
-        if isinstance(node, ast.Call) and _reads_a_child(node):
-            readings.add(node.func)
-        if word == "ops" and isinstance(node, ast.Name) and node not in operators:
-            raise LoadError("a TorchScript archive that calls an operator of another library", seen=name[:80])
-        if word == "getattr" and node not in readings:
-            raise LoadError("a TorchScript archive that uses `getattr`", seen=f"in its {name[:80]}")
-
-
-def _reads_a_child(call: ast.Call) -> bool:
-    """Whether it is `getattr(self, "0")`, as torch writes a child whose name is no word."""
-    if len(call.args) != 2 or call.keywords or not isinstance(call.args[1], ast.Constant):
-        return False
-    owner, name = call.args[0], call.args[1].value
-    while isinstance(owner, ast.Attribute) or (isinstance(owner, ast.Call) and _word(owner.func) == "getattr"):
-        owner = owner.value if isinstance(owner, ast.Attribute) else owner.args[0]
-    is_value = isinstance(owner, ast.Name) and owner.id not in ("ops", "torch", "__torch__")
-    return is_value and isinstance(name, str) and name not in _FORBIDDEN and bool(re.fullmatch(r"[\w.-]+", name))
 
 
 def operators_of(module: Any) -> set[str]:
@@ -162,7 +119,7 @@ def _check_graphs(module: Any, unit: Any) -> None:
         printing = []
         for node in _nodes(graph):
             kind = node.kind()
-            if not is_allowed_instruction(kind) or kind.partition("::")[2] in _FORBIDDEN:
+            if not is_allowed_instruction(kind) or kind.partition("::")[2] in FORBIDDEN:
                 raise LoadError(f"a TorchScript archive that calls `{kind}`", seen="it is not on the list of operators")
             if kind in _CASTS:
                 _check_cast(node)
@@ -183,11 +140,3 @@ def _check_cast(node: Any) -> None:
             "a TorchScript archive with an unchecked cast",
             seen=f"from {given.annotation_str[:80]} to {made.annotation_str[:80]}",
         )
-
-
-def _word(node: Any) -> str | None:
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return node.name
-    return node.id if isinstance(node, ast.Name) else None
