@@ -277,12 +277,24 @@ def main():
                     result = alone(consumer, Path(folder))
                     rows.append({"block": block, "opset": opset, "consumer": consumer, "result": result})
                     print(rows[-1], flush=True)
-    if not options.only and not options.blocks:
-        (HERE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        head = (
-            "Made by `python tests/runtimes/run.py`; a number is max|error| / max|output|, bold is wrong or not read.\n"
-        )
-        (HERE / "table.md").write_text(f"# Runtimes\n\n{head}\n{versions()}\n" + table(rows))
+        keep(rows)
+
+
+def keep(rows):
+    """Put new results in the place of old ones, and make the table of all."""
+    path = HERE / "results.jsonl"
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    merged = {(row["block"], row["opset"], row["consumer"]): row for row in (*known, *rows)}
+    order = sorted(
+        merged.values(),
+        key=lambda row: (BLOCKS.index(row["block"]), row["opset"] or 0, list(CONSUMERS).index(row["consumer"])),
+    )
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in order))
+    head = (
+        "Made by `python tests/runtimes/run.py`. A number is max|error| / max|output|; bold is wrong or not read; what is "
+        "empty was not run."
+    )
+    (HERE / "table.md").write_text(f"# Runtimes\n\n{head}\n\n{versions()}\n" + table(order))
 
 
 if __name__ == "__main__":
