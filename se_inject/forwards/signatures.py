@@ -7,7 +7,10 @@ from typing import Any
 
 
 def head_of(signature: inspect.Signature) -> tuple[str, dict[str, Any]]:
-    """Return the text of the parameters, and their defaults under the names by which the text refers to them."""
+    """Return the text of the parameters, and their defaults under the names by which the text refers to them.
+
+    Plain types that the author wrote stand in the text: TorchScript takes a parameter for a tensor otherwise.
+    """
     parts: list[str] = []
     defaults: dict[str, Any] = {}
     starred = False
@@ -16,6 +19,10 @@ def head_of(signature: inspect.Signature) -> tuple[str, dict[str, Any]]:
             parts.append("*")
         starred = starred or parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
         text = _star(parameter) + parameter.name
+        for plain in (bool, int, float, str):
+            if parameter.annotation in (plain, plain.__name__) and plain.__name__ not in signature.parameters:
+                defaults[plain.__name__] = plain
+                text += f": {plain.__name__}"
         if parameter.default is not parameter.empty:
             defaults[f"_default_{parameter.name}"] = parameter.default
             text += f"=_default_{parameter.name}"

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 INJECTED = {
     "modes": ("anomaly", "flop_counter", "fake_tensors", "dispatch_mode", "function_mode", "profiler"),
     "functions": ("vmap", "jvp", "jacrev", "functional_call", "saved_tensor_hooks", "checkpoint_reentrant", "checkpoint"),
-    "graphs": ("compile_eager", "compile_aot_eager", "export", "symbolic_trace"),
+    "graphs": ("compile_eager", "compile_aot_eager", "export", "export_strict", "symbolic_trace", "script"),
     "copies": ("package", "cloudpickle", "pickles", "deepcopy_of_a_copy", "spawn", "data_loader", "plan_again"),
 }  # fmt: skip
 PROGRAM = ("anomaly", "flop_counter", "fake_tensors", "pickles")
