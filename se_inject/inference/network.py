@@ -48,7 +48,12 @@ def for_inference(model: nn.Module, example_inputs: Any = None, *, fold_norms: b
     """
     trace = observe_model(model, example_inputs)
     check_has_numbers(model)
-    inputs = trace.inputs
+    new = _made(model, trace.inputs, fold_norms)
+    _check(model, new, trace.inputs, fold_norms)
+    return new
+
+
+def _made(model: nn.Module, inputs: Any, fold_norms: bool) -> nn.Module:
     new = copy.deepcopy(model).eval().requires_grad_(False)
     unfuse_(new)
     for module in list(new.modules()):
@@ -63,7 +68,6 @@ def for_inference(model: nn.Module, example_inputs: Any = None, *, fold_norms: b
     if steps_of(new):
         fuse_(new)
         _squeeze_early_(new)
-    _check(model, new, inputs)
     return new
 
 
@@ -156,7 +160,7 @@ def _commutes(convolution: Any) -> bool:
 
 
 @torch.no_grad()
-def _check(model: nn.Module, new: nn.Module, inputs: Any) -> None:
+def _check(model: nn.Module, new: nn.Module, inputs: Any, fold_norms: bool) -> None:
     """Compare the copy with the network at three batches and sizes, as far as the network itself accepts them."""
     like = float_like(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -180,7 +184,7 @@ def _check(model: nn.Module, new: nn.Module, inputs: Any) -> None:
                     "the copy for inference fails", seen=f"{type(failure).__name__}: {failure}"
                 ) from failure
             compared += 1
-            if not error <= allowed and not _same_in_double(model, new, args, kwargs):
+            if not error <= allowed and not _same_in_double(model, (args, kwargs), fold_norms):
                 raise VerificationError(
                     "the copy for inference computes something else",
                     seen=f"relative error {error:.1e} at batch {batch}, allowed {allowed:.0e}",
@@ -194,13 +198,16 @@ def _check(model: nn.Module, new: nn.Module, inputs: Any) -> None:
         )
 
 
-def _same_in_double(model: nn.Module, new: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether the two differ by rounding alone, which a network with steep gates makes large: in float64 they are the same."""
+@torch.enable_grad()
+def _same_in_double(model: nn.Module, inputs: Any, fold_norms: bool) -> bool:
+    """Whether a copy made in float64 computes the same: then the two differ by rounding, which steep gates can make large."""
     with contextlib.suppress(Exception):
-        one, other = (copy.deepcopy(network).double() for network in (model, new))
-        args, kwargs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs))
-        wanted = list(tensors(one(*copied(args), **copied(kwargs))))
-        return bool(difference(tensors(other(*copied(args), **copied(kwargs))), wanted)[1] <= 1e-6)
+        before = copy.deepcopy(model).double()
+        args, kwargs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+        after = _made(before, (args, kwargs), fold_norms)
+        with torch.no_grad():
+            wanted = list(tensors(before(*copied(args), **copied(kwargs))))
+            return bool(difference(tensors(after(*copied(args), **copied(kwargs))), wanted)[1] <= 1e-6)
     return False
 
 

@@ -280,3 +280,10 @@ def test_errors(monkeypatch):
     monkeypatch.setattr(inference, "fold_norms_", wrong)
     with pytest.raises(VerificationError, match="something else"):
         si.for_inference(injected, X)
+
+
+def test_rounding_that_a_network_makes_large_is_no_difference(monkeypatch):
+    """Nothing is allowed in float32, so that the copy has to be right in float64."""
+    monkeypatch.setattr(inference, "TOLERANCES", {torch.float32: 0.0})
+    injected = trained(si.inject(randomise(Net(Bottleneck(), Bottleneck())), X), 0.3)
+    assert relative(si.for_inference(injected, X)(X), injected.eval()(X)) < 1e-5
