@@ -40,6 +40,8 @@ _INNER: dict[Any, str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu", nn.
 
 def _why_in_parts(block: Any) -> str | None:
     """Why only the tail of a block can be a kernel, and its gate is made by torch; None: all of it can."""
+    if getattr(block, "is_one_operator", False):
+        return None
     if vars(type(block)).get("_se_inject_unfused", type(block)) is not SqueezeExcitation:
         return "the block's own gate"
     if block.squeeze != "avg":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,20 @@ from se_inject.tracing import float_like, parse_shape
 def conversion(options: dict[str, Any], *more: str) -> dict[str, Any]:
     """What written networks are converted to, and more options by name."""
     return {key: options[key] for key in ("device", "dtype", "memory_format", *more)}
+
+
+def check_inference(outputs: tuple[Path, ...], options: dict[str, Any]) -> None:
+    """Refuse to write blocks alone, to go on with, from a copy for inference.
+
+    Raises:
+        OptionError: ``--for-inference`` beside an adapter.
+    """
+    adapters = [path for path in outputs if path.suffix.lower() == ".safetensors"]
+    if options["for_inference"] and adapters:
+        raise OptionError(
+            f"`{adapters[0]}` holds blocks to be trained further, a copy for inference has none",
+            hint="write it without --for-inference",
+        )
 
 
 def packages(trust: tuple[str, ...]) -> tuple[str, ...]:

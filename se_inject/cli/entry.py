@@ -67,6 +67,7 @@ def cli() -> None:
     required=False,
 )
 @options.force
+@options.for_inference
 @click.option("--dry-run", is_flag=True, help="Plan and report only.")
 @click.option(
     "--report", type=OutputPath(), help="Write all this, with a picture, to one HTML file that opens offline."
@@ -90,6 +91,7 @@ def inject(**given: Any) -> None:
     "File to write: .onnx, .torchscript, .pt2, .pt; of the blocks in it .safetensors and .json; may be repeated."
 )
 @options.force
+@options.for_inference
 @options.targets
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def export(**given: Any) -> None:

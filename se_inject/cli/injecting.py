@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from se_inject.adapters import Adapter
-from se_inject.cli.arguments import block_options, conversion, example, packages, stored_plan
+from se_inject.cli.arguments import block_options, check_inference, conversion, example, packages, stored_plan
 from se_inject.cli.block_texts import parsed_blocks
 from se_inject.cli.confined import default_output
 from se_inject.cli.talk import Talk, is_quiet, print_json
-from se_inject.cost import Latency, cost_data, cost_lines, cost_text, latency_line, measure_latency
+from se_inject.cost import Latency, cost_data, cost_lines, cost_text, graphed, latency_line, measure_latency
 from se_inject.errors import OptionError
 from se_inject.exporting import check_outputs, exported_data, exported_lines, write_all
 from se_inject.forwards import original_class
+from se_inject.inference import for_inference
 from se_inject.loading import is_program, load, load_program
 from se_inject.plans import Plan, plan, plan_lines, start_factors, start_notes
 from se_inject.progress import step
@@ -41,6 +42,7 @@ def inject(
     """Put blocks into a network, verify the result, and write it."""
     targets = () if dry_run else outputs or (default_output(model),)
     check_outputs(targets, force=force, **conversion(options, "opset"))
+    check_inference(targets, options)
     if report is not None:
         check_report(report, force=force)
     found: dict[str, Any] = {}
@@ -87,16 +89,18 @@ def inject(
         if as_json and not verdict.passed:
             print_json(data)
         verdict.expect_passed()
+        written = _for_inference(injected, planned) if options["for_inference"] else injected
         if latency:
             step("measuring the latency")
-            measured = _latency(network, injected, planned)
-            found["latency"] = measured
-            data["latency"] = vars(measured)
-            say(latency_line(measured))
+            others = (_for_inference(network, planned), written) if options["for_inference"] else None
+            for name, measured in _latencies(network, injected, others, planned).items():
+                found.setdefault("latency", measured)
+                data[name.replace(" ", "_").replace(",", "").lower()] = vars(measured)
+                say(latency_line(measured, name))
         if targets:
             args, kwargs = _real_inputs(planned, injected)
             exported = write_all(
-                injected,
+                written,
                 planned,
                 targets,
                 args,
@@ -158,7 +162,29 @@ def replayed(stored: Plan | Adapter, network: nn.Module, inputs: tuple[str, ...]
     return replace(kept.fitted(network, example(inputs, network)), notes=notes)
 
 
-def _latency(network: nn.Module, injected: nn.Module, planned: Plan) -> Latency:
+def _for_inference(network: nn.Module, planned: Plan) -> nn.Module:
+    step("making a copy for inference")
+    args, kwargs = _real_inputs(planned, network)
+    if kwargs:
+        raise OptionError("`--for-inference` is for networks whose inputs are positional", seen=", ".join(kwargs))
+    return for_inference(network, args)
+
+
+def _latencies(
+    network: nn.Module, injected: nn.Module, others: tuple[nn.Module, nn.Module] | None, planned: Plan
+) -> dict[str, Latency]:
+    """The network against the injected one, and the copies for inference of both; on a GPU as CUDA graphs as well."""
+    found = {"latency": _latency(network, injected, planned)}
+    if others is not None:
+        found["for inference"] = _latency(*others, planned)
+    if float_like(network).is_cuda:
+        found["CUDA graph"] = _latency(network, injected, planned, recorded=True)
+        if others is not None:
+            found["CUDA graph, for inference"] = _latency(*others, planned, recorded=True)
+    return found
+
+
+def _latency(network: nn.Module, injected: nn.Module, planned: Plan, *, recorded: bool = False) -> Latency:
     with preserved(network), preserved(injected):
         for module in (network, injected):
             module.eval()
@@ -168,6 +194,9 @@ def _latency(network: nn.Module, injected: nn.Module, planned: Plan) -> Latency:
                 network(*args, **kwargs)
         except Exception:  # its batch is fixed
             args, kwargs = _real_inputs(planned, network)
+        if recorded:
+            replays = [graphed(each, args, kwargs) for each in (network, injected)]
+            return measure_latency(replays[0], replays[1], args, kwargs)
         return measure_latency(network, injected, args, kwargs)
 
 

@@ -164,4 +164,9 @@ def outputs(help: str, required: bool = True) -> Decorator:
     return click.option("-o", "--output", "outputs", multiple=True, required=required, type=OutputPath(), help=help)
 
 
+for_inference = click.option(
+    "--for-inference",
+    is_flag=True,
+    help="Write a copy for inference alone: norms and fixed gates folded, blocks fused. With --latency it is measured too.",
+)
 force = click.option("--force", is_flag=True, help="Replace files that exist.")

@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 
 from se_inject.adapters import Adapter
-from se_inject.cli.arguments import conversion, example, packages, stored_plan
+from se_inject.cli.arguments import check_inference, conversion, example, packages, stored_plan
 from se_inject.cli.talk import Talk, print_json
 from se_inject.errors import LoadError, OptionError
 from se_inject.exporting import check_outputs, check_targets, export_all, exported_data, exported_lines, write_all
 from se_inject.forwards import original_class
+from se_inject.inference import for_inference
 from se_inject.loading import load
 from se_inject.plans import Plan, plan_of
 from se_inject.progress import step
@@ -27,6 +28,7 @@ def export(
 ) -> None:  # fmt: skip
     """Write a network to files, injected or not, each checked in its own runtime."""
     check_outputs(outputs, force=force, **conversion(options, "opset"))
+    check_inference(outputs, options)
     stored = stored_plan(options, trust)
     say = Talk(as_json)
     step(f"reading {model}")
@@ -35,9 +37,13 @@ def export(
     held = f", with {counted(blocks, 'block')} in it" if blocks else ""
     say(f"{original_class(network).__name__} from {model}{held}\n")
     args, kwargs = example_of(network, example(inputs, network))
+    plan = plan_of(network) if blocks else None
+    if options["for_inference"]:
+        step("making a copy for inference")
+        network = for_inference(network, args)
     write: dict[str, Any] = {"example_kwargs": kwargs, "force": force, **conversion(options, "opset", "dynamic_size")}
-    if blocks:
-        exported = write_all(network, plan_of(network), outputs, args, **write)
+    if plan is not None:
+        exported = write_all(network, plan, outputs, args, **write)
     else:
         for path in outputs:
             if path.suffix.lower() in (".json", ".safetensors"):

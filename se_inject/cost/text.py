@@ -87,10 +87,10 @@ def cost_dict(cost: Cost) -> dict[str, int]:
     }
 
 
-def latency_line(latency: Latency) -> str:
+def latency_line(latency: Latency, what: str = "latency") -> str:
     """Say the measured ratio with its spread, in one line."""
     return (
-        f"latency       {latency.before_ms:.1f} ms → {latency.after_ms:.1f} ms, ratio {latency.ratio:.3f} "
+        f"{what:<13} {latency.before_ms:.1f} ms → {latency.after_ms:.1f} ms, ratio {latency.ratio:.3f} "
         f"(quartiles {latency.low:.3f} to {latency.high:.3f}, {latency.rounds} rounds in turns)"
     )
 

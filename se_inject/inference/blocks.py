@@ -41,6 +41,8 @@ class EarlySqueeze(SqueezeExcitation):
         value (N, C, *) and source (N, H, *) to (N, C, *).
     """
 
+    is_one_operator = True
+
     def forward(  # type: ignore[override]
         self,
         x: Tensor,

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from se_inject.blocks import NoGate, SqueezeExcitation, is_fused, unfuse_block_
 from se_inject.errors import InjectError, VerificationError
 from se_inject.forwards import body_of, generated_class, graph_of, in_modes, is_at_output, lines_of, original_class
+from se_inject.guarding import under_guard
 from se_inject.inference.blocks import FixedGate, compacted, early
 from se_inject.inference.forwards import drop_pass_throughs_, fold_in_forwards_
 from se_inject.inference.norms import Uses, fold_norms_, is_convolution, scale_outputs_
@@ -24,6 +25,7 @@ from se_inject.verification import TOLERANCES, difference, tensors
 BATCHES = (1, 2, 5)
 
 
+@under_guard
 def for_inference(model: nn.Module, example_inputs: Any = None, *, fold_norms: bool = True) -> nn.Module:
     """Make a copy of a network for inference alone: faster, the same outputs up to rounding. The network is not changed.
 
@@ -115,8 +117,8 @@ def _squeeze_early_(model: nn.Module) -> None:
             calls = [node for node in graph.nodes if node.op == "call_module" and node.target == step["block_name"]]
             if len(calls) == 1 and _can_be_early(block):
                 _make_early_(graph, calls[0], module)
-        new = {key: value for key, value in body.items() if key != "fused"}
-        new["lines"] = [*expected, *lines_of(graph)]
+        tails = (body.get("fused") or {"tails": {}})["tails"]
+        new = {**body, "lines": [*expected, *lines_of(graph)], "fused": {"before": {}, "tails": tails}}
         set_class(module, generated_class(original_class(module), json.dumps(new)))
 
 

@@ -81,12 +81,18 @@ def unfuse_(model: nn.Module) -> nn.Module:
     A model that is not fused is returned as it is.
 
     Raises:
-        SurgeryError: something else has changed its classes since.
+        SurgeryError: something else has changed its classes since, or it is a copy for inference.
         LoadError: it is from a file, and what it was before is not a forward that a file may hold.
         UnsupportedModel: it is or holds a wrapped, compiled, scripted or quantised module.
     """
     check_supported(model)
     check_own_classes(model)
+    bodies = [(body_of(module) or {}).get("fused") for module in model.modules()]
+    if any(fused is not None and not fused["before"] for fused in bodies):
+        raise SurgeryError(
+            "this is a copy for inference: what it was before is not in it",
+            hint="go on with the network it was made from",
+        )
     for module in model.modules():
         unfuse_block_(module)
         body = body_of(module)
@@ -142,8 +148,8 @@ def fused(model: nn.Module) -> Fused:
     found = []
     for step in own_steps(model):
         block = model.get_submodule(step.path)
-        takes = taken.get(step.path, "nothing") if is_fused(block) else None
-        how = how_computed(block) if is_fused(block) else "not fused"
+        takes = taken.get(step.path, "nothing" if is_fused(block) else None)
+        how = how_computed(block) if takes is not None else "not fused"
         found.append(FusedBlock(step.path, step.block, takes, how))
     return Fused(tuple(found))
 

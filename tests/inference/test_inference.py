@@ -11,7 +11,7 @@ from torch import nn
 
 import se_inject as si
 from se_inject.blocks import NoGate
-from se_inject.errors import UnsupportedModel, VerificationError
+from se_inject.errors import SurgeryError, UnsupportedModel, VerificationError
 from se_inject.inference import network as inference
 from se_inject.inference.blocks import EarlySqueeze, FixedGate
 from tests.common import build, portrait, randomise, same_portrait
@@ -262,6 +262,20 @@ def test_files(suffix, tmp_path):
                 else torch.export.load(written.path).graph
             )
         assert "se_inject::" not in str(text)
+
+
+def test_a_copy_for_inference_is_the_end_of_the_road():
+    injected = trained(si.inject(randomise(Net(Bottleneck(), Bottleneck())), X), 0.3)
+    new = si.for_inference(injected, X)
+    wanted = new(X)
+    assert "the addition and relu" in str(si.fused(new))
+    for again in (si.unfuse_, si.plan, lambda model: si.for_inference(model, X), lambda model: si.inject(model, X)):
+        with pytest.raises(SurgeryError):
+            again(new)
+    assert torch.equal(new(X), wanted)
+    assert [step.path for step in si.plan_of(new).steps] == ["units.0.se", "units.1.se"]
+    ejected = si.eject_(copy.deepcopy(new))
+    assert type(ejected.units[0]) is Bottleneck
 
 
 def test_errors(monkeypatch):
