@@ -121,3 +121,19 @@ def test_the_blocks_alone_hold_no_backbone(se_inject, tiny):
     se_inject("tiny.pt", *SMALL, "-o", "a.pt")
     se_inject("export", "a.pt", *SMALL, "-o", "se.safetensors")
     assert {name.split(".se.")[0] for name in load_file("se.safetensors")} == {s.rpartition(".")[0] for s in SITES}
+
+
+def test_for_inference(se_inject, tiny):
+    before = torch.load("tiny.pt", weights_only=False)
+    injected = si.inject(before, torch.randn(2, 3, 32, 32))
+    for parameter in si.injected_parameters(injected):
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    torch.save(injected, "trained.pt")
+    se_inject("export", "trained.pt", "--trust", "nets", "-o", "fast.pt", "--for-inference", "--input", "2x3x32x32")
+    fast = torch.load("fast.pt", weights_only=False)
+    assert not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in fast.modules())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), injected.eval()(x), rtol=1e-4, atol=1e-5)
+    said = se_inject("export", "trained.pt", "--trust", "nets", "-o", "a.safetensors", "--for-inference", code=2).err
+    assert "without --for-inference" in said

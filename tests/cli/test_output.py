@@ -289,3 +289,10 @@ def test_cost_by_module_shows_the_network_with_its_blocks(se_inject, tiny):
 )
 def test_what_does_not_go_with_modules_is_refused(se_inject, arguments):
     assert se_inject("cost", "nets.py:tiny", *SMALL, *arguments, code=2).out == ""
+
+
+def test_latency_of_the_copies_for_inference(se_inject):
+    done = se_inject("nets.py:tiny", *SMALL, "--dry-run", "--latency", "--for-inference", "--json")
+    data = json.loads(done.out)
+    assert {"latency", "for_inference"} <= data.keys()
+    assert data["for_inference"]["rounds"] >= 8

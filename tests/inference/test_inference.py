@@ -264,6 +264,29 @@ def test_files(suffix, tmp_path):
         assert "se_inject::" not in str(text)
 
 
+class Wide(nn.Module):
+    """A unit whose last convolution has more outputs than inputs, and a mean that does not commute with it."""
+
+    def __init__(self, kernel=3, stride=1, padding=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(16, 8, 1)
+        self.conv2, self.bn = nn.Conv2d(8, 16, kernel, stride, padding), nn.BatchNorm2d(16)
+        self.short = nn.Conv2d(16, 16, kernel, stride, padding)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv2(F.relu(self.conv1(x)))) + self.short(x))
+
+
+@pytest.mark.parametrize("kernel, stride, padding, early", [(3, 1, 1, 0), (1, 2, 0, 0), (1, 1, 1, 0), (1, 1, 0, 2)])
+def test_the_squeeze_is_early_only_where_the_mean_commutes(kernel, stride, padding, early):
+    units = (Wide(kernel, stride, padding), Wide(kernel, stride, padding))
+    injected = trained(si.inject(randomise(Net(*units)), X, at="units*"), 0.3)
+    new = si.for_inference(injected, X)
+    assert count(new, EarlySqueeze) == early
+    with torch.no_grad():
+        assert relative(new(X), injected.eval()(X)) < 1e-5
+
+
 def test_a_copy_for_inference_is_the_end_of_the_road():
     injected = trained(si.inject(randomise(Net(Bottleneck(), Bottleneck())), X), 0.3)
     new = si.for_inference(injected, X)

@@ -35,6 +35,8 @@ def block_of(shape, seed=0, start=False, **options):
     block = SqueezeExcitation(shape[1], rank=len(shape) - 2, reduction=2, **options)
     for parameter in block.parameters():
         nn.init.normal_(parameter, 0, 0.5)
+    if block.fc1.bias is not None:
+        nn.init.uniform_(block.fc1.bias, 0.5, 1.5)  # no unit is dead: nothing would come back through it
     if start:
         block.identity_init()
     fuse_block_(block)
