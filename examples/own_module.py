@@ -61,6 +61,10 @@ def main() -> None:
     assert torch.equal(injected(x), network(x)), "at the identity start nothing has changed"
     print("output unchanged, bit for bit:", si.verify(network, injected, x).passed)
 
+    si.fuse_(injected)
+    print(si.fused(injected))
+    assert torch.equal(injected(x), network(x)), "fused, it is still the same"
+
     with tempfile.TemporaryDirectory() as folder:
         exported = si.export(injected, Path(folder) / "net-se.onnx", x)
         print(f"wrote {exported.path.name}: {exported.how}")
