@@ -7,7 +7,16 @@ may what it takes change: files name it.
 
 from se_inject.blocks import SqueezeExcitation
 from se_inject.blocks import rebuild_fused as fused
-from se_inject.forwards import FixedBatchNorm, edited, program, program_class
+from se_inject.forwards import FixedBatchNorm, edited, edited_graph, program, program_class
 from se_inject.surgery import frozen
 
-__all__ = ["FixedBatchNorm", "SqueezeExcitation", "edited", "frozen", "fused", "program", "program_class"]
+__all__ = [
+    "FixedBatchNorm",
+    "SqueezeExcitation",
+    "edited",
+    "edited_graph",
+    "frozen",
+    "fused",
+    "program",
+    "program_class",
+]

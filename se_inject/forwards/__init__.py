@@ -6,7 +6,7 @@ Must not know: how a call is observed, what a site is, or what a file looks like
 
 from se_inject.forwards.checks import check_forward, stored_lines
 from se_inject.forwards.classes import addressed, made, reduction, shared
-from se_inject.forwards.edited import check_lines, checked_class, edited, generated_class
+from se_inject.forwards.edited import check_lines, checked_class, edited, edited_graph, generated_class
 from se_inject.forwards.graphs import expectations, graph_of, lines_of
 from se_inject.forwards.lasting import give_back_forward_
 from se_inject.forwards.lines import all_lines, in_modes, is_at_output, without_unused
@@ -60,6 +60,7 @@ __all__ = [
     "class_when_thawed",
     "decoded",
     "edited",
+    "edited_graph",
     "encoded",
     "expectations",
     "function_called",

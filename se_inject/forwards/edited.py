@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from se_inject.errors import LoadError
+from se_inject.forwards import graph_modules
 from se_inject.forwards.classes import addressed, made, reduction, shared, source_name
 from se_inject.forwards.lasting import UNGATED, lasting
 from se_inject.forwards.lines import is_at_output
@@ -66,6 +67,7 @@ def _generated(original: Any, body: str) -> type:
         "__reduce_ex__": reduction(edited, original, body),
         ORIGINAL: original,
         BODY: body,
+        **graph_modules.methods(original, body, [step["block_name"] for step in data["steps"]], edited_graph),
     }
     if at_output:
         attributes[UNGATED] = _renamed(original.forward, UNGATED)
@@ -138,3 +140,16 @@ def _is_fused(data: Any) -> bool:
         and isinstance(data["before"], dict)
         and all(isinstance(words, str) for words in tails)
     )
+
+
+@addressed("edited_graph")
+def edited_graph(plain: nn.Module, body: str, blocks: dict[str, nn.Module], training: bool) -> nn.Module:
+    """Put the blocks and the class of an edited graph module back; a pickle calls this.
+
+    Raises:
+        LoadError: the arguments are not what this package writes.
+    """
+    plain._modules.update(blocks)
+    plain.__class__ = checked_class(type(plain), body)
+    plain.training = training
+    return plain

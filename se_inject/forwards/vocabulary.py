@@ -11,6 +11,7 @@ import keyword
 import math
 import operator
 import unicodedata
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,12 @@ _OWN_MODULES = {
     "torch.nn.functional": ("torch.nn.functional",),
     "torch.functional": ("torch.functional",),
 }
-_BUILTINS: dict[str, Callable[..., Any]] = {"getattr": getattr, "round": round, "assert": torch._assert}
+_BUILTINS: dict[str, Callable[..., Any]] = {
+    "OrderedDict": OrderedDict,
+    "getattr": getattr,
+    "round": round,
+    "assert": torch._assert,
+}
 _FORBIDDEN = frozenset(
     {
         "from_file",
@@ -89,8 +95,11 @@ def function_name(function: Any) -> str:
         return f"ops:{function._schema.name.replace('::', '.')}.{function._overloadname}"
     short = getattr(function, "__name__", "")
     for space in _NAMESPACES:
-        if _function_in(space, short) is function:
-            return f"{space}:{short}"
+        for name in (short, short.removeprefix(f"{space.rpartition('.')[2]}_")):  # `torch.fft.rfft2` is `fft_rfft2`
+            if _function_in(space, name) is function:
+                return f"{space}:{name}"
+    if isinstance(function, type):
+        raise SurgeryError(f"its forward makes a `{short}`, which a stored forward can't make")
     raise SurgeryError(f"its forward calls `{short or function}`, which is no tensor operation of torch")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from se_inject.guarding import mark_like
@@ -57,12 +57,12 @@ def duplicate(model: nn.Module) -> nn.Module:
     It does for networks that hold a tensor with a history (old ``weight_norm``), a lock or an open file. What can't be
     copied is shared.
     """
-    try:
-        other = copy.deepcopy(model)
-        mark_like(other, model)
-        return other
-    except Exception:
-        return twin_of(model, _cloned)
+    other: nn.Module | None = None
+    if not any(isinstance(module, fx.GraphModule) for module in model.modules()):  # whose copy loses attributes
+        with contextlib.suppress(Exception):
+            other = copy.deepcopy(model)
+            mark_like(other, model)
+    return twin_of(model, _cloned) if other is None else other
 
 
 def _cloned(tensor: Tensor) -> Tensor:

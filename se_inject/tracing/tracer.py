@@ -150,6 +150,7 @@ class OwnerTracer(TracerBase):
         except (TypeError, ValueError) as error:
             raise Untraceable(f"its arguments can't be told apart: {error}") from error
         given = set(bound.arguments)
+        self.graph._graph_namespace.create_name(next(iter(bound.arguments)), None)  # no node is called as `self` is
         bound.apply_defaults()
         inputs: list[Any] = []
         keywords: dict[str, Any] = {}

@@ -1,0 +1,56 @@
+"""Graph modules and feature extractors are injected, verified, copied and pickled like any module, and keep their blocks."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torchvision.models import resnet18
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import se_inject as si
+from tests.common import randomise
+from tests.tracing.test_borders import tensors
+
+X = torch.rand(2, 3, 32, 32)
+
+MAKE = {
+    "traced": lambda: torch.fx.symbolic_trace(resnet18()),
+    "extractor": lambda: create_feature_extractor(resnet18(), {"layer2": "a", "layer4": "b"}),
+    "timm": lambda: timm.create_model("resnet18", features_only=True, feature_cfg={"feature_cls": "fx"}),
+}
+
+
+def equal(one, other):
+    pairs = list(zip(tensors(one), tensors(other), strict=True))
+    return bool(pairs) and all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_graph_modules(name):
+    torch.manual_seed(0)
+    model = randomise(MAKE[name]()).eval()
+    plan = si.plan(model, X)
+    assert len(plan.steps) == 8
+    after = plan.apply(model)
+    assert type(after(X)) is type(model(X))
+    assert equal(after(X), model(X))
+    assert si.verify(model, after, X).passed
+    for step in plan.steps:
+        nn.init.normal_(after.get_submodule(step.path).fc2.weight)
+    trained = after(X)
+    assert not equal(trained, model(X))
+    for twin in (copy.deepcopy(after), pickle.loads(pickle.dumps(after)), after.train().eval()):
+        assert equal(twin(X), trained)
+        assert len(si.plan_of(twin).steps) == 8
+    assert equal(si.eject_(after)(X), model(X))
+
+
+def test_a_new_graph_would_lose_the_blocks_and_is_refused():
+    after = si.inject(torch.fx.symbolic_trace(resnet18()).eval(), X)
+    with pytest.raises(RuntimeError, match="eject_"):
+        after.recompile()
+    with pytest.raises(RuntimeError, match="eject_"):
+        after.graph = torch.fx.Graph()
