@@ -158,12 +158,13 @@ def confinement_for(
 
 def outputs_of(command: click.Command, ctx: click.Context) -> list[Path]:
     """The files that this command line writes."""
-    if ctx.params.get("dry_run"):
-        return []
     options = [p for p in command.params if isinstance(p.type, OutputPath) or p.name in _OUTPUTS]
-    found = [Path(text) for option in options for text in _texts([ctx.params.get(option.name or "")])]
-    if not found and command.name == "inject":
-        found = [default_output(ctx.params["model"])]
+    names = [option.name or "" for option in options]
+    if ctx.params.get("dry_run"):
+        names.remove("outputs")
+    found = [Path(text) for name in names for text in _texts([ctx.params.get(name)])]
+    if command.name == "inject" and "outputs" in names and not ctx.params["outputs"]:
+        found.append(default_output(ctx.params["model"]))
     return found
 
 

@@ -17,10 +17,10 @@ from se_inject.cli.talk import QUIET
 _SECTIONS = (
     ("Which network", ("model", "file", "weights", "arch", "entry", "trust", "inputs", "max_memory", "max_time")),
     ("Which sites", ("stages", "at", "attended", "require_all")),
-    ("Which block", ("block", "blocks", "reduction", "reductions", "position", "settings", "divisor", "bias", "init", "name")),
+    ("Which block", ("block", "blocks", "reduction", "reductions", "position", "settings", "divisor", "bias", "init", "name", "budget")),
     ("Which data", ("source", "batch_size", "limit", "mean", "std", "classes", "metric", "tolerance")),
     ("What was chosen before", ("plan_file", "adapter")),
-    ("What is written", ("outputs", "output", "plot", "force", "for_inference", "device", "dtype", "memory_format", "opset", "dynamic_size")),
+    ("What is written", ("outputs", "output", "plot", "draw", "report", "force", "for_inference", "device", "dtype", "memory_format", "opset", "dynamic_size")),
     ("What is done and printed", ("dry_run", "latency", "by", "depth", "seed", "style", "as_json", "verbose", "quiet", "_click_default_help", "help")),
 )  # fmt: skip
 """Sections of a command's help, with the names of the parameters in each."""

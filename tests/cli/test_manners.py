@@ -20,7 +20,7 @@ MISTYPED = {
     "two patterns": (("m.pt", "--at", "a.*", "b.*"), "did you mean `--at a.* --at b.*`?"),
     "a misspelt command": (("exprot", "m.pt", "-o", "x.onnx"), "no command `exprot`; did you mean `export`?"),
     "a command in the singular": (("site", "m.pt"), "did you mean `sites`?"),
-    "a command that is none": (("quantise", "m.pt"), "no command `quantise`; there are: blocks, cost, "),
+    "a command that is none": (("quantise", "m.pt"), "no command `quantise`; there are: blocks, "),
     "a misspelt option": (("m.pt", "--stage", "1"), "--stages"),
 }
 
@@ -50,7 +50,7 @@ def test_the_help_lists_the_commands_and_groups_the_options(se_inject):
 
 def test_every_option_has_a_section_and_a_help():
     for command in cli.commands.values():
-        context = command.make_context(command.name, ["x", "-o", "x"], resilient_parsing=True)
+        context = command.make_context(command.name, [], resilient_parsing=True)
         text = command.get_help(context)
         assert "\nOthers:" not in text, (command.name, text.partition("\nOthers:")[2])
         for option in command.params:
