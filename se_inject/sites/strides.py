@@ -111,12 +111,12 @@ class Strides:
         """Return the stride of a convolution, a pooling or a resizing; None for what leaves positions to be judged by sizes."""
         if not before or len(before) != len(after):
             return None
-        module = self.trace.model.get_submodule(path_of(node)) if node.op == "call_module" else None
-        name = type(module).__name__ if module is not None else function_name_of(node)
+        name = node.meta["class"].__name__ if node.op == "call_module" else function_name_of(node)
         if name in _RESIZING:
             return tuple(a / b for a, b in zip(before, after, strict=True))
         if kind(node) not in ("conv", "pool"):
             return None
+        module = self.trace.model.get_submodule(path_of(node)) if node.op == "call_module" else None
         stride = getattr(module, "stride", None) if module is not None else _stride_argument(node, name)
         stride = (stride,) * len(before) if isinstance(stride, int) else stride
         if not isinstance(stride, tuple | list) or not all(isinstance(each, int) and each > 0 for each in stride):
