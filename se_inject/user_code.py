@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from torch import nn
 
 from se_inject.errors import LoadError
@@ -60,8 +61,9 @@ def from_zoo(zoo: str, name: str, **options: Any) -> nn.Module:
     if name.split(".")[0] not in names:  # `timm:resnet50.a1_in1k` is resnet50 with that one's settings
         raise NoSuchName(f"{zoo} has no network `{name}`", hint=did_you_mean(name, names))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
+            torch.manual_seed(0)  # a detector's boxes, and with them its MACs, depend on the weights
             return build(name, **options)
     except Exception as error:
         raise LoadError(f"{zoo} could not build `{name}`", seen=fact(error)) from error

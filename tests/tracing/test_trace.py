@@ -124,3 +124,13 @@ def test_float_like_is_the_first_floating_parameter():
     assert float_like(nn.Sequential(nn.ReLU(), nn.Linear(2, 2).half())).dtype == torch.float16
     assert float_like(nn.ReLU()).dtype == torch.float32
     assert float_like(nn.Linear(2, 2, device="meta")).is_meta
+
+
+def test_a_network_by_name_has_the_same_weights_each_time():
+    """What a detector computes depends on its weights: equal commands give equal figures."""
+    from se_inject.user_code import from_zoo
+
+    state = torch.get_rng_state()
+    one, other = (from_zoo("torchvision", "squeezenet1_1").state_dict() for _ in range(2))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert torch.equal(torch.get_rng_state(), state)
