@@ -166,7 +166,9 @@ class _ScriptUnpickler(Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The same, but a class of the archive keeps its name."""
         found = super().find_class(module, name)
-        return _Kind(f"{module}.{name}") if module.startswith(_OF_TORCHSCRIPT[0]) and type(found) is Inert else found
+        full = f"{module}.{name}"
+        is_own = full.startswith(_OF_TORCHSCRIPT[0]) and not full.startswith(_OF_CPP) and type(found) is Inert
+        return _Kind(full) if is_own else found
 
     def _new_object(self) -> None:
         _, kind = self.stack.pop(), self.stack[-1]
