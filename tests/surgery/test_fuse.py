@@ -112,7 +112,9 @@ def test_trained_the_outputs_and_gradients_are_those_of_the_unfused(networks, tr
     fused = si.fuse_(copy.deepcopy(injected))
     fused.load_state_dict(trained(copy.deepcopy(networks[1])).state_dict())
     verdict = si.verify(networks[0].train(training), fused, X)
-    assert [check.passed for check in verdict.checks if check.name != "same output as before"] == [True] * 4
+    assert [check.passed for check in verdict.checks if check.name != "same output as before"] == [True] * (
+        len(verdict.checks) - 1
+    )
     networks[0].eval()
 
 
