@@ -65,7 +65,8 @@ def overwriting_tail(value: Tensor, gate: Tensor, shortcut: Optional[Tensor], ac
     One rounding less than ``plain_tail``: product and sum are one operator.
     """
     fits = shortcut is None or (shortcut.shape == value.shape and shortcut.dtype == value.dtype)
-    if not fits or torch.is_grad_enabled() or torch.compiler.is_compiling() or gate.dtype != value.dtype:
+    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore
+    if not fits or recorded or torch.is_grad_enabled() or gate.dtype != value.dtype:
         return plain_tail(value, gate, shortcut, activation)
     out = value.mul_(gate) if shortcut is None else torch.addcmul(shortcut, value, gate, out=value)
     return _activated_in_place(out, activation)

@@ -264,6 +264,15 @@ def test_files(suffix, tmp_path):
         assert "se_inject::" not in str(text)
 
 
+def test_a_trace_holds_no_operator_in_place():
+    new = si.for_inference(trained(si.inject(randomise(Net(Bottleneck(), Bottleneck())), X), 0.3), X)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        text = str(torch.jit.trace(new, (X,), check_trace=False).inlined_graph)
+    assert "addcmul" not in text
+    assert "relu_(" not in text
+
+
 class Wide(nn.Module):
     """A unit whose last convolution has more outputs than inputs, and a mean that does not commute with it."""
 
