@@ -52,6 +52,7 @@ MOST_OPCODES = 1_000_000
 
 _BYTES_OF_AN_ITEM = 64
 _BYTES_OF_A_MODULE = 2000
+_BYTES_OF_A_SET = 216
 _WIDE = re.compile(rb"[\xc4-\xff]")
 """In text, the beginning of a letter that takes more than one byte in memory; then every letter does."""
 
@@ -358,6 +359,10 @@ class Unpickler(pickle._Unpickler):
     def _byte_array(self) -> None:
         self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
+    def _empty_set(self) -> None:
+        self._reading.takes(_BYTES_OF_A_SET)
+        self.append(set())
+
     def _persistent(self) -> None:
         key = self.stack.pop()
         if self._persistent_id is None:
@@ -375,6 +380,7 @@ class Unpickler(pickle._Unpickler):
         pickle.BINUNICODE[0]: lambda self: self._text(4),
         pickle.BINUNICODE8[0]: lambda self: self._text(8),
         pickle.BYTEARRAY8[0]: _byte_array,
+        pickle.EMPTY_SET[0]: _empty_set,
         pickle.FROZENSET[0]: lambda self: self.append(frozenset(map(checked_key, self.pop_mark()))),
         pickle.SETITEM[0]: lambda self: self._set_items([self.stack.pop(-2), self.stack.pop()]),
         pickle.SETITEMS[0]: lambda self: self._set_items(self.pop_mark()),
