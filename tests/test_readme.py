@@ -1,4 +1,4 @@
-"""The README's commands print what it says, and its Python runs."""
+"""The commands of README and guides print what they say, and their Python runs."""
 
 import os
 import re
@@ -11,14 +11,26 @@ import pytest
 import torch
 import torchvision
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-TABLES = re.findall(r"<!-- \$ (.*?) -->\n(.*?)\n\n", README, re.DOTALL)
-CONSOLE = re.findall(r"```console\n\$ (.*?)\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "examples" / "guides").glob("*.md"))]
 
 
-@pytest.mark.parametrize(("command", "expected"), CONSOLE, ids=[command[-40:] for command, _ in CONSOLE])
-def test_command_prints_what_the_readme_says(command, expected, tmp_path):
+def found(pattern):
+    """Each match of a pattern in the pages, with the page's name."""
+    return [
+        pytest.param(*(match if isinstance(match, tuple) else (match,)), id=f"{page.stem}-{number}")
+        for page in PAGES
+        for number, match in enumerate(re.findall(pattern, page.read_text(), re.DOTALL))
+    ]
+
+
+PYTHON = found(r"```python\n(.*?)```")
+TABLES = found(r"<!-- \$ (.*?) -->\n(.*?)\n\n")
+CONSOLE = found(r"```console\n\$ (.*?)\n(.*?)```")
+
+
+@pytest.mark.parametrize(("command", "expected"), CONSOLE)
+def test_command_prints_what_the_page_says(command, expected, tmp_path):
     torch.manual_seed(0)
     if "resnet50.pt" in command:
         torch.save(torchvision.models.resnet50(), tmp_path / "resnet50.pt")
@@ -29,7 +41,7 @@ def test_command_prints_what_the_readme_says(command, expected, tmp_path):
     assert re.fullmatch(pattern, printed), printed
 
 
-@pytest.mark.parametrize(("command", "expected"), TABLES, ids=[command[-40:] for command, _ in TABLES])
+@pytest.mark.parametrize(("command", "expected"), TABLES)
 def test_table_is_what_the_command_prints(command, expected, tmp_path):
     assert "--format markdown" in command
     assert run(command, tmp_path) == expected.strip()
@@ -47,16 +59,19 @@ def run(command, tmp_path):
     return done.stdout.strip()
 
 
-def test_the_readme_has_commands_and_code():
+def test_the_pages_have_commands_and_code():
     assert len(CONSOLE) >= 2
     assert len(PYTHON) >= 1
     assert len(TABLES) >= 1
 
 
 @pytest.mark.parametrize("code", PYTHON)
-def test_python_of_the_readme_runs(code, capsys):
-    exec(compile(code, "README.md", "exec"), {})
-    assert "layer3.0.se" in capsys.readouterr().out
+def test_python_runs(code, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "page.md", "exec"), {})
+    printed = capsys.readouterr().out
+    for expected in re.findall(r"print\(.*\)\s+# prints (.*)", code):
+        assert expected in printed
 
 
 def test_se_inject_is_on_the_path():
