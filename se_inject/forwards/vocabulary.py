@@ -1,7 +1,8 @@
 """What a forward that is written as data may say: functions, methods, paths, names and constants.
 
-Functions are tensor operations of torch, and operators of Python; methods are those of tensors without an underscore in
-front. Constants are JSON, with a word for what JSON hasn't.
+Functions are tensor operations of torch, operators that anyone registered in this process (``torch.library``), and
+operators of Python; methods are those of tensors without an underscore in front. What of this a stranger's file may name
+is for ``se_inject.loading`` to say. Constants are JSON, with a word for what JSON hasn't.
 """
 
 from __future__ import annotations
@@ -56,9 +57,11 @@ _FORBIDDEN = frozenset(
         "methodcaller",
         "handle_torch_function",
         "triplet_margin_with_distance_loss",
+        "read_file",
+        "write_file",
+        "load_tensor",
     }
 )
-_OPERATOR_NAMESPACES = frozenset({"aten", "prims", "torchvision"})
 _FORBIDDEN_METHODS = frozenset(
     {
         "numpy", "storage", "untyped_storage", "typed_storage", "apply_", "map_", "map2_", "register_hook", "backward",
@@ -113,18 +116,34 @@ def function_named(name: str) -> Callable[..., Any]:
         return _BUILTINS[name]
     space, _, short = name.partition(":")
     found: Any = None
-    parts = short.split(".")
-    if space == "ops" and parts[0] in _OPERATOR_NAMESPACES and "__" not in short and not _FORBIDDEN & set(parts):
-        found = torch.ops
-        for part in parts:
-            found = getattr(found, part, None)
-        if not isinstance(found, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-            found = None
+    if space == "ops":
+        found = _operator(short)
     elif space in _NAMESPACES:
         found = _function_in(space, short)
     if found is None:
         raise LoadError(f"a forward in this file calls `{name}`, which is no tensor operation of torch")
     return found  # type: ignore[no-any-return]
+
+
+def _operator(name: str) -> Any:
+    """Return the operator of the dispatcher with this name, ``aten.relu`` or ``aten.relu.default``; None if it may not be.
+
+    Raises:
+        LoadError: nobody has registered one in this process.
+    """
+    parts = name.split(".")
+    if not 2 <= len(parts) <= 3 or any(part.startswith("__") for part in parts) or _FORBIDDEN & set(parts):
+        return None
+    qualified = f"{parts[0]}::{parts[1]}"
+    if not torch._C._jit_get_schemas_for_operator(qualified):  # `torch.ops` makes a namespace of any name it is asked for
+        raise LoadError(
+            f"a forward calls the operator `{qualified}`, which is not registered in this process",
+            hint="import the library that registers it first",
+        )
+    found: Any = torch.ops
+    for part in parts:
+        found = getattr(found, part, None)
+    return found if isinstance(found, torch._ops.OpOverload | torch._ops.OpOverloadPacket) else None
 
 
 def _function_in(space: str, short: str) -> Any:

@@ -82,7 +82,19 @@ def check_vocabulary(module: nn.Module) -> None:
         ]
         if not allowed(name):
             where = type(module).__name__
-            raise LoadError(f"a forward in this file uses the {kind} `{str(name)[:80]}`", seen=f"in its {where}")
+            raise LoadError(
+                f"a forward in this file uses the {kind} `{str(name)[:80]}`", seen=f"in its {where}", hint=_hint(name)
+            )
+
+
+def _hint(name: Any) -> str | None:
+    space = str(name).removeprefix("ops:").partition(".")[0]
+    if not str(name).startswith("ops:") or space in _table():
+        return None
+    return (
+        "a file may call operators of torch and torchvision alone; `trust` of the package that its code is in lets it "
+        "call any operator that is registered in this process"
+    )
 
 
 def _check_arguments(module: nn.Module) -> None:
