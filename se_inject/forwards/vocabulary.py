@@ -135,7 +135,9 @@ def _operator(name: str) -> Any:
     if not 2 <= len(parts) <= 3 or any(part.startswith("__") for part in parts) or _FORBIDDEN & set(parts):
         return None
     qualified = f"{parts[0]}::{parts[1]}"
-    if not torch._C._jit_get_schemas_for_operator(qualified):  # `torch.ops` makes a namespace of any name it is asked for
+    if not torch._C._jit_get_schemas_for_operator(
+        qualified
+    ):  # `torch.ops` makes a namespace of any name it is asked for
         raise LoadError(
             f"a forward calls the operator `{qualified}`, which is not registered in this process",
             hint="import the library that registers it first",

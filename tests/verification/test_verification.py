@@ -8,7 +8,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import StochasticDepth
 
 import se_inject as si
-from se_inject.errors import VerificationError
+from se_inject.errors import SurgeryError, VerificationError
 from se_inject.plans.planner import plan
 from se_inject.verification import checks as verification
 from se_inject.verification.checks import Check, Verdict
@@ -313,7 +313,11 @@ def test_a_block_without_parameters_has_no_gradients_to_miss():
 
 def test_a_block_without_parameters_must_be_called():
     network, injected = pair(block="simam")
-    injected.units[0].forward = BasicBlock.forward.__get__(injected.units[0])
+    unit = injected.units[0]
+    authors = BasicBlock.forward.__get__(unit)
+    with pytest.raises(SurgeryError, match="would pass by the block `se`"):
+        unit.forward = authors
+    vars(unit)["forward"] = authors
     verdict = si.verify(network, injected, X)
     assert failed(verdict) == ["blocks trainable"]
     assert verdict.checks[-1].detail == "not called: units.0.se"
