@@ -1,4 +1,4 @@
-"""Which way a tail is computed: by a kernel where there is one, else by torch's own operators."""
+"""The choice between a kernel for a tail and torch's own operators."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def has_kernel(value: Tensor, shortcut: Tensor | None, activation: str) -> bool:
 
 
 def _is_special(value: Tensor) -> bool:
-    """Whether vmap, grad or another of torch.func's is at work, or forward-mode AD, or the value can't be kept for backward."""
+    """Return whether a torch.func transform or forward-mode AD is active, or the value can't be kept for backward."""
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return True
     return value.is_inference() and torch.is_grad_enabled()
@@ -163,6 +163,6 @@ def excite_from(
 
 
 def _fit(value: Tensor, weight: Tensor, inner: str) -> bool:
-    """Whether weights go with a value as they would without a kernel, and δ has one."""
+    """Return whether weights and a value fit together as without a kernel, and there is a kernel for δ."""
     same = weight.dtype == value.dtype or torch.is_autocast_enabled(value.device.type)
     return same and weight.device == value.device and inner in _IN_KERNELS

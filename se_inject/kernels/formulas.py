@@ -52,7 +52,7 @@ def _gate_backward(d: Tensor, a: Tensor, gate: str, one_at_zero: bool) -> Tensor
 
 
 def activation_backward(d: Tensor, x: Tensor, activation: str) -> Tensor:
-    """The gradient before an activation; ``x`` is its input, or for ReLU and ReLU6 the output, which does as well."""
+    """Compute the gradient before an activation; ``x`` is its input, or for ReLU and ReLU6 the output, which does as well."""
     return _BACKWARD[activation](d, x)
 
 
@@ -73,7 +73,7 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def hidden_backward(d_gate: Tensor, mean: Tensor, hidden: Tensor, e: Excitation) -> tuple[Tensor, list[Tensor | None]]:
-    """The gradients of the mean (N, C), and of W1, b1, W2, b2, from that of the gates (N, C)."""
+    """Compute the gradients of the mean (N, C), and of W1, b1, W2, b2, from that of the gates (N, C)."""
     kind = mean.dtype
     w1, w2 = e.w1.to(kind), e.w2.to(kind)
     h = activated(hidden, e.inner)
@@ -86,12 +86,12 @@ def hidden_backward(d_gate: Tensor, mean: Tensor, hidden: Tensor, e: Excitation)
 
 
 def wide(value: Tensor) -> torch.dtype:
-    """The dtype of sums over a value: at least float32."""
+    """Return the dtype for sums over a value: at least float32."""
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
 def spread(gate: Tensor, value: Tensor) -> Tensor:
-    """A gate of (N, C) beside a value (N, C, *)."""
+    """Reshape a gate of (N, C) to broadcast over a value (N, C, *)."""
     return gate.reshape(*gate.shape, *[1] * (value.dim() - 2))
 
 
@@ -103,7 +103,7 @@ def tail(value: Tensor, gate: Tensor, shortcut: Tensor | None, activation: str) 
 def tail_backward(
     grad: Tensor, value: Tensor, gate: Tensor, other: Tensor | None, activation: str, adds: bool, scale: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """The gradients of shortcut (None: it is ``grad`` itself), value (only with ``scale``) and gate (N, C)."""
+    """Compute the gradients of shortcut (None: it is ``grad`` itself), value (only with ``scale``) and gate (N, C)."""
     g = spread(gate, value).to(value.dtype)
     x = other
     if activation not in ("none", "relu", "relu6"):
@@ -114,7 +114,7 @@ def tail_backward(
 
 
 def excite(value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The whole block and its tail: the output, the mean (N, C) and the hidden units before δ (N, R)."""
+    """Compute the whole block and its tail: the output, the mean (N, C) and the hidden units before δ (N, R)."""
     return excite_from(value, value, shortcut, e, activation)
 
 
@@ -131,7 +131,7 @@ def excite_backward(
     grad: Tensor, value: Tensor, other: Tensor | None, mean: Tensor, hidden: Tensor, e: Excitation, activation: str,
     adds: bool,
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """The gradients of value, shortcut (None: it is ``grad`` itself), and of W1, b1, W2, b2."""
+    """Compute the gradients of value, shortcut (None: it is ``grad`` itself), and of W1, b1, W2, b2."""
     gate = excited(mean, e, hidden)[1]
     d_shortcut, d_value, d_gate = tail_backward(grad, value, gate, other, activation, adds, scale=True)
     d_mean, weights = hidden_backward(d_gate, mean, hidden, e)

@@ -26,7 +26,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, value: Tensor) -> Layout:
-        """The layout of a value that is contiguous or has its channels last."""
+        """Return the layout of a value that is contiguous or has its channels last."""
         batch, channels = value.shape[:2]
         positions = value.numel() // (batch * channels)
         whole = positions * channels
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """How many tiles lie along the positions and along the channels."""
+        """The number of tiles along the positions and along the channels."""
         return -(-self.positions // self.tile[0]), -(-self.channels // self.tile[1])
 
     def split(self, device: torch.device) -> tuple[int, int]:
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
 
 
 def _power(number: int) -> int:
-    """The next power of 2."""
+    """Return the next power of 2."""
     return 1 << max(0, int(number) - 1).bit_length()
 
 
@@ -85,7 +85,7 @@ def tail(value: Tensor, gate: Tensor, shortcut: Tensor | None, activation: str) 
 def tail_backward(
     grad: Tensor, value: Tensor, gate: Tensor, other: Tensor | None, activation: str, adds: bool, scale: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """The gradients of shortcut (None: it is ``grad`` itself), value (only with ``scale``) and gate (N, C), float32."""
+    """Compute the gradients of shortcut (None: it is ``grad`` itself), value (only with ``scale``) and gate (N, C), float32."""
     layout = Layout.of(value)
     splits, length = layout.split(value.device)
     store = adds and activation != "none"
@@ -102,7 +102,7 @@ def tail_backward(
 
 
 def excite(value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The whole block and its tail: the output, the mean (N, C) and the hidden units before δ (N, R), both float32."""
+    """Compute the whole block and its tail: the output, the mean (N, C) and the hidden units before δ (N, R), both float32."""
     return excite_from(value, value, shortcut, e, activation)
 
 
@@ -138,7 +138,7 @@ def excite_backward(
     grad: Tensor, value: Tensor, other: Tensor | None, mean: Tensor, hidden: Tensor, e: Excitation, activation: str,
     adds: bool,
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """The gradients of value, shortcut (None: it is ``grad`` itself), and of W1, b1, W2, b2 in float32."""
+    """Compute the gradients of value, shortcut (None: it is ``grad`` itself), and of W1, b1, W2, b2 in float32."""
     gate = excited(mean, e, hidden)[1]
     d_shortcut, _, d_gate = tail_backward(grad, value, gate, other, activation, adds, scale=False)
     d_mean, weights = hidden_backward(d_gate, mean, hidden, e)
@@ -149,7 +149,7 @@ def excite_backward(
 def value_backward(
     grad: Tensor, value: Tensor, other: Tensor | None, gate: Tensor, d_mean: Tensor, activation: str, adds: bool
 ) -> Tensor:
-    """The gradient of a value that was scaled by a gate made of its mean."""
+    """Compute the gradient of a value that was scaled by a gate made of its mean."""
     layout, d_value = Layout.of(value), torch.empty_like(value)
     along, across = layout.tiles
     programs.value_backward[(layout.batch * along * across,)](

@@ -56,7 +56,7 @@ def _run(name: str, *args: Any) -> Any:
 
 
 def _layout_of(value: Tensor) -> torch.memory_format:
-    """The memory format of a value that is dense; contiguous for one that isn't."""
+    """Return the memory format of a value that is dense; contiguous for one that isn't."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(value.dim())
     if last is not None and not value.is_contiguous() and value.is_contiguous(memory_format=last):
         return last
@@ -162,7 +162,7 @@ def _fake_excite_backward(
 
 
 def _kept(activation: str, out: Tensor, shortcut: Tensor | None) -> Tensor | None:
-    """The full-size tensor that backward needs beside the value."""
+    """Return the full-size tensor that backward needs beside the value."""
     if activation in ("relu", "relu6"):
         return out
     return None if activation == "none" else shortcut

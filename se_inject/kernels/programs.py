@@ -1,4 +1,4 @@
-"""The Triton kernels: squeeze, bottleneck, tail, and their way back. Imported only where Triton is.
+"""The Triton kernels: squeeze, bottleneck, tail, and their backward passes. Imported only where Triton is.
 
 A value (N, C, *) is read as three strides: of an example, of a channel and of a position; one of the last two is 1, so
 one kernel serves both layouts, with a tile that is long where memory is. Programs are numbered in one dimension, example
@@ -36,7 +36,7 @@ def _normal_cdf(x, EXACT: tl.constexpr):
 
 @triton.jit
 def _activate(x, ACT: tl.constexpr, EXACT: tl.constexpr):
-    """The activation of a sum that has been rounded as torch would round it. NaN stays NaN."""
+    """Apply the activation to a sum that has been rounded as torch would round it. NaN stays NaN."""
     if ACT == "relu":
         x = tl.where(x <= 0.0, 0.0, x)
     if ACT == "relu6":
@@ -53,7 +53,7 @@ def _activate(x, ACT: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _slope(x, ACT: tl.constexpr, EXACT: tl.constexpr):
-    """The activation's derivative; ``x`` is the output for ReLU and ReLU6, else the input."""
+    """Compute the activation's derivative; ``x`` is the output for ReLU and ReLU6, else the input."""
     if ACT == "relu":
         return tl.where(x <= 0.0, 0.0, 1.0)
     if ACT == "relu6":
@@ -91,7 +91,7 @@ def _gate(a, GATE: tl.constexpr, ONE: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _tile(sn, sc, sp, P, C, tiles_p, tiles_c, BP: tl.constexpr, BC: tl.constexpr):
-    """Where this program works: example, first channel, and for its tile the offsets, the mask and the channels."""
+    """Locate the work of this program: example, first channel, and for its tile the offsets, the mask and the channels."""
     program = tl.program_id(0)
     n = program // (tiles_p * tiles_c)
     rest = program % (tiles_p * tiles_c)
@@ -107,7 +107,7 @@ def _tile(sn, sc, sp, P, C, tiles_p, tiles_c, BP: tl.constexpr, BC: tl.constexpr
 
 @triton.jit
 def squeeze(value, partial, sn, sc, sp, P, C, splits, length, tiles_c, BP: tl.constexpr, BC: tl.constexpr):
-    """Sums over a part of the positions: (N, C, *) to (N, splits, C)."""
+    """Sum over a part of the positions: (N, C, *) to (N, splits, C)."""
     program = tl.program_id(0)
     n = program // (splits * tiles_c)
     rest = program % (splits * tiles_c)
@@ -191,7 +191,7 @@ def tail(
 
 @triton.jit
 def _before_activation(grad, value, other, g, offsets, mask, ADD: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr):
-    """The gradient of the sum, and the value. ``other`` is the output for ReLU and ReLU6, else the shortcut."""
+    """Compute the gradient of the sum, and the value. ``other`` is the output for ReLU and ReLU6, else the shortcut."""
     d = tl.load(grad + offsets, mask, 0.0).to(tl.float32)
     v = tl.load(value + offsets, mask, 0.0).to(tl.float32)
     if ACT == "relu" or ACT == "relu6":
@@ -210,7 +210,7 @@ def tail_backward(
     ADD: tl.constexpr, STORE: tl.constexpr, SCALE: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The shortcut's gradient (STORE), the value's by way of the product (SCALE), and sums for the gate's: (N, splits, C)."""
+    """Compute the shortcut's gradient (STORE), the value's through the product (SCALE), and sums for the gate's: (N, splits, C)."""
     program = tl.program_id(0)
     n = (program // (splits * tiles_c)).to(tl.int64)
     rest = program % (splits * tiles_c)
@@ -238,7 +238,7 @@ def value_backward(
     grad, value, other, gate, d_mean, d_value, sn, sc, sp, P, C, tiles_p, tiles_c,
     ADD: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The value's gradient: by way of the product, and of the mean."""
+    """Compute the value's gradient: through the product, and through the mean."""
     n, c, offsets, mask = _tile(sn, sc, sp, P, C, tiles_p, tiles_c, BP, BC)
     g = tl.load(gate + n.to(tl.int64) * C + c, c < C, 0.0).to(tl.float32)
     z = tl.load(d_mean + n.to(tl.int64) * C + c, c < C, 0.0) / P
