@@ -28,7 +28,7 @@ def _fused_forward(self: Any, x: Tensor, shortcut: Optional[Tensor] = None, acti
 
 
 def _as_one_operator(block: Any, x: Tensor, shortcut: Tensor | None, activation: str) -> Tensor | None:
-    """The whole of an SE block and its tail, if there is a kernel for it."""
+    """Compute an SE block and its tail as one operator; None if there is no kernel for it."""
     if not has_kernel(x, shortcut, activation) or _why_in_parts(block) is not None:
         return None
     weights = (block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias)
@@ -39,7 +39,7 @@ _INNER: dict[Any, str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu", nn.
 
 
 def _why_in_parts(block: Any) -> str | None:
-    """Why only the tail of a block can be a kernel, and its gate is made by torch; None: all of it can."""
+    """Explain why a block's gate is computed by torch and only its tail by a kernel; None: a kernel computes all of it."""
     if getattr(block, "is_one_operator", False):
         return None
     if vars(type(block)).get("_se_inject_unfused", type(block)) is not SqueezeExcitation:

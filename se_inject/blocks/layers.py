@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def convolution(rank: int) -> Any:
-    """The class of convolutions for this many spatial dimensions.
+    """Return the class of convolutions for this many spatial dimensions.
 
     Raises:
         OptionError: not 1, 2 or 3.
@@ -36,7 +36,7 @@ def convolution(rank: int) -> Any:
 
 
 def batch_norm(rank: int) -> Any:
-    """The class of batch normalisation for this many spatial dimensions."""
+    """Return the class of batch normalisation for this many spatial dimensions."""
     return _NORMS[rank]
 
 
@@ -48,7 +48,7 @@ def zero_(layer: Any) -> None:
 
 
 def chosen(what: str, value: str, known: Iterable[str]) -> str:
-    """The value itself, if it is one of those known.
+    """Check that a value is one of those known, and return it.
 
     Raises:
         OptionError: it is not.
@@ -72,7 +72,7 @@ def hard_sigmoid(a: Tensor) -> Tensor:
 
 
 def largest(x: Tensor, space: list[int]) -> Tensor:
-    """The maximum over space, (N, C, 1, …); of an image in files as a pooling, which more runtimes read and quantise.
+    """Compute the maximum over space, (N, C, 1, …); for images in exported files as a pooling, which more runtimes read and quantise.
 
     Not in eager, where pooling gives all of the gradient to the first of equal values.
     """
@@ -88,7 +88,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 def mean_and_deviation(x: Tensor, space: list[int], epsilon: float) -> tuple[Tensor, Tensor]:
-    """The mean over space and √(var + ε), the variance divided by the number of positions.
+    """Compute the mean over space and √(var + ε), the variance divided by the number of positions.
 
     The gradient is finite where the variance is 0. Half precision is widened for the sums.
     """

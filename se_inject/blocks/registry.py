@@ -63,7 +63,7 @@ def block_names() -> dict[str, str]:
 
 
 def find_block(name: str) -> Factory:
-    """The block with this name: registered, announced by a package, or ``package.module:Class``, ``file.py:Class``.
+    """Find the block with this name: registered, announced by a package, or ``package.module:Class``, ``file.py:Class``.
 
     Raises:
         OptionError: there is none.
@@ -79,12 +79,12 @@ def find_block(name: str) -> Factory:
 
 
 def is_at_hand(name: str) -> bool:
-    """Whether a block can be had without importing code of somebody's for it."""
+    """Return whether a block is available without importing third-party code."""
     return ":" not in name or _place(name) in _imported or _place(name)[0] in sys.modules
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Where a block in somebody's code is: its module or file, and the name there."""
+    """Split the place of a user's block into its module or file, and the name there."""
     place, _, attribute = name.rpartition(":")
     return os.path.abspath(place) if place.endswith(".py") else place, attribute
 
@@ -108,7 +108,7 @@ def _announced(name: str) -> Factory:
 
 
 def block_options(name: str) -> dict[str, inspect.Parameter]:
-    """The options a block takes: its factory's parameters but the first (the channels) and those filled in."""
+    """Return the options a block takes: its factory's parameters but the first (the channels) and those filled in."""
     parameters = list(_parameters(name).values())[1:]
     return {parameter.name: parameter for parameter in parameters if parameter.name not in FILLED_IN}
 
@@ -130,23 +130,23 @@ def parsed_options(name: str, settings: Iterable[str]) -> dict[str, Any]:
 
 
 def _parsed(key: str, text: str, parameter: inspect.Parameter) -> Any:
-    told = str(
+    annotation = str(
         parameter.annotation if parameter.annotation is not parameter.empty else type(parameter.default).__name__
     )
     words = {"true": True, "yes": True, "false": False, "no": False}
-    if text.lower() == "none" and ("None" in told or parameter.default is None):
+    if text.lower() == "none" and ("None" in annotation or parameter.default is None):
         return None
-    if "bool" in told and text.lower() in words:
+    if "bool" in annotation and text.lower() in words:
         return words[text.lower()]
     for kind in (int, float):
-        if kind.__name__ in told or parameter.default is None:
+        if kind.__name__ in annotation or parameter.default is None:
             try:
                 return kind(text)
             except ValueError:
                 continue
-    if any(kind in told for kind in ("int", "float", "bool")) and "str" not in told:
+    if any(kind in annotation for kind in ("int", "float", "bool")) and "str" not in annotation:
         raise OptionError(
-            f"option `{key}` can't be `{text}`", seen=f"it is of type {told.replace('<class ', '').strip('<>')}"
+            f"option `{key}` can't be `{text}`", seen=f"it is of type {annotation.replace('<class ', '').strip('<>')}"
         )
     return text
 
@@ -163,7 +163,7 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:
-    """Whether a block takes these options.
+    """Check that a block takes these options.
 
     Raises:
         OptionError: one it doesn't know.
@@ -181,10 +181,10 @@ def check_options(name: str, options: dict[str, Any]) -> None:
 
 
 def check_values(name: str, options: dict[str, Any]) -> None:
-    """Whether a block's options are of the types that it says, as far as those are numbers, flags and text.
+    """Check that a block's options have the types it declares, as far as those are numbers, flags and text.
 
     Raises:
-        OptionError: an option that it doesn't know, or one of another type: ``"no"`` is no flag.
+        OptionError: an option that it doesn't know, or one of another type: ``"no"`` isn't a flag.
     """
     check_options(name, options)
     known = block_options(name)
@@ -201,10 +201,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _fits(value: Any, parameter: inspect.Parameter) -> bool:
-    told = (
+    annotation = (
         parameter.annotation if isinstance(parameter.annotation, str) else getattr(parameter.annotation, "__name__", "")
     )
-    words = told.replace(" ", "").split("|")
+    words = annotation.replace(" ", "").split("|")
     if not set(words) <= _TYPES.keys():
         return True
     kinds = [kind for word in words for kind in _TYPES[word]]
@@ -257,7 +257,7 @@ def build_block(name: str, channels: int, size: Sequence[int], options: dict[str
 
 
 def check_block(name: str, block: nn.Module, channels: int, size: Sequence[int], dtype: torch.dtype) -> None:
-    """Whether a block maps a value to a new one of the same shape and dtype, in both modes and at any batch size.
+    """Check that a block maps a value to a new one of the same shape and dtype, in both modes and at any batch size.
 
     Args:
         name: of the block.
@@ -292,16 +292,18 @@ def _check_call(name: str, block: nn.Module, value: Tensor, training: bool) -> N
             else None,
         ) from error
     if not isinstance(result, Tensor) or (result.shape, result.dtype) != (value.shape, value.dtype):
-        told = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        returned = (
+            f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        )
         raise PluginError(
-            f"block `{name}` must return what it was given: {tuple(value.shape)} {value.dtype}", seen=told
+            f"block `{name}` must return what it was given: {tuple(value.shape)} {value.dtype}", seen=returned
         )
     if value._version != version:
         raise PluginError(f"block `{name}` overwrites the value it is given", hint="return a new tensor")
 
 
 def has_identity_start(block: nn.Module) -> bool:
-    """Whether a block can start as x ↦ x."""
+    """Return whether a block can start as x ↦ x."""
     return callable(getattr(block, "identity_init", None))
 
 
