@@ -26,7 +26,7 @@ def check_forward(module: nn.Module) -> None:
     """Check that forwards which are data call submodules of this module and read its tensors, and nothing else of it.
 
     Args:
-        module: of any class, with its state. If its forward is no data there is nothing to check.
+        module: of any class, with its state. If its forward isn't stored as data there is nothing to check.
 
     Raises:
         LoadError: one calls or reads something else.

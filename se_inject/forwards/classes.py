@@ -32,7 +32,7 @@ def source_name(label: str, *parts: str) -> str:
 
 
 def made(base: Any, name: str, forward: Callable[..., Any], attributes: dict[str, Any]) -> Any:
-    """Make a subclass with this forward, whose ``__init_subclass__`` is not called: it is no class of the author's.
+    """Make a subclass with this forward, whose ``__init_subclass__`` is not called: it isn't a class of the author's.
 
     Args:
         base: the class that it inherits from.

@@ -43,7 +43,7 @@ def all_lines(lines: list[Any]) -> Iterator[list[Any]]:
 
 
 def is_at_output(lines: list[Any]) -> bool:
-    """Whether an edited forward calls the author's and has its blocks on what that returns."""
+    """Return whether an edited forward calls the author's and has its blocks on what that returns."""
     return any(line[0] == "original" for line in all_lines(lines))
 
 

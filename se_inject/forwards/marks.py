@@ -23,7 +23,7 @@ def made_from(kind: Any) -> tuple[Any, ...]:
 
 
 def is_edited(module: nn.Module) -> bool:
-    """Whether a module's class, or a class that it inherits from, has an edited forward."""
+    """Return whether a module's class, or a class that it inherits from, has an edited forward."""
     return hasattr(type(module), BODY)
 
 
@@ -40,12 +40,12 @@ def steps_data(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def has_changed_class(module: nn.Module) -> bool:
-    """Whether somebody gave a module with an edited forward a class of theirs since, as parametrizations do."""
+    """Return whether somebody changed the class of a module with an edited forward afterwards, as parametrizations do."""
     return is_edited(module) and BODY not in vars(class_when_thawed(module))
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether a module is a batch normalisation whose statistics were frozen."""
+    """Return whether a module is a batch normalisation whose statistics were frozen."""
     return THAWED in vars(type(module))
 
 

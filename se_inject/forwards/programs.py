@@ -51,7 +51,7 @@ def program_class(text: str) -> Any:
     """Return the class whose forward is this program; one for each text.
 
     Raises:
-        LoadError: it is no program, or calls what it must not.
+        LoadError: it isn't a program, or calls what it must not.
     """
     if len(text) > LONGEST:
         raise LoadError("a program is too long", seen=f"{len(text):,} characters")
@@ -83,7 +83,7 @@ def _made(text: str) -> type:
 
 
 def program_module(name: str, home: str, inputs: list[Any], lines: list[Any], example: Any = None) -> nn.Module:
-    """A module with this program and nothing in it.
+    """Make a module with this program and nothing in it.
 
     Args:
         name: of its class, ``home`` of the module that is in, as far as they are names.
@@ -104,7 +104,7 @@ def program_module(name: str, home: str, inputs: list[Any], lines: list[Any], ex
 
 
 def class_of(module: nn.Module) -> Any:
-    """The class that an author wrote; for a program what stands for it, since equal ones may have different programs."""
+    """Return the class that an author wrote; for a program a key of its own, since equal classes may have different programs."""
     kind = original_class(module)
     return (kind.home, kind.__name__) if issubclass(kind, Program) else kind
 
@@ -116,7 +116,7 @@ def recorded_inputs(module: nn.Module) -> Any:
 
 
 def is_of_training(module: nn.Module) -> bool:
-    """Whether a program has dropout, or normalisation by the batch, written down, which act in every mode then."""
+    """Return whether a program has dropout, or normalisation by the batch, written down, which act in every mode then."""
     return isinstance(module, Program) and any(map(_trains, _operations(json.loads(type(module).program)["lines"])))
 
 
