@@ -19,7 +19,7 @@ MOST_PREFIXES = 4
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:
-    """A number for a network's keys, and the shapes of its convolutions and position embeddings.
+    """Hash a network's keys, and the shapes of its convolutions and position embeddings.
 
     Shapes of one and two dimensions are left out, so that it is the same for any number of classes; so are the
     counters of batches, which older files don't have.
@@ -33,7 +33,7 @@ def fingerprint(state: Mapping[str, Any]) -> str:
 
 
 def architectures_of(state: Mapping[str, Any]) -> list[str]:
-    """The names of the networks with these keys and shapes, those of torchvision first; [] if none is known.
+    """List the known networks with these keys and shapes, those of torchvision first; [] if none is known.
 
     A prefix of all keys is tried without. Networks that differ in something else, such as an activation, share
     their keys and shapes: all of them are named.

@@ -1,4 +1,4 @@
-"""What a file is, told from its bytes and never from its suffix."""
+"""The form of a file, found from its bytes and never from its suffix."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _OTHER = {
 
 
 def form_of(file: IO[bytes]) -> str:
-    """The form of an open file: one of ``PICKLES``, ``safetensors``, or one that ``unreadable`` explains.
+    """Identify the form of an open file: one of ``PICKLES``, ``safetensors``, or one that ``unreadable`` explains.
 
     The file is at its beginning before and after.
     """
@@ -102,12 +102,12 @@ def form_of(file: IO[bytes]) -> str:
 
 
 def described(form: str) -> str:
-    """What a file of a form is, in a few words."""
+    """Describe a file of a form in a few words."""
     return _OTHER[form][0] if form in _OTHER else "a pickle of torch.save or pickle.dump"
 
 
 def unreadable(path: str | PathLike[str], form: str, seen: str | None = None, hint: str | None = None) -> LoadError:
-    """The error that says why a file of this form gives no model.
+    """Make the error that explains why a file of this form gives no model.
 
     Args:
         path: of the file.
@@ -123,7 +123,7 @@ def unreadable(path: str | PathLike[str], form: str, seen: str | None = None, hi
 
 
 def safetensors_metadata(file: IO[bytes]) -> dict[str, str]:
-    """The texts in a safetensors file's header, if it can be read; the file is at its beginning before and after."""
+    """Read the texts in a safetensors file's header, if it can be read; the file is at its beginning before and after."""
     (length,) = struct.unpack("<Q", file.read(8))
     try:
         header = json.loads(file.read(length) if length <= _LARGEST_HEADER else b"{}")
@@ -135,7 +135,7 @@ def safetensors_metadata(file: IO[bytes]) -> dict[str, str]:
 
 
 def is_adapter(metadata: dict[str, str]) -> bool:
-    """Whether a safetensors file with these texts is one of ours: it holds the plan of what was injected."""
+    """Return whether a safetensors file with these texts is an adapter: it holds the plan of what was injected."""
     return any(key.startswith("se_inject") for key in metadata)
 
 

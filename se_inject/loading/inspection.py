@@ -82,11 +82,11 @@ class Inspection:
 
     @property
     def refused(self) -> tuple[Named, ...]:
-        """What keeps ``load`` from reading the file."""
+        """The reason why ``load`` can't read the file."""
         return tuple(named for named in self.names if named.verdict == "refused")
 
     def data(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
+        """Return the same as plain data, for JSON."""
         return {
             "path": self.path,
             "form": self.form,
@@ -98,7 +98,7 @@ class Inspection:
         }
 
     def __str__(self) -> str:
-        """A heading, the notes, and a line for each name."""
+        """Format a heading, the notes, and a line for each name."""
         lines = [f"{printable(self.path)}: {self.what}, {self.size:,} bytes"]
         lines += [f"  damaged: {self.damaged}"] if self.damaged else []
         lines += [f"  {note}" for note in self.notes]

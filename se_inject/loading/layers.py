@@ -1,4 +1,4 @@
-"""Layers of torch.nn, told from what a program computes: a convolution alone is an ``nn.Conv2d``, a chain a ``Sequential``."""
+"""Layers of torch.nn, recognised by what a program computes: a convolution alone is an ``nn.Conv2d``, a chain a ``Sequential``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def assembled(
     name: str, home: str, inputs: list[Any], lines: list[Any], tensors: Mapping[str, Tensor],
     children: Mapping[str, nn.Module], example: Any = None,
 ) -> nn.Module:  # fmt: skip
-    """The module of a program, with its tensors and children: one of torch.nn if there is one that does the same."""
+    """Build the module of a program, with its tensors and children: one of torch.nn if there is one that does the same."""
     module = None
     if not children:
         module = layer_of(inputs, lines, tensors)
@@ -26,7 +26,7 @@ def assembled(
 
 
 def container(name: str, tensors: Mapping[str, Tensor], children: Mapping[str, nn.Module]) -> nn.Module:
-    """A module that is never called itself."""
+    """Build a module that is never called itself."""
     if name == "ModuleDict":
         return nn.ModuleDict(children)
     if children and _are_indices(children) and not tensors:
@@ -35,7 +35,7 @@ def container(name: str, tensors: Mapping[str, Tensor], children: Mapping[str, n
 
 
 def _filled(module: nn.Module, tensors: Mapping[str, Tensor], children: Mapping[str, nn.Module]) -> nn.Module:
-    """An empty module with these parameters, buffers and children."""
+    """Build an empty module with these parameters, buffers and children."""
     for key, child in children.items():
         module.register_module(key, child)
     for key, tensor in tensors.items():
@@ -47,12 +47,12 @@ def _filled(module: nn.Module, tensors: Mapping[str, Tensor], children: Mapping[
 
 
 def _are_indices(names: Iterable[str]) -> bool:
-    """Whether these are the names of the modules in a list."""
+    """Return whether these are the names of the modules in a list."""
     return all(name == str(index) for index, name in enumerate(names))
 
 
 def layer_of(inputs: list[Any], lines: list[Any], tensors: Mapping[str, Tensor]) -> nn.Module | None:
-    """The layer that does what these lines do, with these tensors; None if there is none.
+    """Build the layer that does what these lines do, with these tensors; None if there is none.
 
     Args:
         inputs: the program's.
@@ -112,7 +112,7 @@ def layer_of(inputs: list[Any], lines: list[Any], tensors: Mapping[str, Tensor])
 
 
 def sequential_of(inputs: list[Any], lines: list[Any], children: Mapping[str, nn.Module]) -> nn.Module | None:
-    """The ``Sequential`` of a module's children, if these lines call each of them once, on what the one before returned."""
+    """Build the ``Sequential`` of a module's children, if these lines call each of them once, on the result of the one before."""
     if len(inputs) != 1 or not children or len(lines) != len(children) + 1:
         return None
     value = {"node": inputs[0][0]}
@@ -130,7 +130,7 @@ def _holds_node(value: Any) -> bool:
 
 
 def _empty(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-    """A layer of this kind on the meta device, whose tensors are put in later."""
+    """Build a layer of this kind on the meta device, whose tensors are put in later."""
     return kind(*args, **kwargs, device="meta")
 
 
@@ -160,7 +160,7 @@ def _transposed(given: dict[str, Any]) -> nn.Module | None:
 
 
 def _each(value: Any, rank: int) -> Any:
-    """An option of a convolution for every dimension."""
+    """Expand an option of a convolution to every dimension."""
     if isinstance(value, str):
         return value
     numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
@@ -214,7 +214,7 @@ _WINDOW = ("kernel_size", "stride", "padding")
 
 
 def _pool(kind: type[nn.Module], *keys: str) -> Callable[[dict[str, Any]], nn.Module]:
-    """A pooling layer from these arguments; an empty stride means the kernel's."""
+    """Build a pooling layer from these arguments; an empty stride means the kernel's."""
 
     def make(given: dict[str, Any]) -> nn.Module:
         values = {key: tuple(given[key]) if isinstance(given[key], list) else given[key] for key in keys}

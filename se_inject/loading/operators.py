@@ -29,12 +29,12 @@ def _table() -> dict[str, frozenset[str]]:
 
 
 def is_allowed_operator(space: str, name: str, overload: str = "") -> bool:
-    """Whether a file may call this operator of torch's dispatcher: ``aten``, ``conv2d``, ``padding``."""
+    """Return whether a file may call this operator of torch's dispatcher: ``aten``, ``conv2d``, ``padding``."""
     return name in _table().get(space, ()) and "out" not in overload.split("_")
 
 
 def is_allowed_function(name: str) -> bool:
-    """Whether a file may call the function that ``se_inject.forwards`` stores under this name."""
+    """Return whether a file may call the function that ``se_inject.forwards`` stores under this name."""
     space, _, short = name.partition(":")
     if space == "ops":
         parts = short.split(".")
@@ -45,23 +45,23 @@ def is_allowed_function(name: str) -> bool:
 
 
 def is_allowed_check(operator: str) -> bool:
-    """Whether this operator, ``aten._assert_scalar.default``, only looks whether a program's inputs are as they were."""
+    """Return whether this operator, ``aten._assert_scalar.default``, only checks a program's inputs."""
     space, _, rest = operator.partition(".")
     return space == "aten" and rest.partition(".")[0] in _CHECKS
 
 
 def is_allowed_method(name: Any) -> bool:
-    """Whether a file may call this method of tensors, sizes, lists and dicts."""
+    """Return whether a file may call this method of tensors, sizes, lists and dicts."""
     return isinstance(name, str) and name in _table()["methods"]
 
 
 def is_allowed_attribute(name: Any) -> bool:
-    """Whether a file may read this attribute of tensors."""
+    """Return whether a file may read this attribute of tensors."""
     return isinstance(name, str) and name in _table()["attributes"]
 
 
 def is_allowed_instruction(kind: str) -> bool:
-    """Whether a TorchScript archive may hold this node: ``prim::If``, ``aten::relu_``."""
+    """Return whether a TorchScript archive may hold this node: ``prim::If``, ``aten::relu_``."""
     space, _, name = kind.partition("::")
     return name in _table().get(space, ()) or name in _table()["script"] & {name if space == "aten" else ""}
 
@@ -98,7 +98,7 @@ def _hint(name: Any) -> str | None:
 
 
 def _check_arguments(module: nn.Module) -> None:
-    """Some operators crash on arguments that no program has."""
+    """Refuse arguments that no program has and that make some operators crash."""
     for kind, *parts in all_lines(stored_lines(module)):
         if kind == "set" and parts[1] == "ops:aten._native_batch_norm_legit.no_stats":
             training = parts[2][3] if len(parts[2]) > 3 else parts[3].get("training")
@@ -107,12 +107,12 @@ def _check_arguments(module: nn.Module) -> None:
 
 
 def named_in(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The operators, methods and attributes in a module's stored forward, each as its kind and name."""
+    """List the operators, methods and attributes in a module's stored forward, each as its kind and name."""
     yield from _in_lines(stored_lines(module))
 
 
 def named_in_text(text: str) -> Iterator[tuple[str, Any]]:
-    """The same for the JSON text of a stored forward; nothing if it is none."""
+    """List the same for the JSON text of a stored forward; nothing if it is none."""
     try:
         data = json.loads(text)
         yield from list(_in_lines(data["lines"]))

@@ -39,7 +39,7 @@ class Archive:
         file: the open file; it must stay open.
 
     Raises:
-        Exception: of any class, from a file that is no such archive.
+        Exception: of any class, from a file that isn't such an archive.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -66,26 +66,26 @@ class Archive:
             raise DamagedArchive(f"it would unfold from {len(self._data):,} to {unfolded:,} bytes")
         self._check_places(everything, directory)
         for entry in entries:
-            if entry.CRC == 0:  # torch can be told to compute none
+            if entry.CRC == 0:  # torch has an option to compute none
                 del entry.CRC
 
     def __contains__(self, name: object) -> bool:
         return name in self.records
 
     def __len__(self) -> int:
-        """The bytes of the file."""
+        """Return the bytes of the file."""
         return len(self._data)
 
     def size(self, name: str) -> int:
-        """The bytes of a record."""
+        """Return the bytes of a record."""
         return self.records[name].file_size
 
     def read(self, name: str) -> bytes:
-        """A record's bytes, checked against its checksum."""
+        """Read a record's bytes, checked against its checksum."""
         return self._zip.read(self.records[name])
 
     def view(self, name: str) -> memoryview:
-        """A record's bytes: those of the file, mapped so that writing to them is private, or, if compressed, a copy."""
+        """Return a record's bytes: those of the file, mapped so that writing to them is private, or, if compressed, a copy."""
         entry = self.records[name]
         if entry.compress_type == zipfile.ZIP_STORED:
             start = self._start(entry)
@@ -147,7 +147,7 @@ class Archive:
 
 
 def _directory(data: Any) -> tuple[int, int]:
-    """Where an archive's directory begins, and of how many records; the archive ends with it, whoever looks for it."""
+    """Find the offset of an archive's directory and its number of records; every reader must find the same one."""
     end = len(data) - _END.size
     magic, disk, first, *parts, comment = _END.unpack_from(data, end)
     if magic != b"PK\x05\x06" or bytes(data[end:]).rfind(magic) != 0 or disk or first or comment:

@@ -40,19 +40,19 @@ _OF_SIZES = {
 
 
 def network_from_export(program: ExportedProgram) -> nn.Module:
-    """An ordinary network that computes what an exported program does, with the same tensors.
+    """Build an ordinary network that computes the same as an exported program, with the same tensors.
 
     Args:
         program: it isn't run.
 
     Raises:
-        LoadError: it can't be written down as modules; says what is in the way.
+        LoadError: it can't be written down as modules; the message says why.
     """
     return _Network(program).module(unflatten(program), "")
 
 
 def arguments_of(program: ExportedProgram, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments that a program takes where its network takes these: some of them by keyword."""
+    """Convert a network's arguments to those of its program: some of them by keyword."""
     positional, keywords = _children(program.call_spec.in_spec)  # type: ignore[arg-type]
     count = positional.num_children
     return args[:count], dict(zip(keywords.context, args[count:], strict=False))
@@ -66,19 +66,19 @@ class _Network:
         self._done: dict[int, nn.Module] = {}
 
     def module(self, found: Any, path: str) -> nn.Module:
-        """The module that stands for this one; the same for one that is in several places."""
+        """Build the module for this one; the same for one that is in several places."""
         if id(found) not in self._done:
             module = self._done[id(found)] = self._translated(found, path)
             module.training = False
         return self._done[id(found)]
 
     def _root_class(self) -> str:
-        """The qualified name of the network's class, which torch before 2.10 leaves to its nodes."""
+        """Return the qualified name of the network's class, which torch before 2.10 leaves to its nodes."""
         stacks = (node.meta.get("nn_module_stack") or {} for node in self.program.graph.nodes)
         return next((str(kind) for stack in stacks for place, kind in stack.values() if place == ""), "")
 
     def _children(self, found: Any) -> list[tuple[str, nn.Module]]:
-        """The modules in a module, without those that are parts of a graph."""
+        """Return the modules in a module, without those that are parts of a graph."""
         return [(name, child) for name, child in found.named_children() if not isinstance(child, fx.GraphModule)]
 
     def _translated(self, found: Any, path: str) -> nn.Module:
@@ -134,7 +134,7 @@ class _Forward:
                 self._write(node, program)
 
     def _leaves(self, program: ExportedProgram) -> list[Any]:
-        """The inputs of a whole network, and the values of their leaves."""
+        """Return the inputs of a whole network, and the values of their leaves."""
         spec = program.call_spec.in_spec
         if spec is None:
             raise LoadError("it doesn't say how it is called")
@@ -197,7 +197,7 @@ class _Forward:
         }
 
     def _data(self, value: Any) -> Any:
-        """A value as a program has it."""
+        """Convert a value to the plain data of a stored program."""
         if isinstance(value, fx.Node):
             return self._values[value]
         if isinstance(value, list):
@@ -213,14 +213,14 @@ class _Forward:
 
 
 def _children(spec: TreeSpec) -> list[TreeSpec]:
-    """The specs within one; torch before 2.10 calls them so."""
+    """Return the specs within one; torch before 2.10 names them otherwise."""
     return spec.children() if hasattr(spec, "children") else spec.children_specs
 
 
 def _example(placeholders: list[fx.Node], spec: Any) -> Any:
     """Shapes and dtypes of the inputs, as ``inputs.inputs_from`` reads them; a size that may vary is 2 or more.
 
-    None if a leaf is no tensor, or a structure none that it knows.
+    None if a leaf isn't a tensor, or a structure isn't known.
     """
     values = [node.meta.get("val") for node in placeholders]
     args, kwargs = _children(spec)

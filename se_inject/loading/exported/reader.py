@@ -116,7 +116,7 @@ _WITH_NAMES_OF_VALUES = frozenset(["tensor_values", "sym_int_values", "sym_bool_
 
 
 def exported_program(file: IO[bytes]) -> ExportedProgram:
-    """The program in a ``.pt2`` archive; nothing of the file is executed. Guards on example inputs are left out.
+    """Read the program in a ``.pt2`` archive; nothing of the file is executed. Guards on example inputs are left out.
 
     Args:
         file: the open file.
@@ -148,7 +148,7 @@ def exported_program(file: IO[bytes]) -> ExportedProgram:
 
 
 def torch_version(file: IO[bytes]) -> str | None:
-    """The version of torch that wrote a ``.pt2`` archive, if it says so."""
+    """Read the version of torch that wrote a ``.pt2`` archive, if it is stored."""
     archive = Archive(file)
     models = [name for name in archive.records if name.startswith("models/")]
     version = _json(archive, models[0]).get("torch_version") if models else None
@@ -203,7 +203,7 @@ def _tensors(archive: Archive, folder: str, config: str) -> dict[str, Any]:
 
 
 def _samples(archive: Archive, name: str) -> Any:
-    """The example inputs if they are tensors and plain data; else None, and the program does without."""
+    """Return the example inputs if they are tensors and plain data; else None, and the program does without."""
     refused: dict[str, str | None] = {}
     try:
         found = unpickle(io.BytesIO(archive.read(name)), "zip", (), refused)
@@ -216,7 +216,7 @@ def _samples(archive: Archive, name: str) -> Any:
 
 
 def _checked_program(program: Any) -> Any:
-    """The program as JSON data, without what is executed, else as it was.
+    """Check a program's JSON data, and return it without what would be executed.
 
     Raises:
         LoadError: it holds what no exported network does.
@@ -270,7 +270,7 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
 
 
 def _on_the_cpu(device: Any) -> Any:
-    """The device that a program names, or the CPU if it is one that computes: its numbers are read onto that."""
+    """Return the device that a program names, or the CPU if it is one that computes: its numbers are read onto that."""
     if not isinstance(device, dict) or not re.fullmatch(r"[a-z]{2,20}", str(device.get("type"))):
         raise LoadError("an exported program for a device that has no name", seen=repr(device)[:80])
     return device if device["type"] == "meta" else {"type": "cpu", "index": None}
@@ -287,7 +287,7 @@ def _check_name_of_path(path: Any) -> None:
 
 
 def is_allowed_target(target: str) -> bool:
-    """Whether a program may call what it names so: ``torch.ops.aten.relu.default``, ``_operator.add``."""
+    """Return whether a program may call what it names so: ``torch.ops.aten.relu.default``, ``_operator.add``."""
     head, _, name = target.partition(".")
     if head in ("_operator", "math"):
         return is_allowed_function(f"{head.removeprefix('_')}:{name}")
@@ -325,7 +325,7 @@ def _check_tree(text: Any) -> None:
 
 
 def _check_expression(text: Any) -> None:
-    """An expression of sizes, which torch evaluates as Python: numbers, symbols, and functions of sizes alone."""
+    """Check an expression of sizes, which torch evaluates as Python: only numbers, symbols, and functions of sizes."""
     try:
         nodes = list(ast.walk(ast.parse(text, mode="eval")))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
@@ -355,7 +355,7 @@ def _may_be_evaluated(node: ast.AST) -> bool:
 
 
 def _is_small_power(parts: list[ast.expr]) -> bool:
-    """A small number as exponent, and no power within the base: sympy would multiply it out."""
+    """Return whether an exponent is a small number, and its base holds no power: sympy would multiply it out."""
     if len(parts) != 2:
         return False
     exponent = parts[1]

@@ -94,12 +94,12 @@ LISTED = BUILDERS | DATA | REFERENCES
 
 
 def within(name: str, packages: Sequence[str]) -> bool:
-    """Whether a dotted name is one of these packages or something in them."""
+    """Return whether a dotted name is one of these packages or something in them."""
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 def may_be_looked_up(module: str, name: str) -> bool:
-    """Whether a file may have this name imported, to see what it is.
+    """Return whether a file may have this name imported, to see what it is.
 
     A name with dots reaches through what was imported, and ``__main__`` runs when it is imported.
     """
@@ -109,7 +109,7 @@ def may_be_looked_up(module: str, name: str) -> bool:
 
 
 def is_network(found: Any) -> bool:
-    """Whether this is a module class that belongs to one of ``NETWORKS``, not only to be found there."""
+    """Return whether this is a module class that is defined in one of ``NETWORKS``, not only imported there."""
     if not (isinstance(found, type) and issubclass(found, nn.Module)) or issubclass(found, NOT_NETWORKS):
         return False
     name = f"{found.__module__}.{found.__qualname__}"
@@ -117,12 +117,12 @@ def is_network(found: Any) -> bool:
 
 
 def is_data(found: Any) -> bool:
-    """Whether this is a class of plain values."""
+    """Return whether this is a class of plain values."""
     return isinstance(found, type) and f"{found.__module__}.{found.__qualname__}" in DATA
 
 
 def is_harmless(module: str, name: str, found: Any) -> bool:
-    """Whether a file may refer to what a name of ``may_be_looked_up`` stands for."""
+    """Return whether a file may refer to what a name of ``may_be_looked_up`` stands for."""
     known = f"{module}.{name}" in LISTED or is_network(found)
     return known or _is_tensor_function(module, found) or isinstance(found, torch.dtype)
 
@@ -136,17 +136,17 @@ def _is_tensor_function(module: str, found: Any) -> bool:
 
 
 def may_be_called(full: str) -> bool:
-    """Whether a file may call what has this name, with arguments that are checked."""
+    """Return whether a file may call what has this name, with arguments that are checked."""
     return full in BUILDERS or full in _CALLED
 
 
 def may_be_got(name: str) -> bool:
-    """Whether a file may get an attribute of this name of a module or of torch's functions."""
+    """Return whether a file may get an attribute of this name of a module or of torch's functions."""
     return name.startswith("forward") or name in ACTIVATIONS
 
 
 def who_allows(module: str, name: str) -> tuple[str, str | None]:
-    """What a name in a pickle is, and which rule lets a file have it; None if none does.
+    """Identify a name in a pickle and the rule that allows it; None if none does.
 
     Only torch, torchvision, timm and this package are imported to find out.
     """

@@ -28,15 +28,15 @@ _MARKS = {"conj", "neg"}
 _HASHES = (str.__hash__, bytes.__hash__, bool.__hash__, type(None).__hash__, object.__hash__, nn.Module.__hash__)
 
 
-class Absurd(pickle.UnpicklingError):
+class Malformed(pickle.UnpicklingError):
     """Arguments that no pickle of a network has."""
 
 
 def checked_key(key: Any) -> Any:
-    """A dict's key or a set's member, unless many could be chosen that share a hash, or one that takes forever."""
+    """Refuse a dict's key or a set's member whose hash could be made to collide, or takes forever to compute."""
     is_tuple = type(key) is tuple
     if is_tuple and len(key) > _PARTS_OF_A_KEY:
-        raise Absurd("a key that no dict of a network has")
+        raise Malformed("a key that no dict of a network has")
     for part in key if is_tuple else (key,):
         if type(part) is int:
             is_known = abs(part) < (_LARGEST_IN_A_TUPLE if is_tuple else _LARGEST_KEY)
@@ -45,12 +45,12 @@ def checked_key(key: Any) -> Any:
         else:  # text's hash is chosen anew for each process, other things' is their address
             is_known = type(part).__hash__ in _HASHES or isinstance(part, enum.Enum)
         if not is_known:
-            raise Absurd("a key that no dict of a network has")
+            raise Malformed("a key that no dict of a network has")
     return key
 
 
 def builder(name: str) -> Callable[..., Any]:
-    """The function of this name that checks its arguments, and then is the one of that name."""
+    """Return the function of this name; where its arguments need a check, one that checks them first."""
     module, _, short = name.rpartition(".")
     return _CHECKED.get(name) or getattr(importlib.import_module(module), short)  # type: ignore[no-any-return]
 
@@ -61,7 +61,7 @@ def builder(name: str) -> Callable[..., Any]:
 def _container(kind: Callable[..., Any], *takes: type) -> Callable[..., Any]:
     def make(*args: Any) -> Any:
         if len(args) > 1 or not all(type(arg) in takes for arg in args):
-            raise Absurd(f"arguments for a {getattr(kind, '__name__', kind)}")
+            raise Malformed(f"arguments for a {getattr(kind, '__name__', kind)}")
         for arg in args:
             for item in arg:
                 checked_key(item)
@@ -72,19 +72,19 @@ def _container(kind: Callable[..., Any], *takes: type) -> Callable[..., Any]:
 
 def _ordered_dict(*args: Any) -> Any:
     if len(args) > 1 or not all(type(arg) in (list, tuple) for arg in args):
-        raise Absurd("arguments for an OrderedDict")
+        raise Malformed("arguments for an OrderedDict")
     return collections.OrderedDict((checked_key(key), value) for arg in args for key, value in arg)
 
 
 def _bytearray(*args: Any) -> Any:
     if not (args == () or (len(args) == 1 and type(args[0]) in (bytes, list)) or _is_latin(args)):
-        raise Absurd("arguments for a bytearray")
+        raise Malformed("arguments for a bytearray")
     return builtins.bytearray(*args)
 
 
 def _encode(*args: Any) -> Any:
     if not _is_latin(args):
-        raise Absurd("arguments for _codecs.encode")
+        raise Malformed("arguments for _codecs.encode")
     return args[0].encode("latin-1")
 
 
@@ -95,7 +95,7 @@ def _is_latin(args: Any) -> bool:
 def _plain(function: Callable[..., Any], *takes: type) -> Callable[..., Any]:
     def make(*args: Any) -> Any:
         if not all(type(arg) in takes and (type(arg) is not str or len(arg) < _LONGEST_NAME) for arg in args):
-            raise Absurd(f"arguments for {function.__name__}")
+            raise Malformed(f"arguments for {function.__name__}")
         return function(*args)
 
     return make
@@ -134,7 +134,7 @@ def _meta_tensor(dtype: Any, size: Any, stride: Any, requires_grad: Any) -> Any:
 def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
     _check_trimmings(requires_grad, hooks, None)
     if not isinstance(data, torch.Tensor):
-        raise Absurd("a parameter that is no tensor")
+        raise Malformed("a parameter that is no tensor")
     return nn.Parameter(data, requires_grad)
 
 
@@ -143,22 +143,22 @@ def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any)
 
 
 def _of_type(make: Any, kind: Any, args: Any, state: Any) -> Any:
-    """A plain tensor with attributes, as torch.compile leaves them on buffers."""
+    """Build a plain tensor with attributes, as torch.compile leaves them on buffers."""
     if make not in (_tensor, _tensor_v2, _tensor_v3) or kind is not _tensor_class or type(args) is not tuple:
-        raise Absurd("a tensor of another class")
+        raise Malformed("a tensor of another class")
     return _with_attributes(make(*args), state)
 
 
 def _tensor_class(*_: Any) -> Any:
-    raise Absurd("a tensor made by its class")
+    raise Malformed("a tensor made by its class")
 
 
 def _with_attributes(tensor: Any, state: Any) -> Any:
-    """The tensor with an author's attributes; of those that begin with an underscore, numbers and text alone."""
+    """Add an author's attributes to the tensor; of those that begin with an underscore, numbers and text alone."""
     for name, value in (state if type(state) is dict else {}).items():
         is_name = type(name) is str and name.isidentifier() and not name.startswith("__")
         if not is_name or hasattr(torch.Tensor, name):
-            raise Absurd("an attribute of a tensor that is none of the author's")
+            raise Malformed("an attribute of a tensor that is none of the author's")
         if not name.startswith("_") or type(value) in (bool, int, float, str, type(None)):
             setattr(tensor, name, value)
     return tensor
@@ -170,10 +170,10 @@ def check_view(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) ->
     torch would make the storage larger rather than refuse, and so read memory that is not the file's.
 
     Raises:
-        Absurd: it doesn't, or is far larger than its storage.
+        Malformed: it doesn't, or is far larger than its storage.
     """
     if not isinstance(storage, torch.storage.TypedStorage) or not isinstance(dtype, torch.dtype):
-        raise Absurd("a tensor without a storage")
+        raise Malformed("a tensor without a storage")
     _check_shape(offset, size, stride)
     last = 0 if 0 in size else 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     elements = 1
@@ -181,31 +181,31 @@ def check_view(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) ->
         elements *= length
     available = storage._untyped_storage.nbytes()
     if (offset + last) * dtype.itemsize > available:
-        raise Absurd(f"a tensor of shape {tuple(size)} in a storage of {available:,} bytes")
+        raise Malformed(f"a tensor of shape {tuple(size)} in a storage of {available:,} bytes")
     if elements * dtype.itemsize > available + SLACK_BYTES:  # expanded with strides of 0
-        raise Absurd(f"a tensor of shape {tuple(size)} made of {available:,} bytes")
+        raise Malformed(f"a tensor of shape {tuple(size)} made of {available:,} bytes")
 
 
 def _check_shape(offset: Any, size: Any, stride: Any) -> None:
     for numbers in (size, stride):
         if not isinstance(numbers, tuple) or len(numbers) > 64:
-            raise Absurd("a tensor's shape or strides that are no tuple")
+            raise Malformed("a tensor's shape or strides that are no tuple")
     if len(size) != len(stride):
-        raise Absurd("a tensor with more or fewer strides than dimensions")
+        raise Malformed("a tensor with more or fewer strides than dimensions")
     for number in (offset, *size, *stride):
         if type(number) is not int or not 0 <= number < _LARGEST:
-            raise Absurd("a tensor of an absurd shape")
+            raise Malformed("a tensor of an absurd shape")
 
 
 def _check_trimmings(requires_grad: Any, hooks: Any, metadata: Any) -> None:
     if type(requires_grad) is not bool:
-        raise Absurd("a tensor's requires_grad")
+        raise Malformed("a tensor's requires_grad")
     if not (hooks is None or (isinstance(hooks, Mapping) and not hooks)):
-        raise Absurd("a tensor with hooks")
+        raise Malformed("a tensor with hooks")
     if not (metadata is None or (type(metadata) is dict and all(type(value) is bool for value in metadata.values()))):
-        raise Absurd("a tensor's metadata")
+        raise Malformed("a tensor's metadata")
     if metadata and not metadata.keys() <= _MARKS:
-        raise Absurd("a tensor's metadata")
+        raise Malformed("a tensor's metadata")
 
 
 _CHECKED: dict[str, Callable[..., Any]] = {

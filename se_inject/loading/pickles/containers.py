@@ -16,7 +16,7 @@ import torch
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION, StorageType
 
 from se_inject.errors import LoadError
-from se_inject.loading.pickles.constructors import Absurd
+from se_inject.loading.pickles.constructors import Malformed
 from se_inject.loading.pickles.module_checks import check_modules
 from se_inject.loading.pickles.unpickler import Inert, Reading, Unpickler
 from se_inject.loading.zip_archive import Archive, DamagedArchive
@@ -85,7 +85,7 @@ def _check_numel(numel: Any, dtype: torch.dtype, size: int) -> None:
 
 
 def check_script_pickles(archive: Archive, names: Sequence[str], declared: Mapping[str, Mapping[str, Any]]) -> None:
-    """Look at the pickles of TorchScript, which torch's reader in C++ will read: are its tensors within their storages?
+    """Check that the tensors in TorchScript's pickles, which torch's reader in C++ will read, are within their storages.
 
     Args:
         archive: the archive.
@@ -131,7 +131,7 @@ class _Kind(Inert):
 
 
 def _fits(value: Any, declared: Any) -> bool:
-    """Whether every object in a value is of the class that is declared for its place."""
+    """Return whether every object in a value is of the class that is declared for its place."""
     name, inner = declared
     if isinstance(value, Inert):
         kind = vars(value).get("kind")
@@ -164,7 +164,7 @@ class _ScriptUnpickler(Unpickler):
         self.declared: Mapping[str, Mapping[str, Any]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """The same, but a class of the archive keeps its name."""
+        """Do the same, but keep the name of a class of the archive."""
         found = super().find_class(module, name)
         full = f"{module}.{name}"
         is_own = full.startswith(_OF_TORCHSCRIPT[0]) and not full.startswith(_OF_CPP) and type(found) is Inert
@@ -177,10 +177,10 @@ class _ScriptUnpickler(Unpickler):
             vars(made)["kind"] = kind.name
 
     def _check_state(self, kind: str, state: Any) -> None:
-        """The interpreter believes what a class declares, and reads memory accordingly."""
+        """Check a state against the class's declaration: the interpreter believes that, and reads memory accordingly."""
         types = self.declared.get(kind)
         if types is None or type(state) is not dict:
-            raise Absurd("an object of a class that has no source")
+            raise Malformed("an object of a class that has no source")
         for name, value in state.items():
             if not _fits(value, types.get(name, ("", ()))):
                 raise LoadError(
@@ -198,13 +198,13 @@ class _ScriptUnpickler(Unpickler):
                 depth, size = max(depth, below + 1), size + inner
                 self._parts.add(id(part))
         if depth > _DEEPEST_VALUE or size > _MOST_VALUES or id(owner) in self._parts:
-            raise Absurd("values within values without end")
+            raise Malformed("values within values without end")
         self._known[id(owner)] = depth, size, owner
 
     def _call(self, function: Any, args: Any) -> Any:
         made = super()._call(function, args)
         if isinstance(made, Inert) and not isinstance(function, Inert):
-            raise Absurd("a tensor that is made of something unknown")
+            raise Malformed("a tensor that is made of something unknown")
         self._hold(made, args if type(args) is tuple else (args,))
         return made
 
@@ -225,7 +225,7 @@ class _ScriptUnpickler(Unpickler):
     def _store(self, bytes_of_number: int) -> None:
         number = int.from_bytes(self.read(bytes_of_number), "little")
         if number > self._reading.opcodes:
-            raise Absurd("a place in memory that is out of order")
+            raise Malformed("a place in memory that is out of order")
         self.memo[number] = self.stack[-1]
 
     _OPCODES: ClassVar[dict[int, Any]] = {

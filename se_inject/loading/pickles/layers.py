@@ -34,7 +34,7 @@ def _whole(least: int) -> Rule:
 
 
 def _numbers(least: int, *, optional: bool = False) -> Rule:
-    """A whole number, or a few; each may be None."""
+    """Make the rule for a whole number, or a few; with ``optional`` each may be None."""
 
     def rule(value: Any) -> bool:
         parts = value if isinstance(value, tuple | list) else (value,)
@@ -128,7 +128,7 @@ _RULES: dict[type, dict[str, Rule]] = {
 
 
 def layer_fault(module: nn.Module) -> str | None:
-    """What is wrong with a layer of torch.nn; None if nothing is, or if it is not one."""
+    """Describe what is wrong with a layer of torch.nn; None if nothing is, or if it is not one."""
     if fault := _fault_of_any(module):
         return fault
     for kind, rules in _RULES.items():
@@ -176,7 +176,7 @@ def _is_hooks(name: str) -> bool:
 
 
 def _tensor_fault(module: nn.Module, name: str, shape: tuple[int, ...], *, needed: bool = False) -> str | None:
-    """What is wrong with a parameter or buffer that should have this shape; one that was reparametrised is elsewhere."""
+    """Describe what is wrong with a parameter or buffer of this expected shape; one that was reparametrised is elsewhere."""
     tables = (module._parameters, module._buffers)
     if not any(name in table for table in tables):
         return None

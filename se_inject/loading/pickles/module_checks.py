@@ -90,7 +90,7 @@ def _check_one(module: nn.Module, trust: Sequence[str], values: ValueChecks, che
 
 
 def _place_of(module: nn.Module, modules: list[nn.Module]) -> str:
-    """Where a module is in its network, for an error."""
+    """Describe the place of a module in its network, for an error."""
     owners = {id(vars(owner)["_modules"]): owner for owner in modules}  # many may share a table
     parents = {id(child): (owner, name) for owner in owners.values() for name, child in vars(owner)["_modules"].items()}
     path: list[str] = []
@@ -116,7 +116,7 @@ def _check_config(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def holds_inert(model: nn.Module) -> bool:
-    """Whether anything that a model holds stands for what was refused. What lies beside it in its file doesn't matter."""
+    """Return whether a model holds a placeholder for something that was refused. Other objects in its file don't matter."""
     todo: list[Any] = [model]
     seen: set[int] = set()
     while todo:
@@ -140,7 +140,7 @@ def holds_inert(model: nn.Module) -> bool:
 
 
 def _check_names(names: Any, forbidden: frozenset[str] = _QUOTES) -> None:
-    """Where torch.fx writes an attribute's name into source text, it must not be more than a name."""
+    """Check that attributes that torch.fx writes into source text are plain names."""
     for name in names:
         if not isinstance(name, str) or not name or not name.isprintable() or forbidden.intersection(name):
             raise LoadError("a module in this file has an attribute that is no name", seen=repr(name)[:80])

@@ -56,7 +56,7 @@ class _Reader(Unpickler):
         return self._nothing
 
     def _nested(self, data: Any) -> None:
-        """A storage as ``pickle.dump`` writes it: a legacy file within the file."""
+        """Read a storage as ``pickle.dump`` writes it: a legacy file within the file."""
         if type(data) is bytes:
             _read(io.BytesIO(data), "legacy", self._reading, self._names)
 
@@ -98,7 +98,7 @@ class _Reader(Unpickler):
 
 
 def names_in(file: IO[bytes], form: str) -> Names:
-    """What the pickle in a file names.
+    """List the names in the pickle of a file.
 
     Args:
         file: the open file, at its beginning.

@@ -43,7 +43,7 @@ from se_inject.loading.pickles.allowlist import (
     may_be_looked_up,
     within,
 )
-from se_inject.loading.pickles.constructors import Absurd, builder, checked_key
+from se_inject.loading.pickles.constructors import Malformed, builder, checked_key
 from se_inject.loading.zip_archive import SLACK_BYTES
 from se_inject.user_code import printable
 
@@ -91,7 +91,7 @@ class Reading:
 
     @classmethod
     def of(cls, size: int, trust: Sequence[str]) -> Reading:
-        """The reading of a file of this many bytes."""
+        """Start reading a file of this many bytes."""
         return cls(tuple(trust), size + SLACK_BYTES)
 
     def copies(self, data: Any) -> None:
@@ -113,16 +113,16 @@ class Reading:
         """
         self.spare_bytes -= size
         if self.spare_bytes < 0:
-            raise Absurd("it unfolds to far more than its own size")
+            raise Malformed("it unfolds to far more than its own size")
 
 
 def spelled_today(module: str) -> str:
-    """The name that a module has now."""
+    """Return the name that a module has now."""
     return _OLD_NAMES.get(module, module)
 
 
 def _may_be_partial(function: Any) -> bool:
-    """Whether a file may give some of a function's arguments: not those of a module, a method, or another partial."""
+    """Return whether a file may store a partial of a function: not of a module, a method, or another partial."""
     is_bound = isinstance(function, nn.Module | functools.partial | types.MethodType)
     hands_on = getattr(function, "__name__", "") == "_pass_through_h"  # the only one that returns what it is given
     return callable(function) and not is_bound and not hands_on
@@ -136,7 +136,7 @@ class _Opcodes(dict[int, Callable[..., None]]):
     def __getitem__(self, code: int) -> Callable[..., None]:
         self.reading.opcodes += 1
         if self.reading.opcodes > MOST_OPCODES:
-            raise Absurd(f"it holds more than {MOST_OPCODES:,} opcodes")
+            raise Malformed(f"it holds more than {MOST_OPCODES:,} opcodes")
         try:
             return super().__getitem__(code)
         except KeyError:
@@ -191,7 +191,7 @@ class Unpickler(pickle._Unpickler):
         self.dispatch.reading = reading
 
     def find_class(self, module: str, name: str) -> Any:
-        """What has this name if the file may have it, else something inert."""
+        """Return the object of this name if the file may have it, else an inert placeholder."""
         module = spelled_today(module)
         full = f"{module}.{name}"
         trusted = within(module, self._reading.trust)
@@ -235,7 +235,7 @@ class Unpickler(pickle._Unpickler):
     def _attribute(self, owner: Any, name: Any) -> Any:
         """``getattr``, for what networks really keep."""
         if type(name) is not str:
-            raise Absurd("an attribute's name that is no text")
+            raise Malformed("an attribute's name that is no text")
         if isinstance(owner, nn.Module) and name.startswith("forward"):
             return types.MethodType(getattr(type(owner), name), owner)
         if owner is torch._C._VariableFunctionsClass and name in ACTIVATIONS:  # type: ignore[attr-defined]
@@ -243,7 +243,7 @@ class Unpickler(pickle._Unpickler):
         return self._refuse(f"builtins.getattr(…, {name!r})")
 
     def _storage(self, data: Any) -> Any:
-        """A tensor's storage as ``pickle.dump`` writes it: a legacy file within the file, and none in that one."""
+        """Read a tensor's storage as ``pickle.dump`` writes it: a legacy file within the file, and none in that one."""
         if self._load_bytes is None or type(data) is not bytes:
             return self._refuse("torch.storage._load_from_bytes")
         return self._load_bytes(data)
@@ -310,12 +310,12 @@ class Unpickler(pickle._Unpickler):
             vars(instance).update(state)
         elif kind is functools.partial:
             if not (type(state) is tuple and state and _may_be_partial(state[0])):
-                raise Absurd("a functools.partial of what is no function")
+                raise Malformed("a functools.partial of what is no function")
             instance.__setstate__(state)
         elif isinstance(instance, nn.Module) and type(state) is dict:
             layers = state.get("num_layers", 0)
             if isinstance(instance, nn.RNNBase) and not (type(layers) is int and layers <= _MOST_LAYERS_OF_AN_RNN):
-                raise Absurd("a recurrent layer with an absurd number of layers")
+                raise Malformed("a recurrent layer with an absurd number of layers")
             kind.__setstate__(instance, state)
         else:
             raise pickle.UnpicklingError(f"a state for a {kind.__name__}")
@@ -394,4 +394,4 @@ class Unpickler(pickle._Unpickler):
 def _check_attributes(kind: type, state: Any) -> None:
     names = state if type(state) is dict else {None: None}
     if any(type(name) is not str or name.startswith("__") or callable(getattr(kind, name, None)) for name in names):
-        raise Absurd(f"a state for a {kind.__name__}")
+        raise Malformed(f"a state for a {kind.__name__}")

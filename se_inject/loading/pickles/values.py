@@ -83,7 +83,7 @@ class ValueChecks:
             raise LoadError(f"a {kind.__name__} in this file has a `{name}` of {value.bit_length()} bits")
 
     def _parts(self, value: Any, with_text: bool) -> Iterator[Any]:
-        """What is no data in a value; text too, if its class looks things up by text."""
+        """Iterate over the parts of a value that are not plain data; text too, if its class looks things up by text."""
         todo, inside, before = [value], [], len(self._data)
         found = False
         while todo:
@@ -125,7 +125,7 @@ def _inside(container: Any) -> list[Any]:
 
 
 def described(value: Any) -> str | None:
-    """A function, class, partial or bound method as ``values.json`` names it; None for anything else."""
+    """Describe a function, class, partial or bound method as ``values.json`` names it; None for anything else."""
     if isinstance(value, functools.partial):
         inner = described(value.func)
         plain = all(_is_short(part) for part in (*value.args, *value.keywords.values())) and not vars(value)

@@ -1,4 +1,4 @@
-"""What the forwards of one TorchScript archive share, and what can be told from its graphs before they are translated."""
+"""What the forwards of one TorchScript archive share, and what its graphs show before they are translated."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _READING = ("prim::ListUnpack", "prim::max", "prim::min", "prim::isinstance")
 
 
 def class_of(script: Any) -> str:
-    """The qualified name of a module's class in its archive."""
+    """Return the qualified name of a module's class in its archive."""
     return str(script._c._type().qualified_name())
 
 
 def plain_class_of(script: Any) -> str:
-    """That name without the number which tells classes of one name apart."""
+    """Return that name without the number that distinguishes classes of one name."""
     return _MANGLED.sub("", class_of(script)).removeprefix("__torch__.")
 
 
@@ -82,13 +82,13 @@ class Archive:
                 self._look_at(inner)
 
     def graph_called(self, node: Any) -> Any:
-        """The graph of what a node calls."""
+        """Return the graph that a node calls."""
         if node.kind() == "prim::CallFunction":
             return self.function(node.inputsAt(0).type().annotation_str).graph
         return self._graphs[node.inputsAt(0).type().annotation_str, node.s("name")]
 
     def forward_of(self, script: Any) -> str | None:
-        """The name of a module's forward, another one if it was overloaded; None if it has none, or several."""
+        """Return the name of a module's forward, another one if it was overloaded; None if it has none, or several."""
         names = script._c._method_names()
         if "forward" in names:
             return "forward"
@@ -98,7 +98,7 @@ class Archive:
         return overloads[0] if len(overloads) == 1 else None
 
     def hands_back(self, kind: str, inputs: list[Any], result: Any) -> Any:
-        """What a class's forward returns, without the inputs that its callers have already."""
+        """Return the result of a class's forward without the inputs that its callers have already."""
         parts = result.get("tuple") if isinstance(result, dict) else None
         names = [{"node": name} for name, *_ in inputs]
         if not parts or kind in self._whole or all(part in names for part in parts):
@@ -119,7 +119,7 @@ class Archive:
             raise LoadError(f"a TorchScript archive with more than {_MOST_STEPS:,} operations, written out")
 
     def is_one_object(self, value: Any, depth: int = 0) -> bool:
-        """Whether a list must not be written anew where it is used: it is changed, or goes where that can't be followed."""
+        """Return whether a list must keep its identity: it is changed, or goes where that can't be followed."""
         self.step()
         for use in value.uses():
             node, kind = use.user, use.user.kind()
@@ -134,6 +134,6 @@ class Archive:
         return holds_others is not None and any(True for _ in value.uses())
 
     def may_change(self, value: Any) -> bool:
-        """Whether a list, or one in it, may be changed somewhere: it gets about, and others of its type are changed."""
+        """Return whether a list, or one in it, may be changed somewhere: it is passed on, and others of its type are changed."""
         kind = value.type().annotation_str
         return any(changed in kind for changed in self._changed) and self.is_one_object(value)

@@ -51,14 +51,14 @@ _RECURRENT = {
 
 
 def network_from_script(script: torch.jit.ScriptModule, function: Callable[[str], Any]) -> nn.Module:
-    """An ordinary network that computes what a TorchScript module does, with the same tensors.
+    """Build an ordinary network that computes the same as a TorchScript module, with the same tensors.
 
     Args:
         script: the module; it isn't run.
         function: the archive's function of a qualified name.
 
     Raises:
-        LoadError: it can't be written down as modules; says what is in the way.
+        LoadError: it can't be written down as modules; the message says why.
     """
     is_frozen = next(script.parameters(), None) is None
     return _Network(Archive(script, function), is_frozen).module(script, "")
@@ -81,7 +81,7 @@ class _Network:
         """Kept, so that no address is used again."""
 
     def module(self, script: Any, path: str) -> nn.Module:
-        """The module that stands for this one."""
+        """Build the module for this one."""
         kind = plain_class_of(script)
         if script._c._get_forward_hooks() or script._c._get_forward_pre_hooks():
             raise LoadError(f"`{path or kind}` of a TorchScript archive has hooks", hint=_EAGER)
@@ -94,7 +94,7 @@ class _Network:
         return module
 
     def tensors(self, script: Any) -> dict[str, Tensor]:
-        """A module's own parameters and buffers."""
+        """Return a module's own parameters and buffers."""
         found = {name: self._kept(tensor, nn.Parameter) for name, tensor in script._parameters.items()}
         return {**found, **{name: self._kept(tensor, None) for name, tensor in script._buffers.items()}}
 
@@ -133,12 +133,12 @@ class _Network:
 
 
 def _takes_modules(method: Any) -> bool:
-    """Whether a forward gets modules as arguments, as tracing has it for those that several modules share."""
+    """Return whether a forward gets modules as arguments, as tracing writes it for modules that are shared."""
     return any(argument.type.kind() == "ClassType" for argument in method.schema.arguments[1:])
 
 
 def _layer_again(script: Any, kind: str, tensors: dict[str, Tensor]) -> nn.Module | None:
-    """The layer of torch.nn that was scripted; None if it is none, or was traced and so has lost its attributes."""
+    """Rebuild the torch.nn layer that was scripted; None if it is none, or was traced and so has lost its attributes."""
     short = kind.removeprefix("torch.nn.modules.")
     if short in _RECURRENT and short != kind:
         return _recurrent_again(script, getattr(nn, short.removeprefix("rnn.")), tensors)
@@ -164,7 +164,7 @@ def _layer_again(script: Any, kind: str, tensors: dict[str, Tensor]) -> nn.Modul
 
 
 def _recurrent_again(script: Any, kind: type[nn.RNNBase], tensors: dict[str, Tensor]) -> nn.Module | None:
-    """The recurrent layer that was scripted; None as above. Which tensors it has depends on its options."""
+    """Rebuild the recurrent layer that was scripted; None as above. Which tensors it has depends on its options."""
     common = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
     names = (*common, *_RECURRENT[f"rnn.{kind.__name__}"])
     options = {name: getattr(script, name) for name in names if hasattr(script, name)}

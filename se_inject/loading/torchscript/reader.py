@@ -38,7 +38,7 @@ _PICKLES = ("data.pkl", "constants.pkl")
 
 
 def script_module(file: IO[bytes]) -> tuple[torch.jit.ScriptModule, Callable[[str], Any]]:
-    """The module in a TorchScript archive, on the CPU, and its function of a qualified name. None of its code has run.
+    """Read the module in a TorchScript archive, on the CPU, and its function of a qualified name. None of its code has run.
 
     Args:
         file: the open file.
@@ -57,7 +57,7 @@ def script_module(file: IO[bytes]) -> tuple[torch.jit.ScriptModule, Callable[[st
 
 @contextlib.contextmanager
 def _in_memory() -> Iterator[tuple[IO[bytes], Callable[[Any], Any]]]:
-    """A file to write to that is on no disk, and what makes a module of it.
+    """Make a file in memory to write to, and a function that makes a module of it.
 
     Of bytes torch makes three copies; where memory can have a path, it makes none.
     """
@@ -90,7 +90,7 @@ def operators_of(module: Any) -> set[str]:
 
 
 def _graphs(module: Any, unit: Any = None) -> list[Any]:
-    """The graphs of a module's methods, and of an archive's functions."""
+    """Return the graphs of a module's methods, and of an archive's functions."""
     modules, paths = [module], 0
     kinds = {}
     while modules:

@@ -1,7 +1,7 @@
 """The source text of a TorchScript archive, looked at before torch reads it.
 
 torch's reader resolves classes, functions and types by recursion, without an end, and its interpreter believes what a class
-declares. So how deep they go is bounded here, and what each class declares is told to the check of the objects.
+declares. So how deep they go is bounded here, and what each class declares is passed to the check of the objects.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _checked_source(name: str, archive: Archive) -> ast.Module:
 
 
 def _reads_a_child(call: ast.Call) -> bool:
-    """Whether it is `getattr(self, "0")`, as torch writes a child whose name is no word."""
+    """Return whether it is `getattr(self, "0")`, as torch writes a child whose name isn't a Python name."""
     if len(call.args) != 2 or call.keywords or not isinstance(call.args[1], ast.Constant):
         return False
     owner, name = call.args[0], call.args[1].value
@@ -119,7 +119,7 @@ def _word(node: Any) -> str | None:
 
 
 def _own_names(node: ast.AST) -> Iterator[str]:
-    """What a class or function names of the archive's."""
+    """List the names of the archive's own that a class or function uses."""
     for part in ast.walk(node):
         name = _dotted(part) if isinstance(part, ast.Attribute) else None
         if name is not None and name.startswith(_OWN):
@@ -136,7 +136,7 @@ def _check_methods(node: ast.ClassDef) -> None:
 
 
 def _own_methods(method: ast.FunctionDef, methods: Mapping[str, Any]) -> set[str]:
-    """The methods of its own class that a method reads of its first argument, which it must not pass on."""
+    """List the methods of its own class that a method reads of its first argument, which it must not pass on."""
     myself = method.args.args[0].arg if method.args.args else ""
     bases = {part.value for part in ast.walk(method) if isinstance(part, ast.Attribute)}
     bases |= {
@@ -156,7 +156,7 @@ def _own_methods(method: ast.FunctionDef, methods: Mapping[str, Any]) -> set[str
 
 
 def _longest_path(edges: Mapping[str, set[str]]) -> int:
-    """How many follow one another at most; infinite if they go round in a circle. Without recursion."""
+    """Compute the length of the longest path; infinite if there is a cycle. Without recursion."""
     depth: dict[str, int] = {}
     for start in edges:
         todo, open_ones = [(start, False)], set()
@@ -183,7 +183,7 @@ def _dotted(node: ast.AST) -> str | None:
 
 
 def _tree_depth(tree: ast.AST) -> tuple[int, int]:
-    """How deep a tree goes, and how deep subscripts lie within one another in it."""
+    """Compute the depth of a tree, and the depth of nested subscripts in it."""
     deepest = deepest_type = 0
     todo = [(tree, 1, 0)]
     while todo:
@@ -203,7 +203,7 @@ def _declared(node: ast.ClassDef) -> dict[str, Type]:
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
             found[part.target.id] = _type(part.annotation)
         elif isinstance(part, ast.Assign) and isinstance(part.targets[0], ast.Subscript):
-            key = part.targets[0].slice  # `__annotations__["0"] = …`, where a name is no word
+            key = part.targets[0].slice  # `__annotations__["0"] = …`, where a name isn't a Python name
             if _word(part.targets[0].value) == "__annotations__" and isinstance(key, ast.Constant):
                 found[str(key.value)] = _type(part.value)
     return found

@@ -176,13 +176,13 @@ class Forward:
         return f"v{self._count}"
 
     def _is_number(self, value: Any) -> bool:
-        """Whether a value is a number, whatever TorchScript takes it for."""
+        """Return whether a value is a number, whatever its type in TorchScript."""
         if isinstance(value, Constant):
             return isinstance(value.value, int | float)
         return isinstance(value, dict) and value.get("node") in self._numbers
 
     def _is_whole(self, value: Any) -> bool:
-        """Whether a number is an integer."""
+        """Return whether a number is an integer."""
         if isinstance(value, Constant):
             return isinstance(value.value, int)
         return self._numbers[value["node"]] == "int64"
@@ -214,7 +214,7 @@ class Forward:
         return [found for _ in node.outputs()]
 
     def _as_list(self, value: Any, lines: list[Any]) -> Any:
-        """A value that TorchScript has as a list: sizes of tensors are tuples in Python."""
+        """Convert a value to a list where TorchScript has one: sizes of tensors are tuples in Python."""
         is_node = isinstance(value, dict) and "node" in value
         return self._line(lines, "set", 1, "python:list", [value], {}) if is_node else value
 
@@ -229,7 +229,7 @@ class Forward:
         return [Constant(dtype(value.value)) if isinstance(value, Constant) else value for value in inputs]
 
     def _operation(self, node: Any, inputs: list[Any], lines: list[Any]) -> Any:
-        """An operator on tensors."""
+        """Translate an operator on tensors."""
         if "Tensor" not in node.schema():
             raise LoadError(f"it uses `{node.kind()}` on what is no tensor")
         schema = torch._C.parse_schema(node.schema())
@@ -260,7 +260,7 @@ class Forward:
         return found if count > 1 else [found] * count
 
     def _tensor(self, value: Any, lines: list[Any]) -> Any:
-        """A value as a tensor, if TorchScript has it as one and it is written as a number."""
+        """Convert a value to a tensor, if TorchScript has it as one and it is written as a number."""
         if isinstance(value, Scalar):
             return self._constant(value.tensor, lines)
         if isinstance(value, dict) and value.get("node") in self._numbers:
@@ -268,7 +268,7 @@ class Forward:
             return self._line(lines, "set", 1, "ops:aten.scalar_tensor.default", [value], dtype)
         return value
 
-    # -- what is no operator -------------------------------------------------------------------------------
+    # -- what isn't an operator -------------------------------------------------------------------------------
 
     def _prim_Constant(self, node: Any, inputs: Any, env: Any, lines: list[Any], reads: dict[str, Any]) -> list[Any]:
         output = node.output()
@@ -280,7 +280,7 @@ class Forward:
         return [Constant(value)]
 
     def _constant(self, value: Tensor, lines: list[Any]) -> Any:
-        """A tensor of the program's own, which becomes a buffer."""
+        """Translate a tensor of the program's own, which becomes a buffer."""
         name = f"constant_{len(self.constants)}"
         self.constants[name] = value
         return self._line(lines, "read", 1, name)
@@ -338,7 +338,7 @@ class Forward:
         return self._inlined(called.graph, [part, *args], lines, reads)
 
     def _own_instead_of(self, shared: Part) -> Part:
-        """The child that the author called, if what is called now lies elsewhere because several modules share it.
+        """Find the child that the author called, if the called module lies elsewhere because several modules share it.
 
         The archive has an empty one in all other places; here the next of its class that nothing calls.
         """
@@ -357,13 +357,13 @@ class Forward:
         return shared
 
     def _origin(self, value: Any) -> Any:
-        """A value before it went through identities."""
+        """Return a value before it went through identities."""
         while isinstance(value, dict) and value.get("node") in self._same_as:
             value = self._same_as[value["node"]]
         return value
 
     def _is_forward(self, script: Any, name: str) -> bool:
-        """Whether a method does what the forward does; tracing makes one for each call."""
+        """Return whether a method does what the forward does; tracing makes one for each call."""
         own = self.archive.forward_of(script)
         if name == own or own is None:
             return name == own
@@ -486,7 +486,7 @@ class Forward:
         return inputs
 
     def _is_plain(self, rest: list[Any]) -> bool:
-        """Whether the arguments behind the operands say nothing: `alpha` is 1, there is no rounding mode."""
+        """Return whether the arguments behind the operands have no effect: `alpha` is 1, there is no rounding mode."""
         return all(isinstance(value, Constant) and value.value in (None, 1) for value in rest)
 
     def _aten_keys(self, node: Any, inputs: list[Any], env: Any, lines: list[Any], reads: Any) -> list[Any]:
@@ -546,8 +546,8 @@ class Forward:
         return [self._line(lines, "set", 1, "operator:getitem", [data(whole), window], {})]
 
     def _aten_format(self, node: Any, inputs: list[Any], *_: Any) -> list[Any]:
-        told = ("prim::RaiseException", "prim::Print", "aten::warn", "aten::format", "aten::add")
-        if any(use.user.kind() not in told for use in node.output().uses()):
+        ignorable = ("prim::RaiseException", "prim::Print", "aten::warn", "aten::format", "aten::add")
+        if any(use.user.kind() not in ignorable for use in node.output().uses()):
             raise LoadError("it makes text that is used as a value")
         return [Constant(inputs[0].value if isinstance(inputs[0], Constant) else "")]
 

@@ -50,7 +50,7 @@ class Function:
 
 
 def computed(name: str, values: list[Any]) -> Constant | None:
-    """What a function makes of constants; None if it fails, which a branch that is never taken may.
+    """Evaluate a function on constants; None if it fails, which a branch that is never taken may.
 
     Raises:
         LoadError: TorchScript's numbers have 64 bits; Python's would grow and grow.
@@ -69,7 +69,7 @@ def computed(name: str, values: list[Any]) -> Constant | None:
 
 
 def data(value: Any) -> Any:
-    """A value as a program has it."""
+    """Convert a value to the plain data of a stored program."""
     if isinstance(value, Constant):
         try:
             return encoded(value.value)
