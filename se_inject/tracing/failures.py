@@ -14,7 +14,7 @@ from se_inject.tracing.proxy import Untraceable
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> str:
-    """Inputs in words: ``1 input of 1×3×224×224``."""
+    """Describe inputs in words: ``1 input of 1×3×224×224``."""
     shapes = [
         ("×".join(map(str, t.shape)) or "a number") for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)
     ]
@@ -22,7 +22,7 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> str
 
 
 def reason_of(error: Exception) -> str:
-    """An error as the reason why a forward can't be traced, with the author's file and line."""
+    """Convert an error to the reason why a forward can't be traced, with the author's file and line."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if any("torch/utils/checkpoint.py" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
         return "it uses activation checkpointing, which a graph can't hold"

@@ -29,22 +29,22 @@ _REFUSED = {
 
 
 def leaf_kind(module: nn.Module) -> tuple[str, str] | None:
-    """What a compiled, scripted or quantised module is, and a hint; None for any other."""
+    """Describe a compiled, scripted or quantised module, with a hint; None for any other."""
     return _kind(module, _LEAVES)
 
 
 def is_compiled(module: object) -> bool:
-    """Whether this is what ``torch.compile`` makes of a module."""
+    """Return whether ``torch.compile`` made this module."""
     return isinstance(module, nn.Module) and home(module) == "torch._dynamo.eval_frame.OptimizedModule"
 
 
 def wrapper_kind(module: nn.Module) -> tuple[str, str] | None:
-    """What a wrapper is that refuses the whole network, and a hint; None for any other module."""
+    """Describe a wrapper that refuses the whole network, with a hint; None for any other module."""
     return _kind(module, _REFUSED)
 
 
 def home(module: nn.Module) -> str:
-    """The full name of a module's class."""
+    """Return the full name of a module's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

@@ -20,7 +20,7 @@ class Helper(NamedTuple):
 
 
 def helper_for(error: Exception) -> Helper | None:
-    """What would let a forward go on that failed so; None if nothing is known."""
+    """Find a remedy for a forward that failed with this error; None if nothing is known."""
     text = str(error)
     found = re.match(r"(\w+)\(\) (takes 1 positional argument|received an invalid combination of arguments)", text)
     if found and found[1] in ("zeros", "ones", "empty", "rand", "randn"):
@@ -57,7 +57,7 @@ def _method(original: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _scripted(original: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """A scripted function, as the Python that it was made from."""
+    """Call the Python function that a scripted one was made from, if an argument is a proxy."""
     python = getattr(function, "_torchdynamo_inline", None)
     if python is None or not any(map(is_proxy, (*args, *kwargs.values()))):
         return original(function, *args, **kwargs)

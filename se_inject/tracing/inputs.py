@@ -74,7 +74,7 @@ def _check_no_shape(example_inputs: Any) -> None:
 
 
 def _program_notes(model: nn.Module) -> Iterator[str]:
-    """What is to be said of a network that is a program out of a file."""
+    """Write notes on a network that is a program out of a file."""
     fixed = sum(isinstance(module, FixedBatchNorm) for module in model.modules())
     if fixed:
         yield (
@@ -133,7 +133,7 @@ def inferred_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     first = next((module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)), None)
     if size:
         others = [] if first is None or len(size) != first.weight.dim() - 1 else [(2, first.in_channels, *size[1:])]
-        return list(dict.fromkeys([(2, *size), *others]))  # timm keeps the metadata when it is told of other channels
+        return list(dict.fromkeys([(2, *size), *others]))  # timm keeps the metadata when it is made for other channels
     if first is None:
         raise NoSites(
             "the network has no convolution layer to infer its input from",
@@ -177,7 +177,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def real_inputs(inputs: Any, *, batch: int | None, device: torch.device, dtype: torch.dtype) -> Any:
-    """Inputs with numbers in them, of the given batch size; None: of their own.
+    """Fill inputs with numbers, at the given batch size; None: of their own.
 
     Tensors that have values already keep them unless their size changes.
     """
@@ -198,7 +198,7 @@ def real_inputs(inputs: Any, *, batch: int | None, device: torch.device, dtype: 
 
 
 def cropped(inputs: Any, side: int) -> Any:
-    """The same inputs with no image or volume larger than this in any direction."""
+    """Crop the inputs so that no image or volume is larger than this in any direction."""
 
     def crop(tensor: Tensor) -> Tensor:
         for dimension in range(2, tensor.dim() if tensor.dim() > 3 else 0):
@@ -209,12 +209,12 @@ def cropped(inputs: Any, side: int) -> Any:
 
 
 def copied(inputs: Any) -> Any:
-    """The same inputs for another call: what changes them in place changes these alone."""
+    """Copy the inputs for another call, so that changes in place don't reach the originals."""
     return tree_map_only(Tensor, torch.clone, inputs)
 
 
 def batch_of(inputs: Any) -> int | None:
-    """The batch size of inputs: the first dimension of the first tensor of more than one."""
+    """Return the batch size of inputs: the first dimension of the first tensor of more than one."""
     return next((leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 1), None)
 
 
@@ -226,7 +226,7 @@ def shapes_of(args: Sequence[Any]) -> list[Any] | None:
 
 
 def inputs_from(shapes: Sequence[Any]) -> tuple[Any, ...]:
-    """Inputs on the meta device.
+    """Make inputs on the meta device.
 
     Args:
         shapes: of each input what ``shapes_of`` gives; or ``{"list": […]}``, ``{"tuple": […]}`` or

@@ -24,7 +24,7 @@ _SIZES = (int, float, str, torch.Size, torch.dtype, torch.device)
 
 
 def function_name_of(node: fx.Node) -> str:
-    """What the function or method of a node is called.
+    """Return the name of a node's function or method.
 
     An operator of torch has no overload here, and is called as Python's operator in place is: ``add``, ``iadd``.
     """
@@ -36,12 +36,12 @@ def function_name_of(node: fx.Node) -> str:
 
 
 def gates_in(graph: fx.Graph) -> int:
-    """How many values this graph multiplies by a gate made from themselves: attention that is already there."""
+    """Count the values in this graph that are multiplied by a gate made from themselves: attention that is already there."""
     return sum(is_gating(node) for node in graph.nodes)
 
 
 def is_gating(node: fx.Node) -> bool:
-    """Whether a node is ``x * g(x)`` with a gate that has fewer positions or channels than x, also as an einsum or in addcmul."""
+    """Return whether a node is ``x * g(x)`` with a gate that has fewer positions or channels than x, also as an einsum or in addcmul."""
     pair = _gate_and_gated(node)
     if pair is None:
         return False
@@ -53,7 +53,7 @@ def is_gating(node: fx.Node) -> bool:
 
 
 def _gate_and_gated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Return the smaller and the larger factor of a product; None if it is no product of two tensors of different sizes."""
+    """Return the smaller and the larger factor of a product; None if it isn't a product of two tensors of different sizes."""
     name = function_name_of(node)
     if name == "einsum":
         return _einsum_factors(node)
@@ -100,7 +100,7 @@ def attention_in(graph: fx.Graph) -> int:
 
 
 def is_attention(node: fx.Node) -> bool:
-    """Whether a node is a softmax over the rows of a matrix that values are then multiplied by, summed over the rows.
+    """Return whether a node is a softmax over the rows of a matrix that values are then multiplied by, summed over the rows.
 
     A softmax over branches that weighs them element by element (selective kernels) is none.
     """
@@ -131,7 +131,7 @@ def _is_softmax(node: fx.Node) -> bool:
 
 
 def _contracts(node: fx.Node, factor: fx.Node) -> bool:
-    """Whether a node is a matrix product with this factor, the other one no stack of branches."""
+    """Return whether a node is a matrix product with this factor, the other one no stack of branches."""
     name = function_name_of(node)
     if name == "einsum":
         terms, result, operands = einsum_terms(node)
@@ -145,14 +145,14 @@ def _contracts(node: fx.Node, factor: fx.Node) -> bool:
 
 
 def _is_stack(node: fx.Node) -> bool:
-    """Whether a value is a stack of values, but for its shape."""
+    """Return whether a value is a stack of values, changed in its shape at most."""
     while function_name_of(node) in _VIEWS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return function_name_of(node) == "stack"
 
 
 def _decides(node: fx.Node) -> bool:
-    """Whether a node can make a gate of a statistic: it has weights or is bounded; what only divides by a norm can't."""
+    """Return whether a node can make a gate of a statistic: it has weights or is bounded; what only divides by a norm can't."""
     name = function_name_of(node).rstrip("_")
     return (
         node.op == "call_module"
@@ -176,7 +176,7 @@ def _volume(shape: Any) -> int:
 
 
 def tensor_shape(node: fx.Node) -> tuple[int, ...] | None:
-    """The shape of a node's value in the observed call; None if it is no tensor."""
+    """Return the shape of a node's value in the observed call; None if it isn't a tensor."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else None
 

@@ -1,7 +1,7 @@
-"""Observe one call of a network, and write down every module's forward as a one-level graph on the way.
+"""Observe one call of a network, and write down every module's forward as a one-level graph meanwhile.
 
 One pass does both: whenever a module with a forward of its own is called, its forward runs on proxies that
-carry the values of that call, and its children run as leaves, each in turn written down the same way. The
+carry the values of that call, and its children run as leaves, each in turn written down likewise. The
 values are tensors on the meta device, so nothing is computed and no weight is copied. What is called is a twin
 of the model: the model itself, which other threads may be using, is only read.
 """
@@ -59,7 +59,7 @@ class Record:
                 self.aliases.setdefault(known, []).append(path)
 
     def frozen(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], outputs: Any, macs: int, watch: Watch) -> Trace:
-        """The trace that was made."""
+        """Return the finished trace."""
         return Trace(
             model=self.model,
             inputs=inputs,
@@ -206,7 +206,7 @@ class Observer:
         return output
 
     def _known_result(self, module: nn.Module, x: Any) -> Tensor | None:
-        """A result that is known without a call: it need not be computed, and on the meta device torch is slow to find it.
+        """Return a result that needs no call; None if the module has to be called.
 
         That is batch norm's on the meta device, and for real tensors what convolutions and linear layers return: numbers are
         drawn, for any will do.
@@ -310,13 +310,13 @@ class Observer:
             self.tracer = outer
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call of one of the twin's modules gives: a node where a forward is being traced, else the values."""
+        """Call one of the twin's modules: the result is a node where a forward is being traced, else the values."""
         if self.tracer is None:
             return self.run(module, args, kwargs)
         return self.tracer.call_module(module, args, kwargs)
 
     def setting(self, module: nn.Module, name: str, value: Any) -> Any:
-        """What a read of a module's mode, or of a plain attribute of the owner, gives. It is noted."""
+        """Return the result of reading a module's mode, or a plain attribute of the owner. The read is recorded."""
         tracer = self.tracer
         if tracer is None:
             return value
@@ -374,7 +374,7 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h
 
 
 def graphs_of_modes(module: nn.Module) -> tuple[fx.Graph, fx.Graph] | None:
-    """The graphs in eval mode and in training of a graph module that has two, as torchvision's feature extractors do."""
+    """Return the graphs in eval mode and in training of a graph module that has two, as torchvision's feature extractors do."""
     if not isinstance(module, fx.GraphModule):
         return None
     graphs = tuple(module.__dict__.get(name) for name in ("eval_graph", "train_graph"))
@@ -382,7 +382,7 @@ def graphs_of_modes(module: nn.Module) -> tuple[fx.Graph, fx.Graph] | None:
 
 
 def forward_of(module: nn.Module, training: bool) -> Callable[..., Any]:
-    """The forward of a module's class; of a graph module with two graphs that of the mode, whichever it is in."""
+    """Return the forward of a module's class; of a graph module with two graphs that of the mode, whichever it is in."""
     graphs = graphs_of_modes(module)
     if graphs is None:
         return type(module).forward
@@ -409,7 +409,7 @@ def _put_back(module: nn.Module, forward: Any) -> None:
 
 
 def _kinds(arguments: Any) -> Any:
-    """What tells two calls' arguments apart for control flow: structure, rank, and plain values."""
+    """Compute a key that tells two calls' arguments apart for control flow: structure, rank, and plain values."""
     if isinstance(arguments, Tensor):
         return ("tensor", arguments.dim())
     if isinstance(arguments, dict):

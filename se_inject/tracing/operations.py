@@ -86,7 +86,7 @@ def _operation_of_module(module: nn.Module) -> str:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module's forward is torch's own, ``nn.Sequential``'s apart: what it does is known without a look."""
+    """Return whether a module's forward is torch's own, ``nn.Sequential``'s apart: its operation is known without tracing."""
     if leaf_kind(module) is not None:
         return True
     forward = type(module).forward
@@ -98,12 +98,12 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def is_data(argument: object) -> bool:
-    """Whether an argument is a node whose value is a tensor made from the owner's inputs."""
+    """Return whether an argument is a node whose value is a tensor made from the owner's inputs."""
     return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), Tensor) and not is_constant(argument)
 
 
 def is_constant(node: fx.Node) -> bool:
-    """Whether a node's value depends on parameters and plain numbers only."""
+    """Return whether a node's value depends on parameters and plain numbers only."""
     pending = [node]  # no recursion: a network may be a thousand modules in a row
     while pending:
         current = pending[-1]

@@ -37,7 +37,7 @@ _UNKNOWN = {
 class ValueProxy(fx.Proxy):
     """A node of the graph and the value it had in the observed call.
 
-    ``isinstance`` in Python code is answered for the value. Code written in C++ that asks is told the truth: it would
+    ``isinstance`` in Python code is answered for the value. Code written in C++ that asks gets the truth: it would
     take the proxy's memory for a tensor's.
     """
 
@@ -140,7 +140,7 @@ for _name in ("iadd", "isub", "imul", "itruediv"):
 
 @functools.lru_cache(maxsize=10_000)
 def _is_isinstance(code: CodeType, position: int) -> bool:
-    """Whether the instruction at this position is Python's own check of a class: ``isinstance(…, …)``, or ``match``.
+    """Return whether the instruction at this position is Python's own check of a class: ``isinstance(…, …)``, or ``match``.
 
     Goes back from the call over what its two arguments push on the stack, to the instruction that loaded the function.
     """
@@ -224,12 +224,12 @@ def _reflect_item(author: Any, key: Any, item: Any, before: Any, path: str) -> N
 
 
 def is_proxy(value: Any) -> bool:
-    """Whether a value is a proxy itself."""
+    """Return whether a value is a proxy itself."""
     return type(value) is ValueProxy
 
 
 def values_of(argument: Any) -> Any:
-    """The same arguments with every proxy replaced by its value."""
+    """Replace every proxy in the arguments by its value."""
     if type(argument) is ValueProxy:
         return argument.value
     if isinstance(argument, tuple):
@@ -261,7 +261,7 @@ def values_of(argument: Any) -> Any:
 
 
 def holds_tensor(argument: Any) -> bool:
-    """Whether a tensor is in this argument, at any depth of tuples, lists and dicts."""
+    """Return whether a tensor is in this argument, at any depth of tuples, lists and dicts."""
     if isinstance(argument, Tensor):
         return True
     if isinstance(argument, dict):
@@ -270,21 +270,21 @@ def holds_tensor(argument: Any) -> bool:
 
 
 def is_numbers(value: Any) -> bool:
-    """Whether a value is a plain number, or a tuple or list of some."""
+    """Return whether a value is a plain number, or a tuple or list of some."""
     if isinstance(value, tuple | list):
         return bool(value) and all(map(is_numbers, value))
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def holds_proxy(argument: Any) -> bool:
-    """Whether an argument is a proxy, or a tuple or list with one in it."""
+    """Return whether an argument is a proxy, or a tuple or list with one in it."""
     return type(argument) is ValueProxy or (
         isinstance(argument, tuple | list) and any(type(item) is ValueProxy for item in argument)
     )
 
 
 def contents_of(argument: Any) -> Any:
-    """What plain containers hold, at any depth, by identity: equal before and after a call that changes none of them."""
+    """Record the contents of plain containers, at any depth, by identity: equal before and after a call that changes none of them."""
     if isinstance(argument, dict):
         return [(key, contents_of(value)) for key, value in dict.items(argument)]
     if isinstance(argument, list | tuple):

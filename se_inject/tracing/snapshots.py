@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A module's attributes, and copies of the plain lists, dicts and sets among them; hooks are in dicts too."""
+    """Record a module's attributes, with copies of the plain lists, dicts and sets among them; hooks are in dicts too."""
     attributes = dict(module.__dict__)
     contents = {key: value.copy() if value else () for key, value in attributes.items() if type(value) in _PLAIN}
     return attributes, contents
@@ -63,7 +63,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def containers_in(value: Any) -> list[tuple[Any, Any]]:
-    """The plain lists, dicts and sets in a value, at any depth, each with a copy."""
+    """Find the plain lists, dicts and sets in a value, at any depth, each with a copy."""
     if isinstance(value, dict):
         inside = [pair for item in value.values() for pair in containers_in(item)]
     elif isinstance(value, list | tuple):
@@ -81,7 +81,7 @@ def refill(containers: list[tuple[Any, Any]]) -> None:
 
 
 def random_state() -> Any:
-    """The state of every random generator that a forward may use on the CPU."""
+    """Record the state of every random generator that a forward may use on the CPU."""
     numpy = sys.modules.get("numpy")
     drawn = numpy.random.get_state() if numpy is not None else None
     listed = None if drawn is None else (drawn[0], drawn[1].tolist(), *drawn[2:])
@@ -131,7 +131,7 @@ _GENERATORS = ("Random", "RandomState", "Generator")
 
 
 def drawing(again: Callable[[], Any], state: Any) -> bool:
-    """Whether a call in this thread drew random numbers, after which the generators are put back.
+    """Return whether a call in this thread drew random numbers; if so, put the generators back.
 
     Args:
         again: makes the call once more, should other threads be the ones who drew.

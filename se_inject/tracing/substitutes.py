@@ -17,7 +17,7 @@ from se_inject.tracing.twin import twin_of
 
 
 def substituted(model: nn.Module, how: str, mode: Any = None) -> nn.Module:
-    """A network's twin with other tensors.
+    """Make a twin of a network with other tensors.
 
     Args:
         model: the network. It is only read.
@@ -35,7 +35,7 @@ def substituted(model: nn.Module, how: str, mode: Any = None) -> nn.Module:
 
 
 def rehearsed(model: nn.Module, parameters: dict[int, Tensor] | None = None) -> nn.Module:
-    """A network's twin that computes what the network would, and may be changed: nothing of it is the network's.
+    """Make a twin that computes the same as the network, and may be changed: it shares no state with the network.
 
     But for its parameters, which are the network's own, so that gradients reach them.
 
@@ -72,7 +72,7 @@ def _cloned(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def standing_in(model: nn.Module, how: str) -> Iterator[tuple[nn.Module, Callable[[Any], Any]]]:
-    """A network's twin in eval mode with other tensors, and a function that makes inputs which match them.
+    """Make a network's twin in eval mode with other tensors, and a function that makes inputs which match them.
 
     Meanwhile this thread is quiet and records gradients. The network, and other threads, don't notice.
     """
@@ -100,7 +100,7 @@ def standing_in(model: nn.Module, how: str) -> Iterator[tuple[nn.Module, Callabl
 
 
 def shapes_only(tensor: Tensor) -> Tensor:
-    """A tensor on the meta device with another's shape and dtype."""
+    """Make a tensor on the meta device with another's shape and dtype."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
@@ -112,7 +112,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def _with_numbers(tensor: Tensor) -> Tensor:
-    """A tensor with numbers in it, the same ones each time."""
+    """Make a tensor with numbers in it, the same ones each time."""
     if tensor.device.type != "meta":
         return tensor.detach()
     return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.dtype)

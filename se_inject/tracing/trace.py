@@ -103,13 +103,13 @@ class Trace:
     """What ``training_graph`` and the search for sites found, so that they look once."""
 
     def child(self, owner: str, target: Any) -> str:
-        """The path of a module that an owner's graph names relative to the owner: the one its trace is under."""
+        """Return the path of a module that an owner's graph names relative to the owner: the one its trace is under."""
         path = f"{owner}.{target}" if owner else str(target)
         return self.canonical.get(path, path)
 
 
 def float_like(model: nn.Module) -> torch.Tensor:
-    """A tensor of no elements with the dtype and device of the model's first floating-point parameter.
+    """Make a tensor of no elements with the dtype and device of the model's first floating-point parameter.
 
     Without one: float32 on the CPU.
     """

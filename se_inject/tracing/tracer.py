@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def _concatenated(*args: Any, **kwargs: Any) -> Any:
-    """What ``torch.cat`` gives on the meta device, where torch takes long to find out for plain cases too."""
+    """Compute the result of ``torch.cat`` on the meta device, where torch is slow in plain cases too."""
     tensors: Any
     tensors, dim = args if len(args) == 2 and not kwargs else ([], 0)
     kinds = {(type(each), each.dtype, *each.shape[:1], *each.shape[2:]) for each in tensors if isinstance(each, Tensor)}
@@ -144,7 +144,7 @@ class OwnerTracer(TracerBase):
         kwargs: dict[str, Any],
         symbolic: frozenset[int | str],
     ) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments to run ``forward`` on: proxies of what holds tensors or computed numbers, the rest as it is."""
+        """Make the arguments to run ``forward`` on: proxies of what holds tensors or computed numbers, the rest as it is."""
         try:
             bound = inspect.signature(forward).bind(self.owner, *args, **kwargs)
         except (TypeError, ValueError) as error:
@@ -178,7 +178,7 @@ class OwnerTracer(TracerBase):
         return value
 
     def _starred(self, name: str, whole: Any, items: Any) -> list[Any]:
-        """The values of ``*args`` or ``**kwargs``: all proxies, or all constants."""
+        """Make the values of ``*args`` or ``**kwargs``: all proxies, or all constants."""
         plain = name.lstrip("*")
         if not any(map(holds_tensor, items)):
             self.constants[plain] = whole
@@ -246,7 +246,7 @@ class OwnerTracer(TracerBase):
         return self._wrap(node, value)
 
     def _value(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: fx.Node) -> Any:
-        """What a call of a function or method gives for the values of its arguments."""
+        """Call a function or method on the values of its arguments."""
         tracer, self.observer.tracer = self.observer.tracer, None
         on_meta = self.observer.result.how == "meta"
         drawing = self.training and not on_meta
@@ -301,7 +301,7 @@ class OwnerTracer(TracerBase):
         return value
 
     def attribute(self, module: nn.Module, name: str, value: Tensor) -> Any:
-        """A parameter or buffer that the forward reads, as a ``get_attr`` node."""
+        """Record a parameter or buffer that the forward reads as a ``get_attr`` node."""
         prefix = self.observer.relative_path(module, self.path)
         if prefix is None:
             raise Untraceable(f"reads `{name}` of a module that is not one of its submodules")
@@ -330,7 +330,7 @@ class OwnerTracer(TracerBase):
             raise Untraceable(f"passes a {type(a).__name__} on, which a graph can't hold") from error
 
     def _container(self, container: Any) -> fx.Node:
-        """A container of a class of its own as a node: the call of that class."""
+        """Record a container of a class of its own as a node: the call of that class."""
         kind = type(container)
         args: tuple[Any, ...] = ()
         kwargs: dict[str, Any] = {}

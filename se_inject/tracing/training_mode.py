@@ -24,7 +24,7 @@ from se_inject.tracing.watching import Watch, observing, watched
 
 
 def training_graph(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
-    """The owner's graph and guards with its ``training`` flag set, its children's outputs taken from the first one.
+    """Trace the owner's graph and guards with its ``training`` flag set, its children's outputs taken from the first trace.
 
     It is observed once; the trace does not change.
 
@@ -74,12 +74,12 @@ def _observed(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
 
 
 def returns_alike(trace: Trace, path: str) -> bool:
-    """Whether a module returns a value of the same structure in training as in eval, as far as its graphs tell."""
+    """Return whether a module returns a value of the same structure in training as in eval, as far as its graphs tell."""
     return _in_training(trace, path) is None
 
 
 def _in_training(trace: Trace, path: str) -> tuple[Any] | None:
-    """What a module returns in training, if that has another structure than in eval; else None."""
+    """Return a module's output in training, if that has another structure than in eval; else None."""
     key = ("output", path)
     if key not in trace.known:
         trace.known[key] = None
@@ -102,7 +102,7 @@ def _returned(graph: fx.Graph) -> Any:
 
 
 def _structure(value: Any) -> Any:
-    """The classes of containers and leaves, and how many there are."""
+    """Return the classes of containers and leaves, and how many there are."""
     if isinstance(value, dict):
         return type(value), [(key, _structure(item)) for key, item in value.items()]
     if isinstance(value, list | tuple):
@@ -121,7 +121,7 @@ def _children_outputs(trace: Trace, owner: OwnerGraph) -> dict[str, list[Any]]:
 
 
 def _twin(trace: Trace) -> tuple[nn.Module, Watch]:
-    """The twin that was observed, or a new one on the meta device."""
+    """Return the twin that was observed, or a new one on the meta device."""
     if "" not in trace.known:
         twin = substituted(trace.model, "meta")
         trace.known[""] = (twin, watched(twin))

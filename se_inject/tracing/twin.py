@@ -64,7 +64,7 @@ class _Copier:
                     self._fill(self.memo[id(module)], module)
 
     def _make(self, module: nn.Module) -> None:
-        """A module of the same class with nothing in it; of a scripted one, a copy with its weights."""
+        """Make a module of the same class with nothing in it; of a scripted one, a copy with its weights."""
         if not isinstance(module, torch.jit.ScriptModule):
             self._remember(module, object.__new__(type(module)))
             return
@@ -88,7 +88,7 @@ class _Copier:
             attributes["forward"] = functools.partial(_call, self.memo[id(original._modules["_orig_mod"])])
 
     def copied(self, value: Any) -> Any:
-        """The twin's of any value."""
+        """Copy any value for the twin."""
         kind = type(value)
         if kind in _ATOMIC or isinstance(value, type):
             return value
@@ -158,7 +158,7 @@ class _Copier:
         )
 
     def _function(self, value: types.FunctionType) -> Any:
-        """A function that holds modules, tensors or containers in its closure or defaults; any other is itself."""
+        """Copy a function that holds modules, tensors or containers in its closure or defaults; return any other itself."""
         held = [cell for cell in value.__closure__ or () if not _is_empty(cell)]
         defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         if not any(map(_may_hold_state, (*(cell.cell_contents for cell in held), *defaults))):
@@ -214,7 +214,7 @@ _MAKERS: dict[type, Callable[[_Copier, Any], Any]] = {
 
 
 def _is_plain_object(kind: type) -> bool:
-    """Whether instances are no more than their attributes, and nobody wrote how to copy or to end them."""
+    """Return whether instances consist of their attributes alone, without copy methods or finalisers of their own."""
     own: Any = kind
     return bool(
         kind.__dictoffset__

@@ -29,7 +29,7 @@ class Watch:
     observer: Observer | None = None
 
     def call(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        """What a module does when it is called."""
+        """Run when a module is called, in place of its call."""
         if self.observer is None:
             return plain_call(module, args, kwargs)
         return self.observer.called(module, args, kwargs)
