@@ -36,7 +36,7 @@ class Addition(NamedTuple):
 
 
 def addition_of(node: fx.Node) -> Addition | None:
-    """Return what a node adds up; None if it is no addition of tensors of one form (N, C, …)."""
+    """Return what a node adds up; None if it isn't an addition of tensors of one form (N, C, …)."""
     name = function_name_of(node) if node.op in ("call_function", "call_method") else ""
     if name not in _NAMES and name not in _REDUCTIONS:
         return None

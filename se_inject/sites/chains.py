@@ -49,7 +49,7 @@ class _Runs:
         """Of these the modules that return an activated depthwise convolution, to a module that begins with a pointwise one."""
 
     def ends(self, owner: OwnerGraph, inside: set[fx.Node]) -> Iterator[tuple[fx.Node, bool]]:
-        """The value behind each run of convolutions in one graph, and whether it is activated.
+        """Find the value behind each run of convolutions in one graph, and whether it is activated.
 
         Args:
             owner: whose graph.
@@ -85,7 +85,7 @@ class _Runs:
         return "act" if continues and self.values.activates(node) else kind(node)
 
     def _is_depthwise_start(self, owner: OwnerGraph, activation: fx.Node) -> bool:
-        """Whether this activation stands between a depthwise convolution and a pointwise one, each perhaps in a module of its own."""
+        """Return whether this activation stands between a depthwise convolution and a pointwise one, each perhaps in a module of its own."""
         before: fx.Node | None = activation
         while before is not None and kind(before) != "conv" and not self._is_half(before):
             data = [source for source in before.all_input_nodes if is_data(source)]
@@ -95,7 +95,7 @@ class _Runs:
         return self._is_read_pointwise(owner, activation)
 
     def _is_read_pointwise(self, owner: OwnerGraph, value: fx.Node) -> bool:
-        """Whether a pointwise convolution alone reads a value, here or where its module is called."""
+        """Return whether a pointwise convolution alone reads a value, here or where its module is called."""
         while len(value.users) == 1 and kind(next(iter(value.users))) == "pass":
             (value,) = value.users
         if len(value.users) != 1:
@@ -113,7 +113,7 @@ class _Runs:
         return self._begins_pointwise(user)
 
     def _begins_pointwise(self, node: fx.Node) -> bool:
-        """Whether a node is a pointwise convolution, or a module whose input goes into one alone."""
+        """Return whether a node is a pointwise convolution, or a module whose input goes into one alone."""
         if kind(node) == "conv":
             module = self.values.module(node) if node.op == "call_module" else None
             return isinstance(module, nn.modules.conv._ConvNd) and all(extent == 1 for extent in module.kernel_size)
@@ -124,7 +124,7 @@ class _Runs:
         return self._begins_pointwise(next(iter(inputs[0].users)))
 
     def _is_half(self, node: fx.Node) -> bool:
-        """Whether a node calls a module that ends in a depthwise convolution nobody has activated yet."""
+        """Return whether a node calls a module that ends in a depthwise convolution nobody has activated yet."""
         inner = self.trace.graphs.get(path_of(node)) if kind(node) == "module" and path_of(node) in self._open else None
         last = returned(inner.graph) if inner is not None else None
         while last is not None and kind(last) in ("norm", "pass"):
@@ -137,7 +137,7 @@ class _Runs:
         return isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups == module.in_channels
 
     def _goes_on(self, node: fx.Node) -> bool:
-        """Whether the run of convolutions continues behind this value."""
+        """Return whether the run of convolutions continues behind this value."""
         if node.op == "call_module" and path_of(node) in self._halves:
             return True
         return bool({kind(user) for user in node.users} & {"norm", "act", "conv", "pass", "pool"})

@@ -69,7 +69,7 @@ def shared_lineage(operands: list[fx.Node]) -> set[fx.Node]:
 
 
 def reaches_output(trace: Trace, owner: OwnerGraph, value: fx.Node) -> bool:
-    """Whether the network's output is made from a value, as far as the graphs of its callers tell."""
+    """Return whether the network's output is made from a value, as far as the graphs of its callers tell."""
     reached = _descendants([value])
     result = next(iter(reversed(owner.graph.nodes)))
     if _is_taken_by_a_hook(trace, owner, reached):
@@ -91,7 +91,7 @@ def reaches_output(trace: Trace, owner: OwnerGraph, value: fx.Node) -> bool:
 
 
 def _is_taken_by_a_hook(trace: Trace, owner: OwnerGraph, reached: set[fx.Node]) -> bool:
-    """Whether a forward hook sees one of these values: what it does with it no graph tells."""
+    """Return whether a forward hook sees one of these values: no graph shows what it does with it."""
     if not trace.hooked:
         return False
     if owner.path in trace.hooked and any(node.op == "output" for node in reached):
@@ -100,7 +100,7 @@ def _is_taken_by_a_hook(trace: Trace, owner: OwnerGraph, reached: set[fx.Node]) 
 
 
 def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:
-    """These nodes and all that is made from them; what they are written into counts."""
+    """Find these nodes and all that is made from them, including the values they are written into."""
     seen: set[fx.Node] = set()
     pending = list(nodes)
     while pending:
@@ -120,7 +120,7 @@ def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def _items(result: object, reached: set[fx.Node]) -> list[object] | None:
-    """The indices of a returned structure under which the reached values are; None: it is no flat structure."""
+    """Find the indices of a returned structure under which the reached values are; None: the structure isn't flat."""
     if isinstance(result, tuple | list):
         found = [index for index, item in enumerate(result) if item in reached or not isinstance(item, fx.Node)]
         return [*found, *(index - len(result) for index in found)]
@@ -130,7 +130,7 @@ def _items(result: object, reached: set[fx.Node]) -> list[object] | None:
 
 
 def _readers(call: fx.Node, items: list[object] | None) -> list[fx.Node]:
-    """The call, or of the values that are taken out of its result those with these indices."""
+    """Find the call, or of the values that are taken out of its result those with these indices."""
     if items is None or any(getattr(user.target, "__name__", "") != "getitem" for user in call.users):
         return [call]
     return [user for user in call.users if user.args[1] in items]
@@ -144,7 +144,7 @@ class Depths:
         self._known: dict[str, float] = {}
 
     def between(self, node: fx.Node, common: set[fx.Node]) -> float:
-        """Return the least number of convolutions on a way from one of the common values to this one."""
+        """Return the least number of convolutions on a path from one of the common values to this one."""
         known: dict[fx.Node, float] = dict.fromkeys(common, 0)
         pending = [node]
         while pending:
@@ -161,7 +161,7 @@ class Depths:
         return known[node]
 
     def is_bare(self, node: fx.Node, common: set[fx.Node]) -> bool:
-        """Whether a way leads from one of the common values to this one without convolution and normalisation."""
+        """Return whether a path leads from one of the common values to this one without convolution and normalisation."""
         pending, seen = [node], set()
         while pending:
             current = pending.pop()
@@ -173,7 +173,7 @@ class Depths:
         return False
 
     def contains(self, node: fx.Node, operation: str) -> bool:
-        """Whether a node is such an operation, or a module with one in it."""
+        """Return whether a node is such an operation, or a module with one in it."""
         if kind(node) != "module":
             return kind(node) == operation
         inner = self.trace.graphs.get(path_of(node))

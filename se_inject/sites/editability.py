@@ -40,7 +40,7 @@ class Values:
         return self.trace.model.get_submodule(path_of(node))
 
     def unscaled(self, owner: OwnerGraph, value: fx.Node) -> fx.Node:
-        """A value before dropout, stochastic depth, layer scale and our own blocks, as far as its shape lasts."""
+        """Find a value before dropout, stochastic depth, layer scale and injected blocks, as far as its shape lasts."""
         while True:
             source = self.past_our_blocks(owner, value)
             if source is value:
@@ -50,7 +50,7 @@ class Values:
             value = source
 
     def activated(self, owner: OwnerGraph, value: fx.Node) -> fx.Node:
-        """A value after the normalisation and activation that follow it in the same graph."""
+        """Find a value after the normalisation and activation that follow it in the same graph."""
         while len(value.users) == 1:
             user = next(iter(value.users))
             if kind(user) not in ("norm", "act") and not self.activates(user):
@@ -59,14 +59,14 @@ class Values:
         return self.past_our_blocks(owner, value)
 
     def past_our_blocks(self, owner: OwnerGraph, value: fx.Node) -> fx.Node:
-        """A value before the blocks of ours that gate it."""
+        """Find a value before the injected blocks that gate it."""
         names = {step["block_name"] for step in self.steps(owner.path)}
         while value.op == "call_module" and value.target in names and isinstance(value.args[0], fx.Node):
             value = value.args[0]
         return value
 
     def activates(self, node: fx.Node) -> bool:
-        """Whether a node calls a module with a graph of its own that is nothing but normalisation and activation."""
+        """Return whether a node calls a module with a graph of its own that is nothing but normalisation and activation."""
         inner = self.trace.graphs.get(path_of(node)) if kind(node) == "module" else None
         if inner is None:
             return False
@@ -75,7 +75,7 @@ class Values:
         return "act" in kinds and "conv" not in kinds and value is not None and not any(map(convolves, lineage(value)))
 
     def written_back(self, owner: OwnerGraph, value: fx.Node, label: str) -> tuple[str, str | None]:
-        """Which module's forward is edited to gate a value, and the value's label there; None: what it returns."""
+        """Find the module whose forward is edited to gate a value, and the value's label there; None: the value it returns."""
         path, module = owner.path, owner.module
         while isinstance(module, nn.Sequential) and value.op == "call_module":
             path = path_of(value)
@@ -96,14 +96,14 @@ class Values:
         return path, label
 
     def _returns_one(self, owner: OwnerGraph) -> bool:
-        """Whether the forward returns one tensor in training too, as far as that can be told."""
+        """Return whether the forward returns one tensor in training too, as far as that is known."""
         if owner.reads_training:
             with contextlib.suppress(Untraceable):
                 return returned(training_graph(self.trace, owner)[0]) is not None
         return True
 
     def refusal(self, owner: OwnerGraph, value: fx.Node, path: str, written: str | None) -> str | None:
-        """Why a value can't be gated; None if it can."""
+        """Explain why a value can't be gated; None if it can."""
         calls = self.trace.calls.get(path, 0)
         if written is None and path != owner.path and calls > max(1, self.trace.calls.get(owner.path, 1)):
             return f"`{path}` is called {calls} times: its output is not one value"
@@ -120,12 +120,12 @@ class Values:
         return reason
 
     def _is_repeated(self, owner: OwnerGraph, value: fx.Node) -> bool:
-        """Whether a value is what a module with convolutions returns, and the same forward calls it again."""
+        """Return whether a module with convolutions returns the value, and the same forward calls that module again."""
         calls = [node for node in owner.graph.nodes if node.op == "call_module" and node.target == value.target]
         return len(calls) > 1 and convolves(value)
 
     def _uneditable(self, owner: OwnerGraph, value: fx.Node, written: str | None) -> str | None:
-        """Why the value can't be gated in this forward; None if it can."""
+        """Explain why the value can't be gated in this forward; None if it can."""
         if written is None:
             return None
         if owner.path not in self.editable:
@@ -154,7 +154,7 @@ class Values:
         return None
 
     def _overwritten(self, node: fx.Node) -> fx.Node | None:
-        """The value that a node writes its result into; None if it makes a new one."""
+        """Find the value that a node writes its result into; None if it makes a new one."""
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node):
             return None
@@ -166,14 +166,14 @@ class Values:
         return first if in_place or node.kwargs.get("inplace") is True else None
 
     def _misread(self, value: fx.Node) -> str | None:
-        """Why dimension 1 of a value isn't its channels; None if it is, as far as the way back to a convolution tells."""
+        """Explain why dimension 1 of a value isn't its channels; None if it is, as far as the path back to a convolution shows."""
         found = self._channels_at(value, 1)
         if found is True or (not isinstance(found, bool) and found == 1):
             return None
         return f"its value is not of the form (N, C, …): its channels are not dimension 1 of {tuple(value.meta['val'].shape)}"
 
     def _channels_at(self, node: fx.Node, axis: int) -> bool | int:
-        """Whether an axis of a value is its channels; if the way back ends at the graph's input, which axis of that."""
+        """Return whether an axis of a value is its channels; if the path back ends at the graph's input, which axis of that."""
         while True:
             tensor = node.meta.get("val")
             data = [source for source in node.all_input_nodes if is_data(source)]
@@ -205,12 +205,12 @@ class Values:
             node = max(data, key=lambda source: source.meta["val"].numel())
 
     def steps(self, path: str) -> list[dict[str, Any]]:
-        """The steps of ours that an owner's forward was edited by."""
+        """Return the injected steps that an owner's forward was edited by."""
         return steps_data(self.trace.model.get_submodule(path))
 
 
 def _leads_to(user: fx.Node, write: fx.Node) -> bool:
-    """Whether a reader of a buffer is there to fill it: what it reads goes into a later assignment."""
+    """Return whether a reader of a buffer is there to fill it: a later assignment depends on it."""
     pending, seen = [user], set()
     while pending:
         node = pending.pop()
@@ -223,7 +223,7 @@ def _leads_to(user: fx.Node, write: fx.Node) -> bool:
 
 
 def check_editable(trace: Trace, owner: OwnerGraph) -> None:
-    """Whether an owner's forward can be written down, for eval and, if it looks at its mode, for training.
+    """Check that an owner's forward can be written down, for eval and, if it looks at its mode, for training.
 
     Raises:
         SurgeryError: it can't.

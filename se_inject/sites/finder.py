@@ -89,7 +89,7 @@ def _search(trace: Trace) -> Ledger:
 
 
 def miss_untraced_units(ledger: Ledger) -> None:
-    """Write down the modules that can't be traced and are units by all that can be told without a graph.
+    """Write down the modules that can't be traced and are units by all that is known without a graph.
 
     They hold convolutions, and stand several times in the network or are small; they hold no unit, and none holds them.
     """

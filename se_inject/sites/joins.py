@@ -121,7 +121,7 @@ def _join(ledger: Ledger, node: fx.Node, cells: set[fx.Node]) -> _Join | None:
 
 
 def _mixes_resolutions(join: _Join) -> bool:
-    """Whether a value behind a join is smaller than the join."""
+    """Return whether a value behind a join is smaller than the join."""
     size = join.node.meta["val"].shape[2:].numel()
     values = [node.meta["val"] for node in join.inside]
     maps = [value for value in values if isinstance(value, Tensor) and value.dim() > 2]

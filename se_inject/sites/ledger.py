@@ -116,11 +116,11 @@ class Ledger:
         self.units.update(path_of(node) for node in nodes if node.op == "call_module")
 
     def hold_units(self, nodes: Iterable[fx.Node]) -> bool:
-        """Whether one of these nodes calls a module that holds a unit."""
+        """Return whether one of these nodes calls a module that holds a unit."""
         return any(node.op == "call_module" and path_of(node) in self.around for node in nodes)
 
     def is_in_unit(self, owner: OwnerGraph) -> bool:
-        """Whether a module is a unit, or within one."""
+        """Return whether a module is a unit, or within one."""
         return any_prefix(owner.path, self.units)
 
     def _site(self, owner: OwnerGraph, value: fx.Node, site_kind: str) -> Site | None:
@@ -165,7 +165,7 @@ class Ledger:
 
 
 def _is_long(owner: OwnerGraph) -> bool:
-    """Whether one forward holds many units, so that each is a unit of its own."""
+    """Return whether one forward holds many units, so that each is a unit of its own."""
     return (
         sum(kind(node) in ("add", "cat") for node in owner.graph.nodes) > 2
         and len([child for child in owner.module.children() if not isinstance(child, nn.Sequential)]) > 12

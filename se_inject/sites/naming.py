@@ -41,7 +41,7 @@ def named(trace: Trace, values: Values, sites: list[Site]) -> list[Site]:
 
 
 def _is_taken(owner: nn.Module, name: str, value: str | None) -> bool:
-    """Whether an attribute is there already.
+    """Return whether an attribute is there already.
 
     One that is None is free, unless the author's own forward goes on reading it.
     """

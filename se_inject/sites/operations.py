@@ -24,28 +24,28 @@ def counts(node: fx.Node) -> Counts:
 
 
 def attends(node: fx.Node) -> bool:
-    """Whether a node computes attention between positions, or calls what does."""
+    """Return whether a node computes attention between positions, or calls a module that does."""
     return counts(node).attention > 0 or is_attention(node)
 
 
 def child_path(owner: str, target: str) -> str:
-    """The absolute path of a module that a graph names relative to its owner."""
+    """Return the absolute path of a module that a graph names relative to its owner."""
     return ".".join(part for part in (owner, target) if part)
 
 
 def parent(path: str) -> str:
-    """The path of the module that holds this one."""
+    """Return the path of the module that holds this one."""
     return path.rpartition(".")[0]
 
 
 def prefixes(path: str) -> list[str]:
-    """The paths of all modules that hold this one, the network's first, and its own."""
+    """Return the paths of all modules that hold this one, the network's first, and its own."""
     parts = path.split(".") if path else []
     return [".".join(parts[:end]) for end in range(len(parts) + 1)]
 
 
 def any_prefix(path: str, roots: set[str]) -> bool:
-    """Whether a module is one of these or within one."""
+    """Return whether a module is one of these or within one."""
     return any(prefix in roots for prefix in prefixes(path))
 
 
@@ -71,25 +71,25 @@ def passed_through(trace: Trace, node: fx.Node) -> fx.Node | None:
 
 
 def returned(graph: fx.Graph) -> fx.Node | None:
-    """The one tensor this graph returns; None if it returns something else."""
+    """Return the one tensor this graph returns; None if it returns something else."""
     result = next(iter(reversed(graph.nodes))).args[0]
     return result if isinstance(result, fx.Node) and isinstance(result.meta.get("val"), Tensor) else None
 
 
 def convolves(node: fx.Node) -> bool:
-    """Whether a convolution ran while a node's value was computed."""
+    """Return whether a convolution ran while a node's value was computed."""
     return counts(node).convolutions > 0
 
 
 def means_the_same(graph: fx.Graph, training: fx.Graph, label: str) -> bool:
-    """Whether a label is that of the same value in both modes: the graphs hold as many of its kind."""
+    """Return whether a label names the same value in both modes: the graphs hold as many of its kind."""
     name = label.partition("#")[0]
     found = [sum(each.partition("#")[0] == name for each in labels(one).values()) for one in (graph, training)]
     return found[0] == found[1]
 
 
 def labels(graph: fx.Graph) -> dict[fx.Node, str]:
-    """A readable name for every computed value, the same in eval and train: ``bn3``, ``relu``, ``relu#2``."""
+    """Name every computed value readably, the same in eval and train: ``bn3``, ``relu``, ``relu#2``."""
     seen: dict[str, int] = {}
     result = {}
     for node in graph.nodes:
@@ -103,13 +103,13 @@ def labels(graph: fx.Graph) -> dict[fx.Node, str]:
 
 
 def is_bundle(node: fx.Node) -> bool:
-    """Whether a node's value is a structure of tensors: a split, a list input."""
+    """Return whether a node's value is a structure of tensors: a split, a list input."""
     value = node.meta.get("val")
     return isinstance(value, tuple | list | dict) and holds_tensor(value)
 
 
 def slices_channels(node: fx.Node) -> bool:
-    """Whether a node takes some of the channels of a value."""
+    """Return whether a node takes some of the channels of a value."""
     if function_name_of(node) not in ("getitem", "narrow", "slice"):
         return False
     value = node.meta["val"]
@@ -123,7 +123,7 @@ def slices_channels(node: fx.Node) -> bool:
 
 
 def slice_origins(node: fx.Node) -> set[fx.Node]:
-    """The values that a slice is a part of, also by way of a split."""
+    """Find the values that a slice is a part of, also through a split."""
     origins = set(node.all_input_nodes)
     for source in node.all_input_nodes:
         if function_name_of(source) in ("split", "split_with_sizes", "tensor_split", "chunk"):
@@ -132,6 +132,6 @@ def slice_origins(node: fx.Node) -> set[fx.Node]:
 
 
 def joins_channels(node: fx.Node) -> bool:
-    """Whether a concatenation is along dimension 1."""
+    """Return whether a concatenation is along dimension 1."""
     dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
     return isinstance(dim, int) and dim % int(node.meta["val"].dim()) == 1

@@ -18,7 +18,7 @@ _WEIGHTED = frozenset({"linear", "addmm", "mm", "matmul", "bmm", "einsum", "Line
 
 
 def is_image_output(trace: Trace, owner: OwnerGraph, join: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether an addition adds the network's answer to an image: four channels at most, made from many times as many."""
+    """Return whether an addition adds a correction to an image: four channels at most, made from many times as many."""
     channels = join.meta["val"].shape[1]
     widths = [node.meta["val"].shape[1] for node in inside if _is_map(node.meta.get("val"), join.meta["val"].dim())]
     return channels <= 4 and (
@@ -27,7 +27,7 @@ def is_image_output(trace: Trace, owner: OwnerGraph, join: fx.Node, inside: set[
 
 
 def is_narrow_output(trace: Trace, owner: OwnerGraph, value: fx.Node) -> bool:
-    """Whether a value of fewer channels than it was made from is what the network returns, but for operations without weights."""
+    """Return whether the network returns a value of fewer channels than it was made from, operations without weights aside."""
     tensor = value.meta["val"]
     if not isinstance(tensor, Tensor) or tensor.dim() < 3:
         return False
@@ -39,7 +39,7 @@ def is_narrow_output(trace: Trace, owner: OwnerGraph, value: fx.Node) -> bool:
 
 
 def is_returned(trace: Trace, owner: OwnerGraph, value: fx.Node) -> bool:
-    """Whether the network returns a value as it is, or what operations without weights make of it."""
+    """Return whether the network returns a value, as it is or through operations without weights."""
     pending, seen = [value], set()
     result = next(iter(reversed(owner.graph.nodes)))
     while pending:
@@ -63,7 +63,7 @@ def _is_returned_by_caller(trace: Trace, owner: OwnerGraph) -> bool:
 
 
 def _computes(trace: Trace, node: fx.Node) -> bool:
-    """Whether a node has weights, or joins its value with others."""
+    """Return whether a node has weights, or joins its value with others."""
     if convolves(node) or kind(node) in ("cat", "norm") or _name(trace, node) in _WEIGHTED:
         return True
     if node.op == "call_module":

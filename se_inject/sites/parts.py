@@ -54,7 +54,7 @@ class Parts:
 
 
 def parts_of(trace: Trace, site: Site, blocks: frozenset[str] = frozenset()) -> Parts:
-    """Take the unit of a site apart. What can't be told is left out: this is for pictures, not for decisions.
+    """Take the unit of a site apart. What can't be determined is left out: this is for pictures, not for decisions.
 
     Args:
         trace: an observed call.
@@ -87,7 +87,7 @@ def parts_of(trace: Trace, site: Site, blocks: frozenset[str] = frozenset()) -> 
 
 
 def _value(trace: Trace, owner: OwnerGraph, site: Site) -> tuple[OwnerGraph, fx.Node | None]:
-    """The gated value, and the graph it is in: what a module without a graph returns is a value of its caller."""
+    """Find the gated value, and the graph it is in: the result of a module without a graph is a value of its caller."""
     if site.owner in trace.graphs:
         owner = trace.graphs[site.owner]
         names = labels(owner.graph)
@@ -101,7 +101,7 @@ def _value(trace: Trace, owner: OwnerGraph, site: Site) -> tuple[OwnerGraph, fx.
 
 
 def _ordered(owner: OwnerGraph, end: fx.Node, common: set[fx.Node] | None = None) -> list[fx.Node]:
-    """The nodes that a value is computed from, in order, without those that other branches start from too."""
+    """List the nodes that a value is computed from, in order, without those that other branches start from too."""
     inside = (lineage(end) | {end}) - (common or set())
     return [node for node in owner.graph.nodes if node in inside and node.op != "placeholder"]
 
@@ -127,7 +127,7 @@ def _run(trace: Trace, owner: OwnerGraph, value: fx.Node) -> list[fx.Node]:
 
 
 def _behind(join: fx.Node) -> list[fx.Node]:
-    """The nodes after a join, as long as each has one reader."""
+    """List the nodes after a join, as long as each has one reader."""
     found: list[fx.Node] = []
     node = join
     while len(node.users) == 1 and (user := next(iter(node.users))).op != "output":

@@ -45,7 +45,7 @@ class Place:
 
 
 def place_of(trace: Trace, site: Site, position: str) -> Place:
-    """The place for a site at a position.
+    """Find the place for a site at a position.
 
     Raises:
         OptionError: no such position, or none for this site.
@@ -117,7 +117,7 @@ class _Unit:
         return self._at(self.owner, start, tuple(user for user in start.users if user in inside))
 
     def _spatial(self, owner: OwnerGraph, nodes: list[fx.Node]) -> tuple[OwnerGraph, fx.Node] | None:
-        """The value behind the last spatial convolution among these nodes, in whatever module it is."""
+        """Find the value behind the last spatial convolution among these nodes, in whatever module it is."""
         for node in reversed(nodes):
             if kind(node) == "conv" and self._is_spatial(node):
                 return owner, self.ledger.values.activated(owner, node)
@@ -133,7 +133,7 @@ class _Unit:
         return None
 
     def _is_spatial(self, node: fx.Node) -> bool:
-        """Whether a convolution reads more than one position."""
+        """Return whether a convolution reads more than one position."""
         if node.op == "call_module":
             module = self.ledger.values.module(node)
             return isinstance(module, nn.modules.conv._ConvNd) and any(extent > 1 for extent in module.kernel_size)

@@ -1,6 +1,6 @@
 """The rule for residual units: an addition whose operands start from a common value.
 
-The operand with fewer convolutions on its shortest way from there is the shortcut. The site is the other one, the branch,
+The operand with fewer convolutions on its shortest path from there is the shortcut. The site is the other one, the branch,
 before what only scales it (dropout, stochastic depth, layer scale).
 """
 
@@ -115,14 +115,14 @@ def _streams(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def is_given(node: fx.Node) -> bool:
-    """Whether a value is an argument of the module, or part of one."""
+    """Return whether a value is an argument of the module, or part of one."""
     while function_name_of(node) in ("getitem", "chunk", "split", "tensor_split", "narrow") and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node.op == "placeholder"
 
 
 def _is_handed_on(node: fx.Node) -> bool:
-    """Whether a sum is one of the streams that the module returns: no convolution of its own reads it alone (Res2Net's does)."""
+    """Return whether a sum is one of the streams that the module returns: no convolution of its own reads it alone (Res2Net's does)."""
     return any(user.op == "output" or kind(user) == "cat" for user in node.users)
 
 
@@ -162,14 +162,14 @@ def split(ledger: Ledger, owner: OwnerGraph, join: fx.Node) -> Split:
 
 
 def by_depth(ledger: Ledger, operands: list[fx.Node], common: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """Return the branch and the shortcut: with more convolutions on the shortest way, and with fewer; None if equal."""
+    """Return the branch and the shortcut: with more convolutions on the shortest path, and with fewer; None if equal."""
     one, other = operands
     depths = [ledger.depths.between(operand, common) for operand in operands]
     return None if depths[0] == depths[1] else (one, other) if depths[0] > depths[1] else (other, one)
 
 
 def is_reparametrised(ledger: Ledger, branch: fx.Node, shortcut: fx.Node, common: set[fx.Node]) -> bool:
-    """Whether a sum is of linear branches, one of them the normalised input alone, as RepVGG's is in training."""
+    """Return whether a sum is of linear branches, one of them the normalised input alone, as RepVGG's is in training."""
     if ledger.depths.between(shortcut, common) or ledger.depths.is_bare(shortcut, common):
         return False
     return not any(ledger.depths.contains(node, "act") for node in lineage(branch) - common)
@@ -186,7 +186,7 @@ def nodes_in_cells(owner: OwnerGraph) -> set[fx.Node]:
 
 
 def _differ_in_channels(inside: set[fx.Node], own: set[fx.Node], common: set[fx.Node]) -> bool:
-    """Whether branch and shortcut start from different channels of a common value."""
+    """Return whether branch and shortcut start from different channels of a common value."""
     slices = set(filter(slices_channels, own))
     return any(slice_origins(each) & common for each in slices) or (
         bool(slices) and not any(map(slices_channels, inside))

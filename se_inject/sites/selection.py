@@ -30,14 +30,14 @@ class Sites(Printed, Sequence[Site]):
     missed: tuple[Refusal, ...] = ()
 
     def text(self) -> str:
-        """The table of stages; all sites of the network, chosen or not, are in it."""
+        """Format the table of stages; all sites of the network, chosen or not, are in it."""
         from se_inject.sites.text import stages_text
 
         refused = f"\n{counted(len(self.refused), 'place')} refused" if self.refused else ""
         return f"{stages_text(self)}\n{self.summary()}{refused}"
 
     def summary(self) -> str:
-        """How many are chosen."""
+        """Say how many sites are chosen."""
         stages = len({site.stage for site in self.chosen if site.stage is not None})
         return f"{len(self.chosen)} of {counted(len(self.all_sites), 'site')} chosen, in {counted(stages, 'stage')}"
 
@@ -141,7 +141,7 @@ class Sites(Printed, Sequence[Site]):
         return self._only(matched, attended, ", ".join(str(pattern) for pattern in patterns))
 
     def expect(self, count: int) -> Sites:
-        """These sites, if there are so many of them: a script's guard against a model that changed.
+        """Check the number of sites, and return them: a script's guard against a model that changed.
 
         Raises:
             SiteNotFound: there are more or fewer.
@@ -153,7 +153,7 @@ class Sites(Printed, Sequence[Site]):
         return self
 
     def everything(self, *, attended: bool = False) -> Sites:
-        """The sites of all stages but those of necks and heads, if there are others.
+        """Select the sites of all stages but those of necks and heads, if there are others.
 
         Raises:
             NoSites: there are none.

@@ -20,7 +20,7 @@ from se_inject.tracing import Trace, ancestors, holds_tensor
 
 
 def staged(trace: Trace, sites: list[Site]) -> tuple[Site, ...]:
-    """The sites with the numbers of their stages; sites outside of the stages get none."""
+    """Assign stage numbers to the sites; those outside of the stages get none."""
     inside = [site for site in sites if not _is_stageless(site)]
     parts = _Parts(trace, inside, [site for site in sites if site.held_back is HeldBack.NESTED])
     necks = _necks(trace, inside, parts.parallel)
@@ -76,7 +76,7 @@ class _Parts:
             self._cut(self._trunk())
 
     def _trunk(self) -> str:
-        """The smallest module that holds all sites."""
+        """Find the smallest module that holds all sites."""
         path = ""
         while len(children := self._children(path)) == 1 and children[0] not in self.units:
             (path,) = children
@@ -100,7 +100,7 @@ class _Parts:
             self._cut(child, whole=True)
 
     def _is_parallel(self, path: str, children: list[str]) -> bool:
-        """Whether a module holds parallel branches, or is made of such modules with the same resolutions."""
+        """Return whether a module holds parallel branches, or is made of such modules with the same resolutions."""
         if path in self.parallel:
             return True
         sizes = {frozenset(site.size for site in self._below[child]) for child in children}
@@ -108,7 +108,7 @@ class _Parts:
 
 
 def _parallel(trace: Trace, sizes: dict[str, set[tuple[int, ...]]]) -> set[str]:
-    """The containers of modules that are called side by side, none on another's output, each at its own resolution."""
+    """Find the containers of modules that are called side by side, none on another's output, each at its own resolution."""
     found = set()
     for owner in trace.graphs.values():
         groups: dict[str, list[fx.Node]] = {}
@@ -124,7 +124,7 @@ def _parallel(trace: Trace, sizes: dict[str, set[tuple[int, ...]]]) -> set[str]:
 
 
 def _necks(trace: Trace, sites: list[Site], parallel: set[str]) -> set[str]:
-    """The addresses of the sites behind the backbone.
+    """Find the addresses of the sites behind the backbone.
 
     A backbone is a module that reads the network's input and returns several values, with sites of several
     resolutions in it. Without one, in a network that returns values of several resolutions, the neck begins where the
@@ -183,7 +183,7 @@ def _is_larger(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 
 def _reads(trace: Trace, later: str, earlier: str) -> bool:
-    """Whether one module's input was made from another's output, as far as a graph that calls both tells."""
+    """Return whether one module's input was made from another's output, as far as a graph that calls both tells."""
     for path in reversed(prefixes(later)):
         owner = trace.graphs.get(path)
         if owner is None or not any_prefix(earlier, {path}):

@@ -1,4 +1,4 @@
-"""The stride of every value from the network's input: strides multiplied along the way, not sizes divided.
+"""The stride of every value from the network's input: strides multiplied along the path, not sizes divided.
 
 Without padding a map of 25 positions may have stride 8 in an image of 224. Convolutions and pooling say their strides. What
 else changes the number of positions (slices, reshapes, padding, crops) is judged by the sizes before and after, rounded.
@@ -54,7 +54,7 @@ class Strides:
             self._enter(node)
 
     def of(self, value: Tensor) -> Stride:
-        """Return the stride of a value in each dimension, as far as it can be told."""
+        """Return the stride of a value in each dimension, as far as it is known."""
         known = self._known.get(id(value))
         return self._at(known, tuple(value.shape[2:]))
 

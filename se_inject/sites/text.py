@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def stages_text(sites: Sites, style: str = "text") -> str:
-    """The stage table."""
+    """Format the stage table."""
     rows = [
         [
             stage.number,
@@ -77,8 +77,8 @@ def sites_data(sites: Sites) -> dict[str, Any]:
 
 
 def _strides(strides: tuple[tuple[float, ...], ...]) -> str:
-    told = [_stride(stride) for stride in strides]
-    return told[0] if len(told) == 1 else f"{told[0]} … {told[-1]}"
+    texts = [_stride(stride) for stride in strides]
+    return texts[0] if len(strides_text) == 1 else f"{strides_text[0]} … {strides_text[-1]}"
 
 
 def _stride(stride: tuple[float, ...]) -> str:
