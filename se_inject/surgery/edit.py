@@ -55,7 +55,7 @@ def _text(graph: fx.Graph) -> list[str]:
 def _edited(
     graph: fx.Graph, guards: tuple[tuple[fx.Node, bool], ...], earlier: list[Step], steps: list[Step]
 ) -> fx.Graph:
-    """A copy of the graph in which every step's value goes through its block, for those who are to read it.
+    """Copy the graph, and pass every step's value through its block for those that are to read it.
 
     Blocks at one value form a chain, in the order of the steps; those for some readers stand behind those for all.
     """
@@ -109,14 +109,14 @@ def _gate_for(graph: fx.Graph, value: fx.Node, block_name: str, readers: list[fx
 
 
 def _ungated(node: fx.Node) -> fx.Node:
-    """A value before the blocks in front of it."""
+    """Find a value before the blocks in front of it."""
     while "for_all" in node.meta:
         (node,) = node.all_input_nodes
     return node
 
 
 def _readers(names: dict[str, fx.Node], value: fx.Node, step: Step) -> list[fx.Node]:
-    """The nodes that a step names as readers of its value."""
+    """Find the nodes that a step names as readers of its value."""
     found = [names.get(reader) for reader in step.readers or ()]
     readers = [node for node in found if node is not None and any(_ungated(s) is value for s in node.all_input_nodes)]
     if not readers or len(readers) < len(found):

@@ -45,7 +45,7 @@ def frozen(original: Any, body: Any = None) -> nn.Module:
     """Make an empty module of the frozen class, with an edited forward if there is one; a pickle calls this.
 
     Raises:
-        TypeError: it is no batch normalisation.
+        TypeError: it isn't a batch normalisation.
         LoadError: the edited forward is not what this package writes.
     """
     if not (isinstance(original, type) and issubclass(original, (_BatchNorm, Program))):

@@ -1,6 +1,6 @@
 """Injected networks → faster ones that compute the same: every block takes over what stands behind it, and back.
 
-The unfused forwards stay beside the fused ones in the owners' classes, so nothing is lost on the way: no weight is touched
+The unfused forwards stay beside the fused ones in the owners' classes, so nothing is lost: no weight is touched
 or copied, the state dict stays the same, and it can be done and undone at any time, between two training steps too.
 """
 
@@ -37,7 +37,7 @@ def fuse_(model: nn.Module) -> nn.Module:
     """Let every block take over the addition of the shortcut and the activation behind it, in the model itself.
 
     Changes neither weights nor the state dict. A block without a ``gate`` method stays as it is; what follows a block and
-    is no addition or known activation stays where it is. ``print(fused(model))`` says what became of each.
+    isn't an addition or known activation stays where it is. ``print(fused(model))`` says what became of each.
 
     Args:
         model: an injected network, in any mode.
@@ -155,7 +155,7 @@ def fused(model: nn.Module) -> Fused:
 
 
 def _fused_bodies(model: nn.Module, steps: list[Step]) -> dict[str, dict[str, Any]]:
-    """The owners' new forwards, by path. A block that gates what its owner returns has nothing behind it there."""
+    """Write the owners' new forwards, by path. A block that gates what its owner returns has nothing behind it there."""
     bodies: dict[str, dict[str, Any]] = {}
     for step in steps:
         owner = model.get_submodule(step.owner)
@@ -167,7 +167,7 @@ def _fused_bodies(model: nn.Module, steps: list[Step]) -> dict[str, dict[str, An
 
 
 def _with_tail(owner: nn.Module, body: dict[str, Any], block: str) -> dict[str, Any] | None:
-    """An owner's forward in which a block takes over what it can, in each mode for itself; None if that is nothing."""
+    """Write an owner's forward in which a block takes over the operations behind it, in each mode; None if there are none."""
     words: list[str] = []
 
     def with_tail(lines: list[Any]) -> list[Any]:
@@ -195,6 +195,6 @@ def _with_tail(owner: nn.Module, body: dict[str, Any], block: str) -> dict[str, 
 
 
 def fused_text(result: Fused) -> str:
-    """A line for each block: what it takes over, and how it is computed."""
+    """Write a line for each block: the operations it takes over, and how it is computed."""
     rows = [[item.path, item.block, item.takes or "-", item.how] for item in result.blocks]
     return table(["block", "kind", "takes over", "computed by"], rows)

@@ -16,7 +16,7 @@ Problem = tuple[tuple[str | int, ...], str]
 
 @functools.cache
 def plan_schema() -> dict[str, Any]:
-    """The JSON Schema of a plan, draft 7."""
+    """Return the JSON Schema of a plan, draft 7."""
     text = resources.files("se_inject.surgery").joinpath("plan.schema.json").read_text("utf-8")
     data: dict[str, Any] = json.loads(text)
     return data
@@ -24,7 +24,7 @@ def plan_schema() -> dict[str, Any]:
 
 @functools.cache
 def _check(definition: str | None) -> Callable[[Any], Any]:
-    """The compiled check of a plan, or of one of the schema's definitions."""
+    """Compile the check of a plan, or of one of the schema's definitions."""
     schema = plan_schema()
     part = schema if definition is None else {"$schema": schema["$schema"], **schema["definitions"][definition]}
     check: Callable[[Any], Any] = fastjsonschema.compile(part, use_default=False)
@@ -32,7 +32,7 @@ def _check(definition: str | None) -> Callable[[Any], Any]:
 
 
 def first_problem(data: Any, definition: str | None = None) -> Problem | None:
-    """What keeps data from being a plan, or one of the schema's definitions; None if nothing does."""
+    """Find the first reason why data is not a plan, or one of the schema's definitions; None if there is none."""
     try:
         _check(definition)(data)
     except fastjsonschema.JsonSchemaValueException as error:
@@ -42,7 +42,7 @@ def first_problem(data: Any, definition: str | None = None) -> Problem | None:
 
 
 def with_integers(data: Any) -> Any:
-    """The same data with ``4`` for ``4.0``, which JSON Schema takes for an integer; a block's options stay."""
+    """Return the same data with ``4`` for ``4.0``, which JSON Schema takes for an integer; a block's options stay."""
     if isinstance(data, dict):
         return {key: value if key == "options" else with_integers(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -51,7 +51,7 @@ def with_integers(data: Any) -> Any:
 
 
 def _in_words(place: tuple[str | int, ...], rule: str, wanted: Any, value: Any, schema: dict[str, Any]) -> Problem:
-    """A problem, as one says it; for a key that is missing or unknown, its own place."""
+    """Describe a problem and its place; for a key that is missing or unknown, the key's own place."""
     if rule == "required":
         return (*place, next(key for key in wanted if key not in value)), "is missing"
     if rule == "additionalProperties":

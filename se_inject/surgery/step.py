@@ -49,13 +49,13 @@ class Step:
         return f"{self.owner}.{self.block_name}" if self.owner else self.block_name
 
     def to_data(self) -> dict[str, Any]:
-        """The step as a dict that JSON can hold."""
+        """Convert the step to a dict that JSON can hold."""
         readers = None if self.readers is None else list(self.readers)
         return {**asdict(self), "size": list(self.size), "readers": readers}
 
     @classmethod
     def from_data(cls, data: Any) -> Step:
-        """The step again from what ``to_data`` gave.
+        """Rebuild the step from the dict of ``to_data``.
 
         Raises:
             LoadError: the data has another form.

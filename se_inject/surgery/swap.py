@@ -135,7 +135,7 @@ def check_unfused(model: nn.Module) -> None:
 
 
 def steps_of(model: nn.Module) -> tuple[Step, ...]:
-    """The steps that were applied to this model, read from the model itself."""
+    """Read the steps that were applied to this model from the model itself."""
     found = []
     for path, module in model.named_modules():
         for data in steps_data(module):
@@ -145,7 +145,7 @@ def steps_of(model: nn.Module) -> tuple[Step, ...]:
 
 
 def own_steps(model: nn.Module) -> tuple[Step, ...]:
-    """The steps that were applied to this model, at least one.
+    """Read the steps that were applied to this model, at least one.
 
     Raises:
         SurgeryError: it holds no block of ours.
@@ -227,12 +227,12 @@ def _lines_at_output(steps: list[Step]) -> list[Any]:
 
 
 def _relative(site: str, path: str) -> str:
-    """A site's address within its owner, so that equal owners have equal bodies."""
+    """Return a site's address within its owner, so that equal owners have equal bodies."""
     return site[len(path) :] if path and site.startswith(path + ".") else site
 
 
 def _surrounded(owner: nn.Module, model: nn.Module, step: Step, state: Mapping[str, Tensor] | None) -> nn.Module:
-    """A new block with the dtype, device, memory format and mode of the modules around it, and its state if it has one."""
+    """Build a block with the dtype, device, memory format and mode of the modules around it, and its state if it has one."""
     with torch.inference_mode(False):
         block = build_block(step.block, step.channels, step.size, step.options, step.init)
     try:

@@ -56,7 +56,7 @@ def fuse_in_graph(graph: fx.Graph, call: fx.Node, child: Callable[[str], nn.Modu
 
 
 def _behind(value: fx.Node, child: Callable[[str], nn.Module]) -> tuple[list[fx.Node], fx.Node | None, str]:
-    """The nodes that can be taken over, in their order, the shortcut among their arguments, and the activation's name."""
+    """Find the nodes that can be taken over, in their order, the shortcut among their arguments, and the activation's name."""
     chain: list[fx.Node] = []
     shortcut, activation = None, "none"
     reader = _reader(value, child)
@@ -77,7 +77,7 @@ def _behind(value: fx.Node, child: Callable[[str], nn.Module]) -> tuple[list[fx.
 
 
 def _reader(node: fx.Node, child: Callable[[str], nn.Module]) -> fx.Node | None:
-    """The one node that reads a value; None if there are several, or one that reads it more than once."""
+    """Find the one node that reads a value; None if there are several, or one that reads it more than once."""
     if len(node.users) != 1:
         return None
     (user,) = node.users
@@ -85,12 +85,12 @@ def _reader(node: fx.Node, child: Callable[[str], nn.Module]) -> fx.Node | None:
 
 
 def _passes(node: fx.Node, child: Callable[[str], nn.Module]) -> bool:
-    """Whether a node hands its argument on: an nn.Identity."""
+    """Return whether a node hands its argument on: an nn.Identity."""
     return node.op == "call_module" and len(node.args) == 1 and _plain(child(str(node.target))) is nn.Identity
 
 
 def _added(node: fx.Node, value: fx.Node, child: Callable[[str], nn.Module]) -> fx.Node | None:
-    """The other operand of an addition that overwrites nothing that is read elsewhere."""
+    """Find the other operand of an addition that overwrites nothing that is read elsewhere."""
     name = function_name_of(node)
     if node.op == "call_module" or name not in ("add", "iadd", "add_", "__add__") or node.kwargs or len(node.args) != 2:
         return None
@@ -102,7 +102,7 @@ def _added(node: fx.Node, value: fx.Node, child: Callable[[str], nn.Module]) -> 
 
 
 def _is_new(node: object, child: Callable[[str], nn.Module]) -> bool:
-    """Whether a value is a convolution's or a batch normalisation's, in memory of its own, and is read only once."""
+    """Return whether a convolution or batch normalisation made a value, in memory of its own, and it is read only once."""
     if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
         return False
     kind = _plain(child(str(node.target)))
@@ -110,7 +110,7 @@ def _is_new(node: object, child: Callable[[str], nn.Module]) -> bool:
 
 
 def _activation(node: fx.Node, child: Callable[[str], nn.Module]) -> str | None:
-    """The name of the activation that a node applies; None if it does something else."""
+    """Return the name of the activation that a node applies; None if it does something else."""
     if len(node.args) != 1:
         return None
     if node.op == "call_module":
@@ -126,14 +126,14 @@ def _activation(node: fx.Node, child: Callable[[str], nn.Module]) -> str | None:
 
 
 def _plain(module: nn.Module) -> type | None:
-    """The class of a module whose call is its class's forward and nothing else; None if hooks see the call."""
+    """Return the class of a module whose call is its class's forward and nothing else; None if hooks see the call."""
     state = vars(module)
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return None if "forward" in state or any(state.get(table) for table in tables) else type(module)
 
 
 def _can_wait(graph: fx.Graph, value: fx.Node, chain: list[fx.Node], shortcut: fx.Node | None) -> bool:
-    """Whether the block may run where the last node is: nothing in between overwrites what it reads."""
+    """Return whether the block may run where the last node is: nothing in between overwrites what it reads."""
     nodes = list(graph.nodes)
     between = nodes[nodes.index(value) + 1 : nodes.index(chain[-1])]
     source = value.args[0]
@@ -165,7 +165,7 @@ def _overwrites(node: fx.Node) -> bool:
 
 
 def _alike(node: fx.Node) -> set[fx.Node]:
-    """A value and those that may share its memory: what it is made of without a module's call in between."""
+    """Find a value and those that may share its memory: what it is made of without a module's call in between."""
     found = {node}
     todo = [node]
     while todo:
