@@ -36,7 +36,7 @@ class Seen(NamedTuple):
 
 
 def observed_in_eval(model: nn.Module, trace: Trace) -> tuple[Any, Seen]:
-    """Inputs for the numeric checks, and what the model makes of them in eval mode.
+    """Make inputs for the numeric checks, and run the model on them in eval mode.
 
     They are of another batch size than the observed ones, if the model takes that, and small if those are large.
     """
@@ -56,7 +56,7 @@ def observed_in_eval(model: nn.Module, trace: Trace) -> tuple[Any, Seen]:
 
 
 def observed_in_training(model: nn.Module, inputs: Any) -> Seen | str:
-    """What the model makes of the inputs in training mode, or why it can't: batch norm on one value, say."""
+    """Run the model on the inputs in training mode, or give the reason why it can't be: batch norm on one value, say."""
     try:
         with torch.no_grad():
             return run(model, inputs, "train")
@@ -74,7 +74,7 @@ def run(
 ) -> Seen:
     """One call with nothing left behind: modes, buffers, attributes and the random generator as before.
 
-    ``then`` gets what the call returned while all is still set: a checkpointed network runs again on the way back.
+    ``then`` gets what the call returned while all is still set: a checkpointed network runs again in backward.
     """
     args, kwargs = inputs
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -120,7 +120,7 @@ def difference(expected: Any, seen: Any) -> str:
 def run_awake(
     model: nn.Module, inputs: Any, awake: dict[str, Tensor], then: Callable[[Any], Any], seed: int = 1
 ) -> Any:
-    """What ``then`` makes of the output in training, if the network can be, with these weights in place of its own."""
+    """Apply ``then`` to the output in training, if the network can be, with these weights in place of its own."""
     try:
         return run(model, inputs, "train", awake, then, seed).output
     except Exception:
@@ -128,5 +128,5 @@ def run_awake(
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, shortened to part of a line."""
+    """Return the first line of an exception, shortened to part of a line."""
     return (str(error).splitlines() or [""])[0][:80] or type(error).__name__

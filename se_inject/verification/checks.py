@@ -63,13 +63,13 @@ class Verdict(Printed):
     notes: tuple[str, ...] = ()
 
     def text(self) -> str:
-        """A line for each check, and the notes."""
+        """Format a line for each check, and the notes."""
         from se_inject.verification.text import verdict_lines
 
         return "\n".join(verdict_lines(self))
 
     def summary(self) -> str:
-        """How many checks passed, and which failed."""
+        """Say how many checks passed, and which failed."""
         failed = [check.name for check in self.checks if check.passed is False]
         passed = sum(check.passed is True for check in self.checks)
         return f"{passed} of {len(self.checks)} checks passed" + (f"; FAILED: {', '.join(failed)}" if failed else "")
@@ -80,7 +80,7 @@ class Verdict(Printed):
         return all(check.passed is not False for check in self.checks)
 
     def expect_passed(self) -> Verdict:
-        """This verdict, if nothing failed.
+        """Return this verdict if nothing failed, else raise.
 
         Raises:
             VerificationError: names the checks that did.
@@ -176,7 +176,7 @@ def check_against_file(network: nn.Module, program: Any, trace: Trace) -> Check:
 
 
 def weight_warnings(model: nn.Module) -> list[str]:
-    """What is wrong with a network's weights before anything is done to it."""
+    """Describe what is wrong with a network's weights before anything is done to it."""
     tensors = [
         t for t in model.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point() and not t.is_meta
     ]
@@ -195,7 +195,7 @@ def _overflow(seen: Seen) -> list[str]:
 def _outputs(
     expected: dict[str, Seen | str], after: nn.Module, blocks: dict[str, nn.Module], inputs: Any, fresh: bool
 ) -> list[Check]:
-    """Outputs with the blocks as they start, and with every block replaced by an identity."""
+    """Compute the outputs with the blocks as they start, and with every block replaced by an identity."""
     as_they_start = {mode: _compared(seen, after, inputs, mode, blocks) for mode, seen in expected.items()}
     with _without(after, blocks):
         without = {mode: _compared(seen, after, inputs, mode, {}) for mode, seen in expected.items()}
@@ -225,19 +225,19 @@ def _compared(expected: Seen | str, after: nn.Module, inputs: Any, mode: str, bl
 
 
 def _failure(after: nn.Module, error: Exception, running: list[str]) -> str:
-    """What failed: the block that was running, or else the network."""
+    """Name what failed: the block that was running, or else the network."""
     what = _named(after, running[-1]) if running else "the injected network"
     return f"{what} fails: {type(error).__name__}: {first_line(error)}"
 
 
 def _named(after: nn.Module, path: str) -> str:
-    """The block with this path, in words."""
+    """Name the block with this path."""
     return next(f"block `{step.block}` in `{path}`" for step in steps_of(after) if step.path == path)
 
 
 @contextlib.contextmanager
 def _watched(blocks: dict[str, nn.Module]) -> Iterator[list[str]]:
-    """The paths of the blocks that have been called and have not returned."""
+    """Record the paths of the blocks that have been called and have not returned."""
     running: list[str] = []
 
     def returned(*_: Any) -> None:
@@ -262,18 +262,18 @@ def _answer(results: dict[str, str]) -> tuple[bool | None, str]:
 
 
 def _starts_as_identity(after: nn.Module, blocks: dict[str, nn.Module], fresh: bool) -> bool:
-    """Whether the blocks are meant to be identities: they start so, and nobody has trained them."""
+    """Return whether the blocks are meant to be identities: they start so, and nobody has trained them."""
     steps = {step.path: step for step in steps_of(after)}
     if any(steps[path].init != "identity" for path in blocks):
         return False
     try:
         return fresh or all(_is_identity(block, steps[path]) for path, block in blocks.items())
     except Exception:
-        return True  # a block that fails is no trained one: let the checks say so
+        return True  # a block that fails wasn't trained: let the checks report it
 
 
 def _no_identity(after: nn.Module, blocks: dict[str, nn.Module]) -> str | None:
-    """The first block that is no identity, in words; None if all are, or fail."""
+    """Name the first block that isn't an identity; None if all are, or fail."""
     with contextlib.suppress(Exception):
         return next(
             (
@@ -300,7 +300,7 @@ def _is_identity(block: nn.Module, step: Step) -> bool:
 
 @contextlib.contextmanager
 def _without(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[None]:
-    """The model with an identity in every block's place, which still adds and activates where a fused one did."""
+    """Replace every block in a model by an identity, which still adds and activates where a fused block did."""
     places = []
     for path in blocks:
         parent, _, name = path.rpartition(".")
@@ -388,7 +388,7 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
         with _calls_of(after, blocks) as calls, torch.enable_grad():
 
             def backward(output: Any, draw: int = draw) -> tuple[Counter[str], bool]:
-                made = calls.copy()  # before anything is called again on the way back
+                made = calls.copy()  # before anything is called again in backward
                 learning.ask(output, woken, draw)
                 return made, after.training
 
@@ -405,9 +405,11 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
             break
     unreached = learning.unreached()
     if not unreached:
-        told = f"gradients reach all {counted(len(learning.parameters), 'new parameter')} of {counted(len(blocks), 'block')}"
+        reached = f"gradients reach all {counted(len(learning.parameters), 'new parameter')} of {counted(len(blocks), 'block')}"
         off = learning.partly_off()
-        return Check(name, True, told + (f"; partly off: {', '.join(off[:3])}{', …' * (len(off) > 3)}" if off else ""))
+        return Check(
+            name, True, reached + (f"; partly off: {', '.join(off[:3])}{', …' * (len(off) > 3)}" if off else "")
+        )
     if any("quantized" in type(module).__module__ for module in after.modules()):
         return Check(name, None, "not told: no gradient passes its quantised modules")
     if not trained:  # a detector's best boxes need not come from everywhere
@@ -419,7 +421,7 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
 
 @contextlib.contextmanager
 def _calls_of(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[Counter[str]]:
-    """How often the blocks and their owners are called meanwhile."""
+    """Count the calls of the blocks and their owners meanwhile."""
     calls: Counter[str] = Counter()
     watched = {path: model.get_submodule(path) for block in blocks for path in (block, block.rpartition(".")[0])}
     hooks = [

@@ -42,7 +42,7 @@ class Rejected(Exception):
 
 
 def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in an output of any structure, each with a name made of keys, fields and positions."""
+    """List the tensors in an output of any structure, each with a name made of keys, fields and positions."""
     items: Iterable[tuple[Any, Any]]
     if isinstance(value, Tensor):
         yield name or "output", value
@@ -61,7 +61,7 @@ def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def difference(got: Iterable[tuple[str, Tensor]], want: Iterable[tuple[str, Tensor]]) -> tuple[float, float]:
-    """The largest absolute and the largest relative error over all outputs; see `Check`."""
+    """Compute the largest absolute and the largest relative error over all outputs; see `Check`."""
     ours = [tensor.detach().cpu() for _, tensor in got]
     theirs = [tensor.detach().cpu() for _, tensor in want]
     if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
@@ -86,7 +86,7 @@ _SCHEMA = re.compile(r"\S+\(.*\) -> .*:")  # torch.jit prints the function's sig
 
 
 def reason(error: BaseException) -> str:
-    """The line of an exception that says most: of its root cause, without colours and advice."""
+    """Choose the most informative line of an exception: of its root cause, without colours and advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in str(error).splitlines()]
@@ -98,7 +98,7 @@ def reason(error: BaseException) -> str:
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Whether two entries of a state dict are the same: type, shape, device and numbers."""
+    """Return whether two entries of a state dict are the same: type, shape, device and numbers."""
     if isinstance(one, tuple | list) and type(one) is type(other) and len(one) == len(other):
         return all(map(same_value, one, other))
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
@@ -107,7 +107,7 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 def same_numbers(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers at the same places, NaN counted as one."""
+    """Return whether two tensors hold the same numbers at the same places, NaN counted as one."""
     return torch.equal(one, other) or (
         one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
     )
@@ -118,7 +118,7 @@ class Unlike:
 
 
 def parts_of(value: Any) -> dict[Any, Any] | None:
-    """What a container of any class holds, by key, position or attribute; None for what is no container."""
+    """List the contents of a container of any class, by key, position or attribute; None for any other value."""
     if isinstance(value, dict):
         return dict(dict.items(value))
     if isinstance(value, list | tuple):
@@ -129,7 +129,7 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
 
 
 def pairs_in(one: Any, other: Any, seen: frozenset[int] = frozenset()) -> Iterator[tuple[Any, Any]]:
-    """The leaves of two values side by side; where their structures differ, what differs, and nothing beyond."""
+    """Pair the leaves of two values; where their structures differ, return the difference, and nothing beyond."""
     parts, others = parts_of(one), parts_of(other)
     if parts is None or others is None or type(one) is not type(other) or id(one) in seen:
         if id(one) not in seen:

@@ -70,12 +70,12 @@ class Learning:
                 self._rows[name] = self._rows[name] | rows if name in self._rows else rows
 
     def unreached(self) -> list[str]:
-        """Return the parameters that no way leads to, or else the blocks of which no weight gets a gradient."""
+        """Return the parameters that no path leads to, or else the blocks of which no weight gets a gradient."""
         missing = [name for name in self.parameters if name not in self._reached]
         return missing or [path for path, own in self.blocks.items() if own and not self._learns(path)]
 
     def _learns(self, path: str) -> bool:
-        """Whether a weight matrix of a block gets a gradient; of a block without one, whether any parameter does."""
+        """Return whether a weight matrix of a block gets a gradient; for a block without one, whether any parameter does."""
         own = self.blocks[path]
         names = [f"{path}.{key}" for key in own]
         matrices = [name for name in names if self.parameters[name].dim() > 1]

@@ -18,7 +18,7 @@ def verdict_lines(verdict: Verdict) -> list[str]:
 
 
 def verdict_data(verdict: Verdict) -> dict[str, Any]:
-    """A verdict for ``--json``."""
+    """Return a verdict as data for ``--json``."""
     return {
         "passed": verdict.passed,
         "checks": [{"name": check.name, "passed": check.passed, "detail": check.detail} for check in verdict.checks],
