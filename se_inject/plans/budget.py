@@ -45,7 +45,7 @@ class Limit:
         return f"{self.figure} +{f'{self.amount:g} ms' if self.figure == LATENCY else short(self.amount)}"
 
     def of(self, whole: float) -> float:
-        """The number, of a network that has so much."""
+        """Compute the limit as a number, for a network with this total."""
         return self.amount * whole if self.is_share else self.amount
 
 
@@ -73,8 +73,8 @@ class Choice:
     def label(self) -> str:
         """``stages 3, 4, r = 16``."""
         names = ", ".join(str(stage) if stage else "none" for stage in self.stages)
-        told = f"stage{'s' * (len(self.stages) != 1)} {names}"
-        return told if self.reduction is None else f"{told}, r = {self.reduction:g}"
+        where = f"stage{'s' * (len(self.stages) != 1)} {names}"
+        return where if self.reduction is None else f"{where}, r = {self.reduction:g}"
 
 
 def parsed_budget(budget: Mapping[str, Any] | Iterable[str]) -> tuple[Limit, ...]:
@@ -182,7 +182,7 @@ class Search:
         return [stages for stages, _, _ in front if stages]
 
     def _over(self, added: Cost) -> float:
-        """How far the tightest limit is exceeded."""
+        """Compute by how much the tightest limit is exceeded."""
         shares = [
             getattr(added, limit.figure) / allowed - 1
             if (allowed := limit.of(getattr(self.before, limit.figure)))
@@ -192,13 +192,13 @@ class Search:
         return max(shares, default=-1.0)
 
     def plan_of(self, choice: Choice, notes: Iterable[str] = ()) -> Plan:
-        """The plan for a choice."""
+        """Make the plan for a choice."""
         steps = tuple(step for step in self.steps[choice.reduction] if (step.stage or 0) in choice.stages)
         base = self.base
         return Plan(steps, base.model, base.inputs, (*base.notes, *notes), base.trace)
 
-    def told(self, choice: Choice) -> str:
-        """What a choice adds of the figures that have a limit."""
+    def described(self, choice: Choice) -> str:
+        """Describe the cost of a choice, in the figures that have a limit."""
         parts = []
         for limit in self.limits:
             if limit.figure != LATENCY:
@@ -230,7 +230,7 @@ def _unbeaten(front: list[_Front]) -> list[_Front]:
 
 
 def plan_within(search: Search, *, seconds: float = 2.0) -> Plan:
-    """The plan with the most blocks, and of those with the smallest ratio, whose cost is within all limits.
+    """Make the plan with the most blocks, and of those with the smallest ratio, whose cost is within all limits.
 
     Latency is measured, in turns with the network as it is, on the device that it is on: from the most wanted plan on,
     those that its bytes let expect to fit, four plans at most.
@@ -253,8 +253,8 @@ def plan_within(search: Search, *, seconds: float = 2.0) -> Plan:
         chosen, missed = _measured(search, fitting, limit, seconds)
     better = [choice for choice in ordered[: ordered.index(_unmeasured(chosen, ordered))] if choice.over > 0]
     missed += sorted(better, key=lambda each: each.over)
-    notes = [f"chosen for the budget {', '.join(map(str, search.limits))}: {search.told(chosen)}"]
-    notes += [f"did not fit: {search.told(choice)}" for choice in missed[:2]]
+    notes = [f"chosen for the budget {', '.join(map(str, search.limits))}: {search.described(chosen)}"]
+    notes += [f"did not fit: {search.described(choice)}" for choice in missed[:2]]
     if limit is not None and chosen.latency is not None and _excess(chosen.latency, limit, upper=True) > 0:
         notes.append("uncertain: the quartiles of the measured latency reach over the budget")
     return search.plan_of(chosen, notes)
@@ -265,7 +265,7 @@ def _unmeasured(chosen: Choice, ordered: Sequence[Choice]) -> Choice:
 
 
 def _measured(search: Search, fitting: Sequence[Choice], limit: Limit, seconds: float) -> tuple[Choice, list[Choice]]:
-    """The first choice whose measured latency is within the limit, and those that were measured and are not."""
+    """Find the first choice whose measured latency is within the limit, and those that were measured and are not."""
     missed: list[Choice] = []
     rate = 0.0  # of overhead for each byte that is read and written
     left = list(fitting)
@@ -288,7 +288,7 @@ def _measured(search: Search, fitting: Sequence[Choice], limit: Limit, seconds: 
 
 
 def _excess(latency: Latency, limit: Limit, *, upper: bool = False) -> float:
-    """How far a measured latency is over the limit, as a share of it; by the upper quartile if asked for."""
+    """Compute by how much a measured latency exceeds the limit, as a share of it; by the upper quartile if asked for."""
     more = (latency.high if upper else latency.ratio) - 1
     return (more if limit.is_share else more * latency.before_ms) / limit.amount - 1
 
@@ -296,7 +296,7 @@ def _excess(latency: Latency, limit: Limit, *, upper: bool = False) -> float:
 def _impossible(search: Search, least: Choice) -> NoSites:
     return NoSites(
         f"no blocks fit the budget {', '.join(map(str, search.limits))}",
-        seen=f"the least is {search.told(least)}",
+        seen=f"the least is {search.described(least)}",
         hint="a larger budget, a larger ratio with `--r`, or a smaller block with `--block` (eca has k weights a site)",
     )
 

@@ -20,7 +20,7 @@ PAPER_RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0)
 def ratios_of(
     block: str, reductions: Iterable[float] | None, options: dict[str, Any]
 ) -> tuple[float, ...] | tuple[None, ...]:
-    """The ratios to try, each once.
+    """List the ratios to try, each once.
 
     Args:
         block: name of the block.
@@ -47,7 +47,7 @@ def ratios_of(
 
 
 def steps_with(base: Plan, block: str, options: dict[str, Any], init: str | None = None) -> tuple[Step, ...]:
-    """The steps of a plan with another block or other options, each tried at every size first.
+    """Return the steps of a plan with another block or other options, each tried at every size first.
 
     Raises:
         OptionError: an option that the block refuses.

@@ -71,11 +71,11 @@ class CostGrid(Printed):
         return grid_text(self)
 
     def summary(self) -> str:
-        """Which block, and how many cells."""
+        """Name the block, and the number of cells."""
         return f"{self.block} on {self.model}, {counted(len(self.cells), 'cell')}"
 
     def __getitem__(self, key: tuple[str, float | None]) -> CostCell:
-        """The cell for stages as they were asked for, and r (None for a block without)."""
+        """Return the cell for the stages, written as they were requested, and r (None for a block without)."""
         return {(cell.stages, cell.reduction): cell for cell in self.cells}[key]
 
     @property

@@ -114,7 +114,7 @@ def _within(
     options: dict[str, Any],
     where: dict[str, Any],
 ) -> Plan:
-    """The plan with the most blocks within a budget, from one observed call."""
+    """Make the plan with the most blocks within a budget, from one observed call."""
     limits = parsed_budget(budget)
     rest = {key: value for key, value in options.items() if key != "reduction"}
     ratios = ratios_of(block, [options["reduction"]] if "reduction" in options else None, rest)
@@ -129,7 +129,7 @@ def _within(
 
 
 def inject(model: nn.Module, example_inputs: Any = None, **options: Any) -> nn.Module:
-    """A copy of the network with blocks in it: ``plan`` and ``Plan.apply`` in one. The network is not changed.
+    """Put blocks into a copy of the network: ``plan`` and ``Plan.apply`` in one. The network is not changed.
 
     Args:
         model: the network.
@@ -143,7 +143,7 @@ def inject(model: nn.Module, example_inputs: Any = None, **options: Any) -> nn.M
 
 
 def plan_of(model: nn.Module, example_inputs: Any = None, *, trust: Sequence[str] = ()) -> Plan:
-    """What was injected into this model, read from the model itself, in data-flow order if a call can be observed.
+    """Read the plan that was injected into this model from the model itself, in data-flow order if a call can be observed.
 
     Args:
         model: the injected network.
@@ -168,7 +168,7 @@ def plan_of(model: nn.Module, example_inputs: Any = None, *, trust: Sequence[str
 
 
 def _require_all(trace: Trace) -> None:
-    """Whether every module with convolutions in it was traced."""
+    """Check that every module with convolutions in it was traced."""
     lost = {path: reason for path, reason in trace.failures.items() if _convolves(trace.model.get_submodule(path))}
     if lost:
         path, reason = next(iter(lost.items()))
@@ -186,7 +186,7 @@ def _convolves(module: nn.Module) -> bool:
 def _select(
     sites: Sites, stages: list[Any], at: list[Any], attended: bool, model: nn.Module
 ) -> tuple[list[Site], list[str]]:
-    """The sites asked for without those that are taken, and what to say about it."""
+    """Choose the requested sites without those that are taken, and make notes about these."""
     found: list[Site] = []
     if stages:
         found += sites.stages(*stages, attended=attended)
@@ -208,17 +208,17 @@ def _select(
         )
     attention = sum(site.held_back is HeldBack.ATTENTION for site in stages)
     if attention and not attended:
-        told = counted(attention, "site")
-        notes.append(f"left out: {told} with attention of their own already; `attended` adds them")
+        number = counted(attention, "site")
+        notes.append(f"left out: {number} with attention of their own already; `attended` adds them")
     necks = {site.stage for site in stages if site.held_back is HeldBack.NECK} - {site.stage for site in found}
     if necks:
-        told = counted(len(necks), "stage")
-        notes.append(f"left out: {told} of necks and heads; ask for them by number or path")
+        number = counted(len(necks), "stage")
+        notes.append(f"left out: {number} of necks and heads; ask for them by number or path")
     return left, notes
 
 
 def _check_names(model: nn.Module, steps: Sequence[Step]) -> None:
-    """Whether the blocks' names are free on their owners, and each is one block's."""
+    """Check that the blocks' names are free on their owners, and each is one block's."""
     paths = Counter(step.path for step in steps)
     for path, count in paths.items():
         if count > 1:
@@ -237,7 +237,7 @@ def _check_names(model: nn.Module, steps: Sequence[Step]) -> None:
 
 
 def _places(trace: Trace, sites: Sequence[Site], position: str) -> tuple[list[tuple[Site, Place]], list[str]]:
-    """Where the block of each site goes.
+    """Find the place of each site's block.
 
     Sites without this position are left out, unless all are, and so are those whose place another site has: a unit
     and the unit within it may end in the same convolution.
@@ -255,12 +255,12 @@ def _places(trace: Trace, sites: Sequence[Site], position: str) -> tuple[list[tu
         places.setdefault(place, site)
     if not places:
         raise refused[0]
-    told = []
+    notes = []
     if refused:
-        told.append(f"left out: {counted(len(refused), 'site')} without a position `{position}`: {refused[0].message}")
+        notes.append(f"left out: {counted(len(refused), 'site')} without a position `{position}`: {refused[0].message}")
     if shared:
-        told.append(f"left out: {counted(shared, 'site')} whose place at position `{position}` is another's")
-    return [(site, place) for place, site in places.items()], told
+        notes.append(f"left out: {counted(shared, 'site')} whose place at position `{position}` is another's")
+    return [(site, place) for place, site in places.items()], notes
 
 
 def _step(draft: Step, site: Site, place: Place, name: str | None) -> Step:
@@ -297,17 +297,17 @@ def _probed(
         if widened and options.get("width") is None and channels // reduction < LEAST_WIDTH:
             narrow.append(channels)
     if narrow:
-        told = " to ".join(str(channels) for channels in dict.fromkeys((min(narrow), max(narrow))))
+        widths = " to ".join(str(channels) for channels in dict.fromkeys((min(narrow), max(narrow))))
         least = min(LEAST_WIDTH, *narrow)
         notes.append(
-            f"r = {reduction:g} is too much for the {told} channels of some sites: the bottleneck is {least} wide there, "
+            f"r = {reduction:g} is too much for the {widths} channels of some sites: the bottleneck is {least} wide there, "
             "for one narrower is soon off for every input"
         )
     return start, list(dict.fromkeys(notes))
 
 
 def _storable(options: dict[str, Any]) -> dict[str, Any]:
-    """The options as they will be when they come back from a file: what is built now is what is built then."""
+    """Convert the options to those read back from a file, so that the block built now is the one built then."""
     try:
         return {key: json.loads(json.dumps(value)) for key, value in options.items()}
     except (TypeError, ValueError) as error:

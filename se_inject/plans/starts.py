@@ -13,7 +13,7 @@ from se_inject.surgery import Step
 
 
 def start_factor(name: str, channels: int, size: Sequence[int], options: dict[str, Any], init: str) -> float:
-    """The factor by which a new block scales its input: the a for which a·x is nearest to its output y.
+    """Compute the factor by which a new block scales its input: the a for which a·x is nearest to its output y.
 
     a = Σ x·y / Σ x², for one random normal example x, in eval mode. An identity has 1, a gate around σ(0) has 0.5.
     No random state of the caller is used or changed.
@@ -42,7 +42,7 @@ def start_factor(name: str, channels: int, size: Sequence[int], options: dict[st
 
 
 def start_factors(steps: Iterable[Step]) -> dict[str, tuple[float, float]]:
-    """The smallest and the largest factor of every block that doesn't start as x ↦ x."""
+    """Find the smallest and the largest factor of every block that doesn't start as x ↦ x."""
     found: dict[str, dict[str, float]] = {}
     for step in steps:
         if step.init == "identity":

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan_text(plan: Plan) -> str:
-    """A plan as a table, one line for each block."""
+    """Format a plan as a table, one line for each block."""
     rows = [
         [step.stage if step.stage is not None else "–", step.site, step.channels, step.block, step.path]
         for step in plan.steps
@@ -25,7 +25,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """A plan in a line for each kind of block: how many, where, with what options and start."""
+    """Format a plan in a line for each kind of block: how many, where, with what options and start."""
     kinds: dict[str, list[Step]] = {}
     for step in plan.steps:
         kinds.setdefault(repr((step.block, sorted(step.options.items()), step.init, step.position)), []).append(step)
@@ -45,11 +45,11 @@ def _kind_line(steps: Sequence[Step]) -> str:
     options = {"reduction": 16, "bias": True} | step.options if step.block == "se" else dict(step.options)
     if options.get("width") is not None:
         options.pop("reduction", None)
-    told = [f"{'r' if key == 'reduction' else key} = {_plain(value)}" for key, value in options.items()]
+    settings = [f"{'r' if key == 'reduction' else key} = {_plain(value)}" for key, value in options.items()]
     start = "identity start" if step.init == "identity" else "the paper's start"
     position = [f"position {step.position}"] if step.position != "standard" else []
     blocks = counted(len(steps), f"{step.block.upper() if step.block == 'se' else step.block} block")
-    return f"{blocks} {where}: {', '.join([*position, *told, start])}"
+    return f"{blocks} {where}: {', '.join([*position, *settings, start])}"
 
 
 def _plain(value: Any) -> str:
@@ -59,7 +59,7 @@ def _plain(value: Any) -> str:
 
 
 def start_notes(factors: dict[str, tuple[float, float]]) -> list[str]:
-    """A line for each block that doesn't start as x ↦ x."""
+    """Write a line for each block that doesn't start as x ↦ x."""
     return [
         f"at the start, block `{block}` scales its input by {span(factor)} (on random normal values)"
         for block, factor in factors.items()

@@ -102,7 +102,7 @@ class Plan:
         return both if trace is None else both._fitted_to(trace)
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """A copy of the model with the blocks in it. The model itself is not changed.
+        """Put the blocks into a copy of the model. The model itself is not changed.
 
         Raises:
             SurgeryError: the plan does not fit the model.
@@ -129,7 +129,7 @@ class Plan:
         return inject_(model, self.trace, self.steps, states)
 
     def fitted(self, model: nn.Module, example_inputs: Any = None) -> Plan:
-        """This plan with an observed call of this very model; nothing is changed.
+        """Fit this plan to an observed call of this model; nothing is changed.
 
         Args:
             model: the network.
@@ -158,7 +158,7 @@ class Plan:
         return inputs_from(self.inputs)
 
     def _fitted_to(self, trace: Trace, resized: bool = False) -> Plan:
-        """This plan with another observed call, its steps in the order of that and, if asked for, of its sizes."""
+        """Return this plan with another observed call, its steps in the order of that and, if asked for, of its sizes."""
         found = {site.address: site for site in sites_in(trace).all_sites}
         steps = []
         for number, step in enumerate(self.steps, 1):
@@ -195,7 +195,7 @@ class Plan:
         return False
 
     def cost(self, model: nn.Module | None = None) -> CostReport:
-        """What the plan adds: parameters exactly, MACs, element-wise operations and bytes for one example.
+        """Compute what the plan adds: parameters exactly, MACs, element-wise operations and bytes for one example.
 
         Args:
             model: the network, if the plan was loaded from JSON; else the one it was made for.
@@ -251,7 +251,7 @@ class Plan:
         return table if self.trace is None else self.draw().svg() + table
 
     def to_json(self) -> str:
-        """The plan as JSON text; ``from_json`` reads it back.
+        """Write the plan as JSON text; ``from_json`` reads it back.
 
         Raises:
             OptionError: an option of a block is infinite or no number, which JSON does not have.
@@ -270,7 +270,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str, *, trust: Sequence[str] = ()) -> Plan:
-        """A plan from the text that ``to_json`` gave.
+        """Read a plan from the text that ``to_json`` gave.
 
         Args:
             text: the JSON text.
@@ -289,7 +289,7 @@ class Plan:
             )
         if (problem := first_problem(data)) is not None:
             place, wrong = problem
-            raise LoadError("this is no plan", seen=_told(place, wrong), hint=_FORM)
+            raise LoadError("this is no plan", seen=_described(place, wrong), hint=_FORM)
         steps = []
         for number, item in enumerate(data["steps"], 1):
             try:
@@ -321,7 +321,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Plan:
-        """A plan from a file that ``save`` wrote.
+        """Read a plan from a file that ``save`` wrote.
 
         Args:
             path: the file.
@@ -373,7 +373,7 @@ def _check_inputs(inputs: Sequence[Any]) -> None:
 
 
 def already(paths: Sequence[str], model: nn.Module) -> AlreadyInjected:
-    """The error about sites that hold blocks of ours."""
+    """Make the error about sites that hold injected blocks."""
     return AlreadyInjected(
         "the chosen sites hold blocks of ours already",
         seen=f"{len(paths)} in {original_class(model).__name__}, `{paths[0]}` the first",
@@ -382,7 +382,7 @@ def already(paths: Sequence[str], model: nn.Module) -> AlreadyInjected:
 
 
 def _free_name(step: Step, steps: Iterable[Step], networks: Sequence[nn.Module]) -> str:
-    """The step's name for its block, with a number if one of the steps or the owner has it."""
+    """Return the step's name for its block, with a number if one of the steps or the owner has it."""
     taken = {other.block_name for other in steps if other.owner == step.owner}
     name, number = step.block_name, 1
     while name in taken or (number > 1 and any(_has(network, step.owner, name) for network in networks)):
@@ -396,7 +396,7 @@ def _has(network: nn.Module, owner: str, name: str) -> bool:
 
 
 def _in_one_line(items: re.Match[str]) -> str:
-    """A list without lists in it; a line break in JSON text is never part of a string."""
+    """Write lists of plain values in one line; a line break in JSON text is never part of a string."""
     return "[" + re.sub(r"\n\s*", " ", items[1].rstrip()) + "]"
 
 
@@ -405,7 +405,7 @@ _DEEPEST = 100
 
 
 def _depth(text: str) -> int:
-    """How deep the lists and objects of JSON text can be at most: brackets in its strings count as well."""
+    """Compute an upper bound of the nesting of lists and objects in JSON text: brackets in strings count as well."""
     levels = itertools.accumulate((letter in "[{") - (letter in "]}") for letter in text if letter in "[]{}")
     return max(levels, default=0)
 
@@ -422,8 +422,8 @@ def _json(text: str) -> Any:
         raise LoadError("this is no plan", seen=f"{type(error).__name__}: {error}", hint=_FORM) from error
 
 
-def _told(place: Sequence[str | int], wrong: str) -> str:
-    """A problem with the schema in words: steps are counted from 1."""
+def _described(place: Sequence[str | int], wrong: str) -> str:
+    """Describe a problem with the schema: steps are counted from 1."""
     if place[:1] == ("steps",) and len(place) > 1:
         rest = printable(".".join(map(str, place[2:])))
         return f"step {int(place[1]) + 1}: " + (f"`{rest}` {wrong}" if rest else f"it {wrong}")
@@ -431,7 +431,7 @@ def _told(place: Sequence[str | int], wrong: str) -> str:
 
 
 def check_trust(block: str, trust: Sequence[str]) -> None:
-    """Whether a stored plan may use this block: one with a colon in its name is code to be imported."""
+    """Check that a stored plan may use this block: one with a colon in its name is code to be imported."""
     place = block.rpartition(":")[0]
     inside = place.split(".") if not place.endswith(".py") else [place]
     if place and not any(name in (place, inside[0]) for name in trust):
