@@ -85,13 +85,13 @@ class CostReport(Printed):
     uncounted: tuple[str, ...] = ()
 
     def text(self) -> str:
-        """The table by stage, and the lines that sum it up."""
+        """Format the table by stage, and the lines that sum it up."""
         from se_inject.cost.text import cost_lines, cost_text
 
         return cost_text(self) + "\n\n" + "\n".join(cost_lines(self))
 
     def summary(self) -> str:
-        """How many blocks and what they add."""
+        """Say how many blocks there are and what they add."""
         share = percent(self.added.params, self.before.params)
         return f"{counted(len(self.rows), 'block')}, {self.added.params:,} parameters ({share})"
 

@@ -39,7 +39,7 @@ class ModuleRow:
 
     @property
     def depth(self) -> int:
-        """How many modules are around it."""
+        """The number of modules around it."""
         return self.path.count(".") + 1 if self.path else 0
 
 
@@ -55,7 +55,7 @@ class ModuleCosts(Printed):
         return ModuleCosts(tuple(row for row in self.rows if row.depth <= depth or row.block), self.uncounted)
 
     def text(self, style: str = "text") -> str:
-        """A table with a line for each row; blocks are marked with their name."""
+        """Format a table with a line for each row; blocks are marked with their name."""
         headers = ("module", "class", "block", "output", "params", "MACs", "element-wise", "bytes")
         lines = [
             [
@@ -70,12 +70,12 @@ class ModuleCosts(Printed):
         return table(headers, lines, style, indented=style == "text")
 
     def summary(self) -> str:
-        """How many rows, and how many blocks among them."""
+        """Say how many rows there are, and how many blocks among them."""
         blocks = sum(row.block is not None for row in self.rows)
         return f"{counted(len(self.rows), 'module')}, {counted(blocks, 'block')} among them"
 
     def data(self) -> list[dict[str, Any]]:
-        """The rows for ``--json``."""
+        """Return the rows for ``--json``."""
         return [
             {"module": row.path, "class": row.kind, "block": row.block, "output": row.output, "calls": row.calls}
             | {"params": row.cost.params, "macs": row.cost.macs}

@@ -34,8 +34,8 @@ def cost_text(report: CostReport, style: str = "text", *, by_site: bool = False)
 def _widths(rows: Sequence[CostRow]) -> str:
     """List the channels of some blocks and the widths of their bottlenecks, as built."""
     pairs = dict.fromkeys((row.channels, row.width) for row in rows)
-    told = [f"{channels} → {width}" if width is not None else str(channels) for channels, width in pairs]
-    return ", ".join(told) if len(told) <= 2 else f"{told[0]}, …, {told[-1]}"
+    widths = [f"{channels} → {width}" if width is not None else str(channels) for channels, width in pairs]
+    return ", ".join(widths) if len(widths) <= 2 else f"{widths[0]}, …, {widths[-1]}"
 
 
 def cost_lines(report: CostReport) -> list[str]:
