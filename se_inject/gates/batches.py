@@ -61,7 +61,7 @@ def as_batch(value: Any) -> Batch:
 
 
 def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The number of examples: of a detector's list of images, its length."""
+    """Return the number of examples; for a detector's list of images its length."""
     first = args[0] if args else None
     if isinstance(first, list) and first and all(isinstance(item, Tensor) for item in first):
         return len(first)
@@ -69,7 +69,7 @@ def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 
 def _labels(value: Any, size: int | None) -> Tensor | None:
-    """The labels, if this is one whole number for each example."""
+    """Return the labels, if this is one whole number for each example."""
     if isinstance(value, list | tuple) and all(isinstance(item, int) for item in value):
         value = torch.tensor(value)
     if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
@@ -137,7 +137,7 @@ def _iterated(batches: Iterable[Any]) -> Iterator[Any]:
 
 @under_guard
 def outputs_of(model: nn.Module, batch: Batch) -> Any:
-    """What the network makes of a batch, without gradients.
+    """Run the network on a batch, without gradients.
 
     Raises:
         DataError: it fails.
@@ -154,7 +154,7 @@ def outputs_of(model: nn.Module, batch: Batch) -> Any:
 
 
 def finite_examples(output: Any, size: int) -> Tensor:
-    """Which of the examples have an output without NaN or infinite numbers, (N,)."""
+    """Find the examples whose output has no NaN or infinite number: a mask (N,)."""
     good = torch.ones(size, dtype=torch.bool)
     for leaf in _tensors(output):
         if leaf.is_floating_point() and leaf.dim() and leaf.shape[0] == size:
@@ -163,7 +163,7 @@ def finite_examples(output: Any, size: int) -> Tensor:
 
 
 def not_finite_note(count: int, whole: int) -> list[str]:
-    """A note on examples whose output or gates are no finite numbers."""
+    """Make a note on examples whose output or gates are NaN or infinite."""
     return [f"{counted(count, 'example')} of {whole:,} gave NaN or infinite numbers and is left out"] if count else []
 
 

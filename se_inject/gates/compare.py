@@ -23,7 +23,7 @@ from se_inject.tables import counted
 from se_inject.tracing import check_has_numbers, copied
 
 NOISE = 2.0
-"""A difference within so many standard errors is told as noise: about 1 in 20 such differences comes about by chance."""
+"""A difference within so many standard errors is reported as noise: about 1 in 20 such differences comes about by chance."""
 
 
 @dataclass(frozen=True)

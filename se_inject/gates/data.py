@@ -62,7 +62,7 @@ class Preprocessing:
 def preprocessing_for(
     model: nn.Module, shape: Sequence[int], mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> Preprocessing:
-    """How images are to be prepared for a network.
+    """Find out how images are to be prepared for a network.
 
     Args:
         model: the network; timm's say how their images are normalised.
@@ -117,11 +117,11 @@ class Data:
         return self.batches()
 
     def all_notes(self) -> list[str]:
-        """The notes, with what was skipped so far."""
-        told = [f"skipped {name}: {reason}" for name, reason in list(self.skipped.items())[:5]]
+        """Return the notes, including the images that were skipped so far."""
+        lines = [f"skipped {name}: {reason}" for name, reason in list(self.skipped.items())[:5]]
         if len(self.skipped) > 5:
-            told.append(f"skipped {len(self.skipped) - 5} more; {len(self.skipped)} images can't be read")
-        return [*self.notes, *told]
+            lines.append(f"skipped {len(self.skipped) - 5} more; {len(self.skipped)} images can't be read")
+        return [*self.notes, *lines]
 
 
 def open_data(source: str, preprocessing: Callable[[], Preprocessing], *, batch: int = 32) -> Data:

@@ -85,7 +85,7 @@ class BlockGates:
 
     @property
     def spread(self) -> float:
-        """How far a channel's gate is from its own mean, as the root mean square over examples and channels."""
+        """The distance of a channel's gate from its own mean, as the root mean square over examples and channels."""
         return float(self.std.square().mean().sqrt())
 
     @property
@@ -161,7 +161,7 @@ class Excitations:
         return iter(self.blocks)
 
     def __getitem__(self, path: str) -> BlockGates:
-        """The block with this path, or gating the site with this address.
+        """Return the block with this path, or gating the site with this address.
 
         Raises:
             KeyError: there is none.
@@ -350,7 +350,7 @@ class _Tally:
 
 
 def margin(ends: tuple[float, float] | None) -> float:
-    """How near to an end of its range a gate counts as saturated; for a gate without an upper end, of 0 … 1."""
+    """Return the distance from an end of its range within which a gate counts as saturated; without an upper end, that of 0 … 1."""
     low, high = ends or (0.0, 1.0)
     return EDGE * (1.0 if math.isinf(high - low) else high - low)
 
@@ -361,7 +361,7 @@ def _bounds(ends: tuple[float, float] | None) -> Tensor:
 
 
 def _class_share(part: Summary) -> float | None:
-    """The share of the variance between images that is between the means of the classes."""
+    """Compute the share of the variance between images that is between the means of the classes."""
     seen = part.class_rows > 0
     whole = float(part.squares.sum())
     if not whole or int(seen.sum()) < 2:
@@ -383,7 +383,7 @@ def correlation(values: Sequence[float | None]) -> float | None:
 
 
 def can_repeat(batches: Any) -> bool:
-    """Whether an iterable gives the same again when it is gone through a second time: a generator does not."""
+    """Return whether an iterable can be iterated a second time: a generator can't."""
     try:
         return iter(batches) is not batches
     except TypeError:
@@ -391,11 +391,13 @@ def can_repeat(batches: Any) -> bool:
 
 
 def _notes(found: Excitations, lost: int) -> list[str]:
-    """What the user should know about the figures."""
+    """Write notes on what limits the figures."""
     notes = not_finite_note(lost, found.examples + lost)
     if found.without_gate:
-        told = counted(len(found.without_gate), "block")
-        notes.append(f"left out: {told} that offers no gate or was not called, `{found.without_gate[0]}` the first")
+        without_gate = counted(len(found.without_gate), "block")
+        notes.append(
+            f"left out: {without_gate} that offers no gate or was not called, `{found.without_gate[0]}` the first"
+        )
     gates = found.blocks
     if gates and all(bool((block.low == 1).all() and (block.high == 1).all()) for block in gates):
         notes.append("every gate is exactly 1: the blocks are as they started, nothing was trained")

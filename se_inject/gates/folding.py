@@ -51,7 +51,7 @@ class Fold:
 
 
 class NotFoldable(Exception):
-    """Why a gate can't be folded; the message says what is in the way."""
+    """The reason why a gate can't be folded, in its message."""
 
 
 class Folds:
@@ -75,10 +75,10 @@ class Folds:
         self.shared = {key for key, count in Counter(holders).items() if count > 1}
 
     def of(self, path: str, channels: int) -> tuple[Fold, ...]:
-        """What a block's gate could be folded into, exactly.
+        """Find the modules that a block's gate can be folded into exactly.
 
         Raises:
-            NotFoldable: something else reads the value, or what makes it is no convolution or norm of its own.
+            NotFoldable: something else reads the value, or it isn't made by a convolution or norm of its own.
         """
         owner, node = self._only_call(path)
         value = next((argument for argument in node.args if isinstance(argument, fx.Node)), None)
@@ -139,7 +139,7 @@ class Folds:
         return folds
 
     def _before_call(self, owner: OwnerGraph, start: int, stop: int, positive: bool) -> list[Fold]:
-        """The value is an argument of the module: go on in the forward that calls it."""
+        """Follow a value that is an argument of the module: go on in the forward that calls it."""
         if not owner.path:
             raise NotFoldable("it gates the network's own input")
         outer, call = self._only_call(owner.path)

@@ -116,7 +116,7 @@ class Moments:
         self.class_sums[1].index_add_(0, classes, squares)
 
     def summary(self, columns: slice, classes: int) -> Summary:
-        """What is known of some of the columns, for so many classes."""
+        """Summarise the moments of some of the columns, for this number of classes."""
         shift = self.shift[columns]
         mean, squares = _mean_and_squares(self.sums[:, columns], self.rows)
         rows = torch.zeros(classes, dtype=torch.float64)

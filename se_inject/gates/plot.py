@@ -1,4 +1,4 @@
-"""Gates by class as a picture, in the way of the paper's Figure 6. matplotlib, an extra, is imported when one is drawn."""
+"""Gates by class as a picture, in the style of the paper's Figure 6. matplotlib, an extra, is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PANELS, LINES, CHANNELS = 16, 5, 50
 """The most panels and classes that a picture shows, and the channels of each block: so many did the paper draw."""
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by the colour-blind (Okabe, Ito)
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # distinguishable to the colour-blind (Okabe, Ito)
 
 
 def plot_gates(

@@ -84,7 +84,7 @@ class Pruned:
 
     @property
     def saved(self) -> Cost:
-        """What all dropped blocks had cost together."""
+        """The cost of all dropped blocks together."""
         return sum((block.saved for block in self.dropped), Cost())
 
     def undo_(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
@@ -202,7 +202,7 @@ def _check(
 def _foldable(
     model: nn.Module, trace: Trace, excitations: Excitations, steps: dict[str, Step]
 ) -> tuple[dict[str, tuple[Fold, ...]], dict[str, str]]:
-    """What each block's gate could be folded into, and why that of others could not."""
+    """Find the modules that each block's gate can be folded into, and the reason for each that can't be."""
     finder = Folds(trace, list(steps))
     folds: dict[str, tuple[Fold, ...]] = {}
     kept = dict.fromkeys(steps, "its gate was not seen")
@@ -230,7 +230,7 @@ def _variation(excitations: Excitations, path: str) -> float:
 
 
 def _mean_gate(excitations: Excitations, path: str) -> Tensor:
-    """The mean gate of a block over the examples and calls."""
+    """Compute the mean gate of a block over the examples and calls."""
     blocks = [block for block in excitations if block.path == path]
     whole = sum(block.examples for block in blocks)
     return torch.stack([block.mean * (block.examples / whole) for block in blocks]).sum(0)
@@ -247,7 +247,7 @@ class _Meter:
         self.lost = 0
 
     def change(self, gates: dict[str, Tensor]) -> float:
-        """The change of the outputs, or the loss of the metric, with these blocks as constants."""
+        """Measure the change of the outputs, or the loss of the metric, with these blocks as constants."""
         self.passes += 1
         self.tries += 1
         if self.metric is not None:

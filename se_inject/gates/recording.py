@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 METHODS = ("channel_gate", "gate")
-"""The methods that offer a gate: of the first a block may have both, then the rest of what it does is no channel gate."""
+"""The methods that offer a gate: of the first a block may have both, then the rest of what it does isn't a channel gate."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ Records = dict[tuple[str, int], Record]
 
 
 def gate_method(block: nn.Module) -> str | None:
-    """The name of the method that computes a block's gate from its input; None if it offers none."""
+    """Return the name of the method that computes a block's gate from its input; None if it offers none."""
     return next((name for name in METHODS if callable(getattr(type(block), name, None))), None)
 
 
 def gate_range(block: nn.Module) -> tuple[float, float] | None:
-    """The ends of the interval in which a block's gate lies; None if the block does not say.
+    """Return the ends of the interval in which a block's gate lies; None if the block does not say.
 
     A block says it with an attribute ``gate_range``; one with a numeric ``gain`` has a gate of (0, gain).
     """

@@ -32,9 +32,9 @@ def excitations_text(found: Excitations, style: str = "text", *, by_class: bool 
     parts = [f"Gates of {found.model} over {counted(found.examples, 'example')}", blocks]
     if by_class:
         parts.append(class_text(found, style))
-    told = [f"{name} {value:+.2f}" for name, value in _correlations(found).items()]
-    if told:
-        parts.append("correlation with depth: " + ", ".join(told))
+    correlations = [f"{name} {value:+.2f}" for name, value in _correlations(found).items()]
+    if correlations:
+        parts.append("correlation with depth: " + ", ".join(correlations))
     parts += ["\n".join(f"note: {note}" for note in found.notes)] if found.notes else []
     return "\n\n".join([*parts, _LEGEND] if style == "text" else parts)
 
@@ -54,7 +54,7 @@ def _correlations(found: Excitations) -> dict[str, float]:
 
 
 def figures(block: BlockGates) -> list[str]:
-    """The figures of a block, in the order of the headers."""
+    """Format the figures of a block, in the order of the headers."""
     return [
         f"{block.average:.3f}",
         f"{block.spread:.3g}",
@@ -67,7 +67,7 @@ def figures(block: BlockGates) -> list[str]:
 
 
 def share(value: float | None) -> str:
-    """A share in per cent; a dash if it is not known."""
+    """Format a share in per cent; a dash if it is not known."""
     if value is None:
         return "–"
     return f"{100 * value:.3g} %" if 0 < value < 0.1 else f"{100 * value:.0f} %"
@@ -146,7 +146,7 @@ def _finite(value: float) -> float | None:
 
 
 def pruned_text(pruned: Pruned, style: str = "text") -> str:
-    """What was folded into what, what it saves, and what stayed, with the reasons."""
+    """Describe which block was folded into which module, the saving, and the blocks that stayed, with the reasons."""
     saved = pruned.saved
     whole = len(pruned.dropped) + len(pruned.kept)
     head = (
@@ -171,7 +171,7 @@ def pruned_text(pruned: Pruned, style: str = "text") -> str:
 
 
 def pruned_data(pruned: Pruned) -> dict[str, Any]:
-    """The same for ``--json``."""
+    """Return the same as data for ``--json``."""
     return {
         "model": pruned.model,
         "dropped": [
@@ -224,7 +224,7 @@ def comparison_text(compared: Compared) -> str:
 
 
 def comparison_data(compared: Compared) -> dict[str, Any]:
-    """The same for ``--json``."""
+    """Return the same as data for ``--json``."""
     return {
         "models": list(compared.models),
         "params": list(compared.params),
