@@ -94,7 +94,7 @@ def early(block: SqueezeExcitation, convolution: Any, overwrites: bool) -> Early
 
 
 def _dense(convolution: Any) -> Tensor:
-    """The weights of a 1×1 convolution as one matrix, zeros between its groups."""
+    """Expand the weights of a 1×1 convolution to one matrix, zeros between its groups."""
     weight = convolution.weight.flatten(1)
     if convolution.groups == 1:
         return weight  # type: ignore[no-any-return]
@@ -102,7 +102,7 @@ def _dense(convolution: Any) -> Tensor:
 
 
 def compacted(block: nn.Module) -> nn.Module:
-    """A block without what never changes: its norm folded, hidden units that are constant in its biases, fixed gates.
+    """Simplify a block for inference: fold its norm, move constant hidden units into its biases, store fixed gates.
 
     Args:
         block: in eval mode; other blocks than SE are returned as they are.

@@ -118,7 +118,7 @@ def _is_unknown(values: dict[str, Any]) -> bool:
 
 
 def _constant(value: Any, owner: nn.Module) -> Any:
-    """What an argument is in every call: a number, or a tensor of the owner's."""
+    """Return an argument's value if it is the same in every call: a number, or a tensor of the owner's."""
     if not isinstance(value, fx.Node):
         return value
     if value.op != "get_attr":
@@ -130,7 +130,7 @@ def _constant(value: Any, owner: nn.Module) -> Any:
 
 
 def _convolution(node: fx.Node, owner: nn.Module) -> nn.Module | None:
-    """A new convolution that does what a node does; its parameters are not the owner's."""
+    """Make a convolution that does what a node does; its parameters are not the owner's."""
     if node.op == "call_module":
         module = owner.get_submodule(str(node.target))
         if not is_convolution(module) or len(node.args) != 1 or node.kwargs:
@@ -154,7 +154,7 @@ def _convolution(node: fx.Node, owner: nn.Module) -> nn.Module | None:
 
 
 def _twin(module: Any) -> nn.Module:
-    """The same convolution as another module, with the same parameters for now."""
+    """Make another module of the same convolution, which shares its parameters for now."""
     kind: Any = type(module)
     twin = kind.__new__(kind)
     twin.__dict__.update(

@@ -154,7 +154,7 @@ def _calls(node: Any, owner: nn.Module, kind: type) -> bool:
 
 
 def _commutes(convolution: Any) -> bool:
-    """Whether the mean over space of a convolution is that convolution of the mean, and there is less to read before it."""
+    """Return whether a convolution of the mean over space equals the mean of the convolution, and reads less."""
     if convolution.transposed or convolution.in_channels >= convolution.out_channels:
         return False
     plain = all(size == 1 for size in (*convolution.kernel_size, *convolution.stride))
@@ -202,7 +202,7 @@ def _check(model: nn.Module, new: nn.Module, inputs: Any, fold_norms: bool) -> N
 
 @torch.enable_grad()
 def _same_in_double(model: nn.Module, inputs: Any, fold_norms: bool) -> bool:
-    """Whether a copy made in float64 computes the same: then the two differ by rounding, which steep gates can make large."""
+    """Return whether a copy in float64 computes the same: then the two differ by rounding, which steep gates can amplify."""
     with contextlib.suppress(Exception):
         before = copy.deepcopy(model).double()
         args, kwargs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
@@ -214,7 +214,7 @@ def _same_in_double(model: nn.Module, inputs: Any, fold_norms: bool) -> bool:
 
 
 def _smaller(inputs: Any, index: int) -> Any:
-    """The inputs themselves, then images with sides of three quarters and half of theirs, in multiples of 32."""
+    """Return the inputs themselves, then images with sides of three quarters and half of theirs, in multiples of 32."""
     side = max((max(leaf.shape[2:]) for leaf in _images(inputs)), default=0)
     wanted = (4 - index) * side // 4
     return cropped(inputs, max(32, wanted // 32 * 32)) if index else inputs

@@ -27,7 +27,7 @@ class Uses:
                     self.places.setdefault(trace.child(path, node.target), []).append((path, node))
 
     def only(self, path: str) -> bool:
-        """Whether a module is called in one place alone, as often as that place is run."""
+        """Return whether a module is called in one place alone, as often as that place is run."""
         places = self.places.get(path, [])
         owner_calls = max(1, self.trace.calls.get(places[0][0], 1)) if places else 0
         return len(places) == 1 and self.trace.calls.get(path) == owner_calls
@@ -70,19 +70,19 @@ def fold_norms_(model: nn.Module, trace: Trace) -> tuple[int, int]:
 
 
 def is_convolution(module: Any) -> bool:
-    """Tell whether a module is a convolution of torch's whose outputs can be scaled by way of its weights."""
+    """Return whether a module is a convolution of torch's whose outputs can be scaled through its weights."""
     if type(module) not in _CONVOLUTIONS or any(vars(module).get(table) for table in _HOOKS):
         return False
     return "forward" not in vars(module) and not (module.transposed and module.groups > 1)
 
 
 def is_plain_norm(module: nn.Module) -> bool:
-    """Tell whether a module is a batch normalisation by fixed statistics and nothing else."""
+    """Return whether a module is a batch normalisation by fixed statistics and nothing else."""
     return is_norm(module) and type(module) in _NORMS
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell whether a module is a batch normalisation by fixed statistics, perhaps with an activation or a block behind it."""
+    """Return whether a module is a batch normalisation by fixed statistics, perhaps with an activation or a block behind it."""
     kind = original_class(module)
     known = kind in _NORMS or _is_norm_of_somebody(kind)
     if not known or any(vars(module).get(table) for table in _HOOKS) or "forward" in vars(module):
@@ -126,7 +126,7 @@ def scale_outputs_(convolution: Any, scale: Tensor, shift: Tensor | None = None)
 
 
 def _what_is_left(norm: Any) -> nn.Module:
-    """What a folded norm still has to do: nothing, or its activation, or to gate what it is given."""
+    """Return the module that replaces a folded norm: an identity, its activation, or its gate."""
     left: nn.Module = nn.Identity()
     if hasattr(norm, "act") and isinstance(norm.act, nn.Module):
         left = nn.Sequential(getattr(norm, "drop", nn.Identity()), norm.act)
