@@ -94,7 +94,7 @@ def confine(confinement: Confinement) -> None:
 
 
 def protections() -> list[str]:
-    """What a confined process is kept from on this system, and what it isn't kept from, a line each."""
+    """Describe, a line each, the protections of a confined process on this system, and those that are missing."""
     version, calls = landlock_version(), has_seccomp()
     lines = []
     if version:
@@ -128,7 +128,7 @@ def no_new_privileges() -> None:
 
 
 def default_memory(sizes: Iterable[int]) -> int:
-    """The limit of memory for files of these sizes: room for torch and for copies, and less than the machine has."""
+    """Choose the memory limit for files of these sizes: room for torch and for copies, and less than the machine has."""
     wanted = 8 * GIB + 24 * sum(sizes)
     return min(wanted, int(0.9 * _machine_memory()))
 
@@ -152,7 +152,7 @@ def python_files() -> list[Path]:
 
 
 def _is_private(path: Path) -> bool:
-    """Whether a folder on Python's path holds more than packages: the current folder, a home, a root."""
+    """Return whether a folder on Python's path holds more than packages: the current folder, a home, a root."""
     path = path.resolve()
     home = Path("~").expanduser().resolve()
     return path == Path.cwd() or path == home or path in home.parents
@@ -226,7 +226,7 @@ def _machine_memory() -> int:
 
 
 def code_beside(path: Path) -> Sequence[Path]:
-    """The modules that a Python file may import from its own folder: files and packages beside it, not the folder."""
+    """List the modules that a Python file may import from its own folder: files and packages beside it, not the folder."""
     folder = path.resolve().parent
     packages = (entry.parent for entry in folder.glob("*/__init__.py"))
     return [path.resolve(), *folder.glob("*.py"), *packages]

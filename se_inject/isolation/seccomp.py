@@ -68,7 +68,7 @@ class _Program(ctypes.Structure):
 
 
 def has_seccomp() -> bool:
-    """Whether filters of system calls can be set here."""
+    """Return whether filters of system calls can be set here."""
     if not sys.platform.startswith("linux") or platform.machine() not in _MACHINES or sys.byteorder != "little":
         return False
     return int(ctypes.CDLL(None, use_errno=True).prctl(21, 0, 0, 0, 0)) >= 0  # PR_GET_SECCOMP
@@ -117,7 +117,7 @@ def _filter(process: int) -> list[_Instruction]:
 
 
 def _where(number: int | None, lines: list[_Instruction]) -> list[_Instruction]:
-    """These lines for one call alone; the call's number is loaded again behind them."""
+    """Restrict these lines to one system call; the call's number is loaded again behind them."""
     if number is None:
         return []
     return [(_EQUAL, 0, len(lines) + 1, number), *lines, (_LOAD, 0, 0, _NUMBER)]

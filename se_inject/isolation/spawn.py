@@ -64,7 +64,7 @@ def call_isolated(
 
 
 def _error(out: str, err: str) -> InjectError:
-    """The exception that a process printed as its last line."""
+    """Rebuild the exception that a process printed as its last line."""
     try:
         said = json.loads(out.splitlines()[-1])
         kind = getattr(errors, said["kind"], InjectError)

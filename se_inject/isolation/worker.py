@@ -52,17 +52,17 @@ class Display(Protocol):
     """What shows the steps of the work while it runs."""
 
     def show(self, step: str) -> None:
-        """A step begins."""
+        """Report that a step begins."""
 
     def tick(self) -> None:
-        """Some time has passed."""
+        """Report that some time has passed."""
 
     def clear(self) -> None:
         """Something else is printed now, or the work is done."""
 
 
 def can_fork() -> bool:
-    """Whether this process can hand work to a fork of itself: POSIX, one thread, and torch not imported yet."""
+    """Return whether this process can hand work to a fork of itself: POSIX, one thread, and torch not imported yet."""
     return hasattr(os, "fork") and "torch" not in sys.modules and threading.active_count() == 1
 
 
@@ -280,7 +280,7 @@ class _Parent:
             os.write(self.answers, json.dumps(answer).encode() + b"\n")
 
     def _death(self) -> WorkerError:
-        """The refusal for a child that was ended by a signal."""
+        """Make the error for a child that was ended by a signal."""
         assert self.ended is not None
         number = os.WTERMSIG(self.ended)
         limits = self.confinement or Confinement()
