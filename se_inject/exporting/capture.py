@@ -12,7 +12,7 @@ from torch.export import Dim
 from se_inject.exporting.dimensions import Free
 from se_inject.exporting.reference import Reference
 
-_SHOWN = 3  # conditions that are told
+_SHOWN = 3  # conditions that are shown
 _SAMPLE = (2, 3, 16, 17, 101, 224, 4096)  # sizes that a condition is tried with
 
 
@@ -74,7 +74,7 @@ def _conditions(program: Any, reference: Reference, free: Free) -> list[str]:
         text = re.sub(r"L\['\w+'\]\.size\(\)\[\d+\]", lambda match: names.get(match[0], match[0]), guard)
         involved = [name for name in names.values() if re.search(rf"\b{name}\b", text)]
         if len(set(involved)) == 1 and re.fullmatch(r"[\w ]+<=? \w+|\w+ <=? \w+( and .*)?|\w+ >=? \d+", text):
-            continue  # a range, which is told
+            continue  # a range, which is reported
         if involved and not _always(text, list(dict.fromkeys(involved))):
             found.append(text)
     more = [f"{len(found) - _SHOWN} more conditions hold"] if len(found) > _SHOWN else []
@@ -94,7 +94,7 @@ def _always(condition: str, names: list[str]) -> bool:
 
 
 def _number(limit: Any) -> int | None:
-    """A limit of a range as a number; None for infinity."""
+    """Convert a limit of a range to a number; None for infinity."""
     try:
         number = int(limit)
     except (TypeError, ValueError, OverflowError, AttributeError):

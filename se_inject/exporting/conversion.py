@@ -39,7 +39,7 @@ class Conversion(NamedTuple):
 
     @classmethod
     def asked(cls, device: Any, dtype: Any, memory_format: Any) -> Conversion:
-        """A conversion from what a user wrote.
+        """Make a conversion from a user's options.
 
         Raises:
             OptionError: there is no such device, dtype or memory format.
@@ -50,11 +50,11 @@ class Conversion(NamedTuple):
         )
 
     def on(self, model: nn.Module) -> Conversion:
-        """The same, with the device that the network is on."""
+        """Return the same conversion with the network's own device."""
         return self._replace(device=next((p.device for p in model.parameters()), self.device))
 
     def tensor(self, tensor: Tensor) -> Tensor:
-        """An input, or a weight, converted."""
+        """Convert an input or a weight."""
         dtype = self.dtype if tensor.is_floating_point() else None
         tensor = tensor.detach().to(device=self.device, dtype=dtype)
         if self.memory_format is not None and tensor.dim() == 4:
@@ -62,7 +62,7 @@ class Conversion(NamedTuple):
         return tensor
 
     def model(self, model: nn.Module) -> nn.Module:
-        """A twin with the model's own parameters if nothing is asked for, else a converted copy; the model is not called."""
+        """Make a twin with the model's own parameters if nothing is asked for, else a converted copy; the model is not called."""
         if self == (None, None, None):
             return rehearsed(model)
         model = duplicate(model).to(device=self.device, dtype=self.dtype)
@@ -72,7 +72,7 @@ class Conversion(NamedTuple):
 
 
 def _suffixes(path: Path) -> str:
-    """The suffix that may be meant, and all there are."""
+    """Suggest the suffix that may be meant, and list all there are."""
     known = [*FORMATS, *(either(suffix, "") for suffix in BLOCKS_ALONE)]
     close = difflib.get_close_matches(path.suffix.lower(), known, n=1, cutoff=0.5)
     meant = f"did you mean `{path.with_suffix(close[0])}`? " if close else ""
@@ -80,7 +80,7 @@ def _suffixes(path: Path) -> str:
 
 
 def format_of(path: Path) -> str:
-    """The format that a file's suffix chooses.
+    """Choose a format by a file's suffix.
 
     Raises:
         OptionError: it chooses none.

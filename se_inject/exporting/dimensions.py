@@ -60,12 +60,12 @@ class Dimensions:
         return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.size(0) == self.batch
 
     def spatial(self, leaf: Tensor) -> range:
-        """The numbers of a tensor's spatial dimensions; empty if it has none."""
+        """Return the numbers of a tensor's spatial dimensions; empty if it has none."""
         found = leaf.dim() - self.has_batch(leaf) >= self.rank and tuple(leaf.shape[-self.rank :]) in self.sizes
         return range(leaf.dim() - self.rank, leaf.dim()) if found else range(0)
 
     def names(self, leaf: Any, free: Free) -> dict[int, str]:
-        """The free dimensions of a leaf of the arguments, by number, with their names in a file."""
+        """Return the free dimensions of a leaf of the arguments, by number, with their names in a file."""
         named: dict[int, str] = {}
         if free.batch and self.has_batch(leaf):
             named[0] = "batch"
@@ -77,7 +77,7 @@ class Dimensions:
         return named
 
     def shape(self, leaf: Tensor, free: Free) -> str:
-        """A tensor's shape with the free dimensions by name: ``batch×3×224×224``."""
+        """Return a tensor's shape with the free dimensions by name: ``batch×3×224×224``."""
         names = self.names(leaf, free)
         return "×".join(str(names.get(d, size)) for d, size in enumerate(leaf.shape)) or "a number"
 

@@ -51,13 +51,13 @@ class Exported(Printed):
     """The shape of every input, with the dimensions that are free by name: ``batch×3×224×224``."""
 
     def text(self) -> str:
-        """What was written, how, and what the comparison gave."""
+        """Describe what was written, how, and the result of the comparison."""
         from se_inject.exporting.text import exported_lines
 
         return "\n".join(exported_lines(self))
 
     def summary(self) -> str:
-        """The file, its size and how it was made."""
+        """Describe the file, its size and how it was made."""
         return f"{self.path}, {short(self.size_bytes, 'B')}, {self.how}"
 
 
@@ -93,7 +93,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
 
 
 def _example(model: nn.Module, given: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call that a user gave, if it has numbers in it; else one like it, or one that is inferred."""
+    """Return the call that a user gave, if it has numbers in it; else one like it, or one that is inferred."""
     check_supported(model)
     args = given if isinstance(given, tuple) else (given,)
     leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

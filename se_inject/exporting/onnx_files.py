@@ -125,7 +125,7 @@ class _Flat(nn.Module):
 
 
 def _changing(reference: Reference, free: Free) -> list[dict[int, str]]:
-    """The dimensions of each output that are not of one size in all the calls, with names."""
+    """Find the dimensions of each output that vary in size between the calls, and name them."""
     answers = [[tensor.shape for _, tensor in reference.answers[case]] for case in reference.cases(free)]
     if any(len(shapes) != len(answers[0]) for shapes in answers):
         return [{} for _ in answers[0]]
@@ -225,7 +225,7 @@ def _unlike(names: list[str], taken: Iterable[str]) -> list[str]:
 
 
 def _checked_opset(path: Path, full_check: bool) -> int:
-    """The opset of a file that ONNX's own checker accepts."""
+    """Run ONNX's own checker on a file, and return its opset."""
     import onnx
 
     onnx.checker.check_model(os.fspath(path), full_check=full_check)

@@ -17,7 +17,7 @@ from se_inject.plans import Plan
 
 
 def check_outputs(paths: Sequence[str | os.PathLike[str]], *, force: bool = False, **options: Any) -> None:
-    """Whether these files could be written, before anything else is done.
+    """Check that these files could be written, before anything else is done.
 
     Args:
         paths: the files; ``.json`` is a plan, ``.safetensors`` an adapter, the rest as for ``export_all``.
@@ -77,15 +77,15 @@ def write_all(
 def _adapter(model: nn.Module, plan: Plan, path: Path) -> Exported:
     write_adapter(model, plan, path)
     note = "without the backbone: `--adapter FILE` or `si.load_adapter` puts it onto the same one"
-    return _told(path, "adapter", "the blocks alone, read back bit-equal", note)
+    return _exported(path, "adapter", "the blocks alone, read back bit-equal", note)
 
 
 def _plan(model: nn.Module, plan: Plan, path: Path) -> Exported:
     plan.save(path)
-    return _told(path, "plan", f"{len(plan)} steps", "without weights: `--plan FILE` replays it")
+    return _exported(path, "plan", f"{len(plan)} steps", "without weights: `--plan FILE` replays it")
 
 
-def _told(path: Path, format: str, how: str, note: str) -> Exported:
+def _exported(path: Path, format: str, how: str, note: str) -> Exported:
     return Exported(path, format, path.stat().st_size, how, (), 0.0, (note,))
 
 
@@ -94,5 +94,5 @@ _WRITERS: dict[str, _Writer] = {".json": _plan, ".safetensors": _adapter}
 
 
 def _writer(path: str | os.PathLike[str]) -> _Writer | None:
-    """How an adapter or a plan is written; None for a network's file."""
+    """Choose the function that writes an adapter or a plan; None for a network's file."""
     return _WRITERS.get(Path(path).suffix.lower())

@@ -89,7 +89,7 @@ class Reference:
         self.tolerance = max(coarsest, TOLERANCES[torch.float32])
 
     def call(self, free: Free) -> Call:
-        """What to export with; for a dynamic batch not at 1, which exporters take for a constant."""
+        """Return the call to export with; its batch is not 1 if the batch is dynamic, since exporters take 1 for a constant."""
         call: Call = copied(self.calls[Case(BATCHES[-1] if free.batch else self.batch)])
         return call
 
@@ -99,12 +99,12 @@ class Reference:
         return function(*args, **kwargs)
 
     def arguments(self) -> dict[str, Any]:
-        """The example's arguments, by the names of forward's parameters."""
+        """Return the example's arguments, by the names of forward's parameters."""
         args, kwargs = self.example
         return dict(self.signature.bind(*args, **kwargs).arguments)
 
     def dynamic_shapes(self, free: Free, dimension: Callable[[str], Any]) -> dict[str, Any] | None:
-        """What exporters are given: a value for every free dimension of every input; None if there is none.
+        """Make the ``dynamic_shapes`` of exporters: a value for every free dimension of every input; None if there is none.
 
         Args:
             free: the dimensions that are left open.
@@ -118,7 +118,7 @@ class Reference:
         return shapes if any(leaf is not None for leaf in pytree.tree_leaves(shapes)) else None
 
     def input_names(self) -> list[str]:
-        """A name for every tensor of the call: its parameter's, and the keys and positions inside of that."""
+        """Name every tensor of the call: by its parameter, and by keys and positions inside of that."""
         leaves, _ = pytree.tree_flatten_with_path(self.arguments())
         keys = [
             "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
@@ -128,14 +128,14 @@ class Reference:
         return [key if keys.count(key) == 1 else f"{key}_{number}" for number, key in enumerate(keys)]
 
     def shapes(self, free: Free) -> list[str]:
-        """The shape of every input, ``batch×3×224×224``; with its name, if there are several."""
+        """Format the shape of every input, ``batch×3×224×224``; with its name, if there are several."""
         leaves = [leaf for leaf in pytree.tree_leaves(self.arguments()) if isinstance(leaf, Tensor)]
         shapes = [self.dimensions.shape(leaf, free) for leaf in leaves]
         names = self.input_names() if len(leaves) > 1 else [""]
         return [f"{name} {shape}".strip() for name, shape in zip(names, shapes, strict=True)]
 
     def cases(self, free: Free) -> list[Case]:
-        """The calls that a file with these free dimensions is checked with."""
+        """List the calls that a file with these free dimensions is checked with."""
         batches = [Case(batch) for batch in (BATCHES if free.batch else (self.batch,))]
         batch = BATCHES[1] if free.batch else self.batch
         return batches + [case for case in self.calls if free.size and case.size and case.batch == batch]
@@ -259,7 +259,7 @@ def _shown(sizes: Any) -> str:
 
 
 def _at_batch(tensor: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    """The same kind of values at another batch size: rows repeated, or drawn anew if in floating point."""
+    """Make values of the same kind at another batch size: rows repeated, or drawn anew if in floating point."""
     rows = tensor[torch.arange(batch, device=tensor.device) % tensor.size(0)]
     if not tensor.is_floating_point() or not tensor.numel():
         return rows

@@ -1,4 +1,4 @@
-"""The ways to write each format, in the order in which they are tried, and what to say about the file."""
+"""The strategies to write each format, in the order in which they are tried, and the notes about the file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BATCH = Free(True)
 
 
 class Strategy(NamedTuple):
-    """One way to write a format."""
+    """One strategy to write a format."""
 
     name: str
     write: Callable[[Reference, Path, Free], Written]
@@ -46,11 +46,11 @@ STRATEGIES = {
     "pt2": [Strategy("dynamic batch", write_pt2, _BATCH), Strategy("fixed batch", write_pt2, FIXED)],
     "pt": [Strategy("whole module", write_module, _BATCH)],
 }
-"""The ways to write each format, in the order in which they are tried."""
+"""The strategies to write each format, in the order in which they are tried."""
 
 
 def strategies(reference: Reference, format: str) -> list[Strategy]:
-    """List the ways to try; where the network's own batch is fixed, each once and with a fixed batch."""
+    """List the strategies to try; where the network's own batch is fixed, each once and with a fixed batch."""
     found = STRATEGIES[format]
     if format == "onnx" and reference.opset is not None:
         found = [

@@ -23,7 +23,7 @@ def exported_lines(item: Exported) -> list[str]:
 
 
 def _cases(item: Exported) -> str:
-    """The batches and, if there are several, the sizes that a file was run at."""
+    """Describe the batches and, if there are several, the sizes that a file was run at."""
     size = item.checks[0].size
     batches = ", ".join(str(check.batch) for check in item.checks if check.size == size)
     others = list(dict.fromkeys(check.size for check in item.checks if check.size != size))

@@ -71,7 +71,7 @@ def write_module(reference: Reference, path: Path, free: Free) -> Written:
 
 
 def _content(model: torch.nn.Module) -> Any:
-    """What is pickled: the module, or what its library wraps it in.
+    """Return the object to pickle: the module, or its library's wrapper of it.
 
     Ultralytics reads checkpoints, and takes of a bare module its layers alone.
     """
