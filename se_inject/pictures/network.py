@@ -42,8 +42,8 @@ def draw_network(
     found = scene(trace, sites, steps, figures or {}, figure)
     drawing = Drawing(f"{found.model} with {_blocks(found) or 'no block'}", description(found, trace))
     drawing.add(Text(0, 18, found.model, size=20, bold=True))
-    told = [_blocks(found) or "no block in it", describe(*trace.inputs)]
-    drawing.add(Text(1.06 * text_width(found.model, 20, True) + 14, 18, " · ".join(told), "muted", 13))
+    heading = [_blocks(found) or "no block in it", describe(*trace.inputs)]
+    drawing.add(Text(1.06 * text_width(found.model, 20, True) + 14, 18, " · ".join(heading), "muted", 13))
     bottom = _draw_rows(drawing, found, 34.0)
     bottom = _draw_legend(drawing, found, bottom + 26)
     if found.kinds:
@@ -58,7 +58,7 @@ def draw_network(
     for number, box in enumerate(found.refused[:6]):
         drawing.add(
             Rect(0, bottom + 12 + 20 * number, 14, 12, "refused"),
-            Text(22, bottom + 22 + 20 * number, box.told, "muted", 11),
+            Text(22, bottom + 22 + 20 * number, box.tooltip, "muted", 11),
         )
     drawing.width = max(drawing.width, _NARROWEST)
     return drawing
@@ -69,7 +69,7 @@ def _blocks(found: Scene) -> str:
 
 
 def description(found: Scene, trace: Trace) -> str:
-    """What the picture shows, in words, for those who don't see it."""
+    """Describe the picture in words, for those who don't see it."""
     parts = [f"{found.model} for {describe(*trace.inputs)}, with {_blocks(found) or 'no block'}."]
     for group in found.groups:
         units = [box for box in group.boxes if box.kind == "unit"]
@@ -88,7 +88,7 @@ def description(found: Scene, trace: Trace) -> str:
 
 
 def _draw_rows(drawing: Drawing, found: Scene, top: float) -> float:
-    """Groups side by side, in as many rows as it takes; where the last row ends."""
+    """Draw groups side by side, in as many rows as it takes; return where the last row ends."""
     largest = max((math.prod(box.size) for group in found.groups for box in group.boxes if box.size), default=1)
     widest = max((box.channels for group in found.groups for box in group.boxes), default=1)
     scale = _Scale(max(1, largest), max(1, widest))
@@ -133,7 +133,7 @@ def _inner(box: Box) -> list[Mark]:
 
 
 def _folded(group: Group) -> list[Box]:
-    """Runs of more than three equal boxes as one that stands for all."""
+    """Replace each run of more than three equal boxes by one that represents them all."""
     runs: list[list[Box]] = []
     for box in group.boxes:
         if runs and _looks(runs[-1][-1]) == _looks(box):
@@ -142,8 +142,8 @@ def _folded(group: Group) -> list[Box]:
             runs.append([box])
     result: list[Box] = []
     for run in runs:
-        told = f"{run[0].told} … {run[-1].told}"
-        result += [replace(run[0], count=len(run), told=told)] if len(run) > 3 else run
+        tooltip = f"{run[0].tooltip} … {run[-1].tooltip}"
+        result += [replace(run[0], count=len(run), tooltip=tooltip)] if len(run) > 3 else run
     if len(result) <= 24:
         return result
     half, rest = result[:12], result[12:-6]
@@ -251,8 +251,8 @@ def _box(box: Box, scale: _Scale, x: float, middle: float) -> list[Shape]:
     top = middle - height / 2
     shapes: list[Shape] = []
     if box.count > 1:
-        shapes += [Rect(x + 3 * i, top - 3 * i, width, height, box.kind, title=box.told) for i in (2, 1)]
-    shapes.append(Rect(x, top, width, height, box.kind, title=box.told))
+        shapes += [Rect(x + 3 * i, top - 3 * i, width, height, box.kind, title=box.tooltip) for i in (2, 1)]
+    shapes.append(Rect(x, top, width, height, box.kind, title=box.tooltip))
     if has_shortcut(box):
         left, right, above = x - 4, x + width + 4, top - 6 - 6 * (box.count > 1)
         shapes.append(Path(((left, middle), (left, above), (right, above), (right, middle)), "line", 1.0))
@@ -265,18 +265,18 @@ def _box(box: Box, scale: _Scale, x: float, middle: float) -> list[Shape]:
 
 
 def has_shortcut(box: Box) -> bool:
-    """Whether a unit adds what goes around it."""
+    """Return whether a unit adds a shortcut."""
     return box.site is not None and box.site.kind == "residual" and box.site.join is not None
 
 
 def _marks(box: Box, x: float, top: float, width: float, height: float, middle: float) -> list[Shape]:
-    """The blocks where they sit: behind the norm, at the branch's start, after the addition, or on the shortcut."""
+    """Draw the blocks at their positions: behind the norm, at the branch's start, after the addition, or on the shortcut."""
     shapes: list[Shape] = []
     at = {"standard": 0, "pre": 0, "conv3x3": 0, "post": 0, "identity": 0}
     for mark in box.marks:
         place, role = mark.step.position, colour_of(mark, "b")
         number = at[place] = at.get(place, 0) + 1
-        title = f"{mark.step.path}: {mark.name}" + (f", {mark.told}" if mark.told else "")
+        title = f"{mark.step.path}: {mark.name}" + (f", {mark.tooltip}" if mark.tooltip else "")
         if place == "identity":
             shapes.append(Rect(x + width / 2 - 6, top - 9, 12, 6, role, 2, title))
             continue

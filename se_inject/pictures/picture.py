@@ -30,7 +30,7 @@ class Picture:
         return f"{self.drawing.title}\n{self.drawing.description}"
 
     def svg(self) -> str:
-        """The picture as SVG text, which follows the reader's light or dark mode."""
+        """Return the picture as SVG text, which follows the reader's light or dark mode."""
         return svg(self.drawing)
 
     def _repr_svg_(self) -> str:

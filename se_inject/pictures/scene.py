@@ -23,13 +23,13 @@ class Mark:
         step: what is put where.
         colour: the number of its kind's colour.
         level: of a figure that colours it instead, from 0 to 1; None: by kind.
-        told: the figure in words.
+        tooltip: the figure in words.
     """
 
     step: Step
     colour: int
     level: float | None = None
-    told: str = ""
+    tooltip: str = ""
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ class Box:
         size: its spatial size.
         site: the unit's site.
         marks: its blocks.
-        told: what the mouse shows.
+        tooltip: what the mouse shows.
         words: for plain ones, the operations in it.
         count: how many equal ones it stands for.
     """
@@ -61,7 +61,7 @@ class Box:
     size: tuple[int, ...]
     site: Site | None = None
     marks: tuple[Mark, ...] = ()
-    told: str = ""
+    tooltip: str = ""
     words: tuple[str, ...] = ()
     count: int = 1
     letter: str = ""
@@ -122,7 +122,7 @@ def block_name(name: str) -> str:
 
 
 def colour_of(mark: Mark, prefix: str) -> str:
-    """The role of a block's colour: of its kind, or of the figure that colours it."""
+    """Return the role of a block's colour: of its kind, or of the figure that colours it."""
     if mark.level is None:
         return f"{prefix}{mark.colour % 6}"
     return f"h{round(mark.level * (LEVELS - 1))}"
@@ -144,8 +144,8 @@ def scene(trace: Trace, sites: Sites, steps: Sequence[Step], figures: Mapping[st
     for step in steps:
         value = figures.get(step.path)
         level = None if not figures else 0.0 if value is None else value / top
-        told = "" if value is None else f"{figure} {value:.3g}"
-        marks.setdefault(step.site, []).append(Mark(step, colours[step.block], level, told))
+        tooltip = "" if value is None else f"{figure} {value:.3g}"
+        marks.setdefault(step.site, []).append(Mark(step, colours[step.block], level, tooltip))
     boxes = [
         _unit(trace, site, tuple(marks.get(site.address, ()))) for site in sites.all_sites if _is_drawn(site, marks)
     ]
@@ -173,15 +173,15 @@ def _is_drawn(site: Site, marks: Mapping[str, object]) -> bool:
 
 def _unit(trace: Trace, site: Site, marks: tuple[Mark, ...]) -> Box:
     size = "×".join(map(str, site.size))
-    told = f"{site.address}: {site.kind} site, {site.channels} channels, {size}"
-    told += "".join(f"; {mark.step.path}: {mark.name} {mark.told}".rstrip() for mark in marks)
+    tooltip = f"{site.address}: {site.kind} site, {site.channels} channels, {size}"
+    tooltip += "".join(f"; {mark.step.path}: {mark.name} {mark.tooltip}".rstrip() for mark in marks)
     if site.held_back and not marks:
-        told += f"; left out: {site.held_back.reason}"
-    return Box("unit", site.order, site.address, site.channels, site.size, site, marks, told)
+        tooltip += f"; left out: {site.held_back.reason}"
+    return Box("unit", site.order, site.address, site.channels, site.size, site, marks, tooltip)
 
 
 def _refused(trace: Trace, sites: Sites) -> list[Box]:
-    """The refused places, where data reaches them if that can be told."""
+    """Return the refused places, in data-flow order if that is known."""
     wanted = {item.address: item.reason for item in sites.refused}
     found: dict[str, Box] = {}
     for owner in trace.graphs.values() if wanted else ():
@@ -192,11 +192,11 @@ def _refused(trace: Trace, sites: Sites) -> list[Box]:
                 if address in wanted and address not in found:
                     channels, size = _shape(node.meta.get("val"))
                     time = float(node.meta.get("time", math.inf))
-                    told = f"{address}: no place for a block: {wanted[address]}"
-                    found[address] = Box("refused", time, address, channels, size, told=told)
+                    tooltip = f"{address}: no place for a block: {wanted[address]}"
+                    found[address] = Box("refused", time, address, channels, size, tooltip=tooltip)
     for address, reason in wanted.items():
         found.setdefault(
-            address, Box("refused", math.inf, address, 0, (), told=f"{address}: no place for a block: {reason}")
+            address, Box("refused", math.inf, address, 0, (), tooltip=f"{address}: no place for a block: {reason}")
         )
     return list(found.values())
 
@@ -219,7 +219,7 @@ def _plain(trace: Trace, sites: Sites, units: set[str]) -> list[Box]:
             if word and not _within(path, units) and "time" in node.meta:
                 channels, size = _shape(node.meta.get("val"))
                 time = float(node.meta["time"])
-                found.append(Box("plain", time, path or owner.path, channels, size, told=path, words=(word,)))
+                found.append(Box("plain", time, path or owner.path, channels, size, tooltip=path, words=(word,)))
     return found
 
 
@@ -331,8 +331,8 @@ def _one(boxes: Sequence[Box], kind: str) -> Box:
     """All boxes of a kind as one."""
     found = [box for box in boxes if box.kind == kind]
     words = tuple(word for box in found for word in box.words)
-    told = "\n".join(dict.fromkeys(box.told for box in found))
-    return replace(found[-1], words=words, told=told, count=len(found))
+    tooltip = "\n".join(dict.fromkeys(box.tooltip for box in found))
+    return replace(found[-1], words=words, tooltip=tooltip, count=len(found))
 
 
 def _append(group: Group, box: Box) -> None:
@@ -344,7 +344,7 @@ def _append(group: Group, box: Box) -> None:
             channels=box.channels or last.channels,
             size=box.size or last.size,
             words=(*last.words, *box.words),
-            told=f"{last.told}, {box.told}".strip(", "),
+            tooltip=f"{last.tooltip}, {box.tooltip}".strip(", "),
         )
     elif box.kind == "plain" and group.stage is not None:
         return

@@ -107,7 +107,7 @@ Shape = Rect | Text | Path | Circle
 
 @dataclass
 class Drawing:
-    """Shapes on a sheet, with what a reader who doesn't see them is told."""
+    """Shapes on a sheet, with a text for readers who don't see them."""
 
     title: str
     description: str
@@ -123,13 +123,13 @@ class Drawing:
             self.width, self.height = max(self.width, right), max(self.height, bottom)
 
     def shifted(self, x: float, y: float) -> Iterator[Shape]:
-        """The shapes somewhere else."""
+        """Move the shapes by an offset."""
         for shape in self.shapes:
             yield moved(shape, x, y)
 
 
 def moved(shape: Shape, x: float, y: float) -> Shape:
-    """A shape somewhere else."""
+    """Move a shape by an offset."""
     if isinstance(shape, Path):
         return replace(shape, points=tuple((a + x, b + y) for a, b in shape.points))
     return replace(shape, x=shape.x + x, y=shape.y + y)
@@ -157,7 +157,7 @@ def _extent(shape: Shape) -> tuple[float, float]:
 
 
 def svg(drawing: Drawing, *, margin: float = 16, standalone: bool = True) -> str:
-    """A drawing as SVG.
+    """Write a drawing as SVG.
 
     Args:
         drawing: the shapes.
@@ -182,7 +182,7 @@ def svg(drawing: Drawing, *, margin: float = 16, standalone: bool = True) -> str
 
 
 def style() -> str:
-    """The rules for all roles: light, and dark where the reader's system asks for it."""
+    """Return the rules for all roles: light, and dark where the reader's system asks for it."""
     fixed = (
         ".sei text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}"
         ".sei .b{font-weight:600}.sei path{fill:none;stroke-linejoin:round;stroke-linecap:round}"
@@ -264,7 +264,7 @@ def _hatching(rect: Rect) -> str:
 
 
 def arrow_points(path: Path) -> Iterable[tuple[float, float]]:
-    """The three corners of an arrow's head."""
+    """Return the three corners of an arrow's head."""
     (x1, y1), (x2, y2) = path.points[-2:]
     length = max(1e-6, ((x2 - x1) ** 2 + (y2 - y1) ** 2) ** 0.5)
     dx, dy = (x2 - x1) / length, (y2 - y1) / length

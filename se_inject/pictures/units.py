@@ -72,7 +72,7 @@ def _numbers(stages: list[int]) -> str:
 
 
 def _lanes(kind: Kind) -> tuple[list[_Lane], _Lane]:
-    """The branches and what comes behind the join, with the blocks among the operations."""
+    """Arrange the branches and the operations behind the join, with the blocks among them."""
     marks = list(kind.example.marks)
     lanes = [_lane(operations, marks) for operations in kind.parts.lanes]
     after = _lane(kind.parts.after, marks)
@@ -137,7 +137,7 @@ def _merged(lanes: list[_Lane]) -> list[_Lane]:
 
 
 def _behind_spatial(items: list[Operation | Mark]) -> int | None:
-    """The number of the item behind the last spatial convolution, its norm and its activation."""
+    """Return the number of the item behind the last spatial convolution, its norm and its activation."""
     for number in range(len(items) - 1, -1, -1):
         item = items[number]
         if (
@@ -238,7 +238,7 @@ def _draw_lane(drawing: Drawing, lane: _Lane, x: float, y: float, used: set[str]
         width = _item_width(item)
         if isinstance(item, Mark):
             title = f"{item.step.path}: {item.name} at {item.step.channels} channels" + (
-                f", {item.told}" if item.told else ""
+                f", {item.tooltip}" if item.tooltip else ""
             )
             drawing.add(Rect(x, y - CHIP / 2 - 1, width, CHIP + 2, f"b{item.colour % 6}", 5, title))
             drawing.add(Text(x + width / 2, y + 4.5, _mark_text(item), "on", 12, "middle", True))
