@@ -33,7 +33,7 @@ class Bar:
 
 
 def bar(value: float, whole: float, text: str | None = None) -> Bar:
-    """A number with a bar as long as its share of a whole."""
+    """Write a number with a bar as long as its share of a whole."""
     return Bar(value, value / whole if whole else 0.0, f"{value:,}" if text is None else text)
 
 
@@ -43,12 +43,12 @@ def escaped(value: Any) -> str:
 
 
 def paragraph(text: str, *, strong: str = "") -> Raw:
-    """A paragraph, with some words in bold before it."""
+    """Write a paragraph, with some words in bold before it."""
     return Raw(f"<p>{f'<strong>{html.escape(strong)}</strong>' if strong else ''}{html.escape(text)}</p>")
 
 
 def section(title: str, *parts: Raw) -> Raw:
-    """A section with its heading."""
+    """Write a section with its heading."""
     name = "".join(letter if letter.isalnum() else "-" for letter in title.lower()).strip("-")
     return Raw(f'<section aria-labelledby="{name}"><h2 id="{name}">{html.escape(title)}</h2>{"".join(parts)}</section>')
 
@@ -74,7 +74,7 @@ def table(
     footer: Sequence[Sequence[Any]] = (),
     sortable: bool = True,
 ) -> Raw:
-    """A table with a caption and headers that sort it."""
+    """Write a table with a caption and headers that sort it."""
     heads = "".join(_head(column, sortable) for column in columns)
     body = "".join(
         f"<tr>{''.join(_cell(value, column) for value, column in zip(row, columns, strict=True))}</tr>" for row in rows
@@ -106,7 +106,7 @@ def _cell(value: Any, column: Column) -> str:
 
 
 def page(title: str, parts: Sequence[Raw], footer: str) -> str:
-    """A whole page, which asks nothing of any server."""
+    """Write a whole page, which requests nothing from any server."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

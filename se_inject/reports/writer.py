@@ -99,10 +99,10 @@ def report_html(
     notes: Iterable[str] = (),
     command: str | None = None,
 ) -> str:
-    """The same as text."""
+    """Write the same report as HTML text."""
     cost = plan.cost(model)
     drawing = plan.draw(model, gates).drawing
-    told = list(dict.fromkeys((*plan.notes, *notes, *(gates.notes if gates is not None else ()))))
+    all_notes = list(dict.fromkeys((*plan.notes, *notes, *(gates.notes if gates is not None else ()))))
     title = f"{plan.model} with {counted(len(plan), 'block')}"
     parts = [
         _summary(plan, cost, verdict, latency, gates),
@@ -114,8 +114,8 @@ def report_html(
         _files(exported),
         *([_gates(gates, cost)] if gates is not None else []),
         *(
-            [section("Notes", Raw("<ul>"), *(Raw(f"<li>{escaped(line)}</li>") for line in told), Raw("</ul>"))]
-            if told
+            [section("Notes", Raw("<ul>"), *(Raw(f"<li>{escaped(line)}</li>") for line in all_notes), Raw("</ul>"))]
+            if all_notes
             else []
         ),
         *([section("Make it again", Raw(f"<pre>{escaped(command)}</pre>"))] if command else []),
@@ -126,14 +126,14 @@ def report_html(
 def _where(plan: Plan) -> str:
     stages = sorted({step.stage for step in plan.steps if step.stage is not None})
     outside = sum(step.stage is None for step in plan.steps)
-    told = f"in stage{'s' * (len(stages) != 1)} {', '.join(map(str, stages))}" if stages else ""
-    return " and ".join(part for part in (told, f"{outside} outside of the stages" if outside else "") if part)
+    inside = f"in stage{'s' * (len(stages) != 1)} {', '.join(map(str, stages))}" if stages else ""
+    return " and ".join(part for part in (inside, f"{outside} outside of the stages" if outside else "") if part)
 
 
 def _summary(
     plan: Plan, cost: CostReport, verdict: Verdict | None, latency: Latency | None, gates: Excitations | None
 ) -> Raw:
-    """The five answers: how many, where, at what cost, whether right, and which could go first."""
+    """Write the five answers: how many, where, at what cost, whether right, and which could go first."""
     added, before = cost.added, cost.before
     kinds = ", ".join(dict.fromkeys(block_name(step.block) for step in plan.steps))
     tiles = [
@@ -192,7 +192,7 @@ def _first_to_drop(plan: Plan, cost: CostReport, gates: Excitations | None) -> s
 
 
 def _cost(plan: Plan, cost: CostReport) -> Raw:
-    """What each stage adds, with bars, and the totals."""
+    """Write the cost of each stage, with bars, and the totals."""
     rows: list[list[Any]] = []
     for stage, added in cost.stages.items():
         sites = [row for row in cost.rows if row.stage == stage]
@@ -229,7 +229,7 @@ def _range(rows: Sequence[CostRow]) -> str:
 
 
 def _blocks(plan: Plan, cost: CostReport, gates: Excitations | None) -> Raw:
-    """A line for each block: where it is, its width, its cost, what its gate does."""
+    """Write a line for each block: where it is, its width, its cost, what its gate does."""
     known = {} if gates is None else {block.path: block for block in reversed(gates.blocks)}
     tops = {f: max((getattr(row.cost, f) for row in cost.rows), default=0) for f, _, _ in FIGURES}
     rows = []
@@ -289,7 +289,7 @@ def _latency(latency: Latency | None) -> Raw:
 
 
 def _interval(latency: Latency) -> str:
-    """The ratio with its quartiles on a line."""
+    """Draw the ratio with its quartiles on a line."""
     low, high = min(0.98, latency.low - 0.02), max(1.1, latency.high + 0.02)
 
     def x(value: float) -> float:
@@ -313,7 +313,7 @@ def _files(exported: Sequence[Exported]) -> Raw:
 
 
 def _gates(gates: Excitations, cost: CostReport) -> Raw:
-    """What the gates do on data, the blocks that depend least on the image first."""
+    """Write what the gates do on data, the blocks that depend least on the image first."""
     saved = {row.site: row.cost.params for row in cost.rows}
     ranked = sorted(gates.blocks, key=lambda block: block.variation)
     top = max((block.variation for block in ranked), default=0)
