@@ -49,7 +49,7 @@ class Adapter:
     backbone: Fingerprint
 
     def other_weights(self, model: nn.Module) -> str | None:
-        """What differs between the backbone's weights and those of the adapter's own backbone; None: nothing.
+        """Describe the differences between the backbone's weights and those of the adapter's own backbone; None: there are none.
 
         Raises:
             SurgeryError: it is a network of another class or with other names or shapes.
@@ -75,7 +75,7 @@ class Adapter:
         return f"{len(changed)} of its {len(own)} tensors, `{changed[0]}` the first" + (f"; {which}" if which else "")
 
     def put_into(self, model: nn.Module) -> nn.Module:
-        """A copy of a backbone with the blocks in it. See ``load_adapter``, which also looks at the weights."""
+        """Put the blocks into a copy of a backbone. See ``load_adapter``, which also compares the weights."""
         fitted = self._fitted(model)
         return fitted.put_into_(duplicate(model), self._states())
 
@@ -88,7 +88,7 @@ class Adapter:
         return self.plan.fitted(model)
 
     def _check_tensors(self) -> None:
-        """Whether the tensors are those of the plan's blocks, before any memory is taken for these."""
+        """Return whether the tensors are those of the plan's blocks, before any memory is taken for these."""
         left = dict(self.tensors)
         for number, step in enumerate(self.plan.steps, 1):
             with torch.device("meta"):
@@ -106,7 +106,7 @@ class Adapter:
             )
 
     def _states(self) -> dict[str, dict[str, Tensor]]:
-        """The state dict of each block, by its path."""
+        """Return the state dict of each block, by its path."""
         return {
             step.path: {
                 name.removeprefix(f"{step.path}."): tensor
@@ -202,7 +202,7 @@ def read_adapter(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> 
 def load_adapter(
     model: nn.Module, path: str | os.PathLike[str], *, strict: bool = False, trust: Sequence[str] = ()
 ) -> nn.Module:
-    """A copy of a backbone with an adapter's blocks in it, trained as they are. The backbone itself is not changed.
+    """Put an adapter's trained blocks into a copy of a backbone. The backbone itself is not changed.
 
     Args:
         model: the network that the adapter was made for, without these blocks.
@@ -226,12 +226,12 @@ def adapter_for(model: nn.Module, path: str | os.PathLike[str], strict: bool, tr
     if isinstance(trust, str):
         raise OptionError("`trust` is a list of names", seen=f"the text `{trust}`", hint=f"trust=[{trust!r}]")
     adapter = read_adapter(path, trust=trust)
-    told = adapter.other_weights(model)
-    if told is not None:
+    differences = adapter.other_weights(model)
+    if differences is not None:
         message = f"`{os.fspath(path)}` was made for a {adapter.plan.model} with other weights"
         if strict:
-            raise SurgeryError(message, seen=f"other: {told}", hint="load the backbone's weights first")
-        warnings.warn(f"{message}: {told}", BackboneWarning, stacklevel=3)
+            raise SurgeryError(message, seen=f"other: {differences}", hint="load the backbone's weights first")
+        warnings.warn(f"{message}: {differences}", BackboneWarning, stacklevel=3)
     return adapter
 
 
@@ -260,7 +260,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _content(path: str | os.PathLike[str], text: str) -> tuple[str, Any]:
-    """The plan's text and the backbone's fingerprint, as an adapter has them, if its version is known."""
+    """Read the plan's text and the backbone's fingerprint from an adapter's metadata, if its version is known."""
     try:
         data = json.loads(text)
         version, plan, backbone = data["version"], json.dumps(data.get("plan")), data.get("backbone")
