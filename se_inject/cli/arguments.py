@@ -15,7 +15,7 @@ from se_inject.tracing import float_like, parse_shape
 
 
 def conversion(options: dict[str, Any], *more: str) -> dict[str, Any]:
-    """What written networks are converted to, and more options by name."""
+    """Collect the conversion of written networks from the options, and more options by name."""
     return {key: options[key] for key in ("device", "dtype", "memory_format", *more)}
 
 
@@ -34,17 +34,17 @@ def check_inference(outputs: tuple[Path, ...], options: dict[str, Any]) -> None:
 
 
 def packages(trust: tuple[str, ...]) -> tuple[str, ...]:
-    """What may be imported for a pickle: blocks may come from a ``.py`` file as well."""
+    """Return the packages that may be imported for a pickle: blocks may come from a ``.py`` file as well."""
     return tuple(name for name in trust if not name.endswith(".py"))
 
 
 def block_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The block's options that the command has options for."""
+    """Collect the block options that the command line has options for."""
     return {key: options[key] for key in ("reduction", "divisor", "bias") if options.get(key) is not None}
 
 
 def stored_plan(options: dict[str, Any], trust: tuple[str, ...]) -> Plan | Adapter | None:
-    """What ``--plan`` or ``--adapter`` holds; it leaves nothing to choose."""
+    """Read the plan or adapter that ``--plan`` or ``--adapter`` names, which leaves nothing to choose."""
     files = {key: options[key] for key in ("plan_file", "adapter") if options[key] is not None}
     if not files:
         return None
@@ -81,7 +81,7 @@ def stored_plan(options: dict[str, Any], trust: tuple[str, ...]) -> Plan | Adapt
 
 
 def example(inputs: tuple[str, ...], network: nn.Module) -> Any:
-    """Inputs of the shapes that were given, without numbers; None: infer them."""
+    """Return inputs of the given shapes, without numbers; None: infer them."""
     if not inputs:
         return None
     dtype = float_like(network).dtype

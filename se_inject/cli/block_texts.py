@@ -26,12 +26,12 @@ class BlockText:
 
 
 def parsed_blocks(texts: Sequence[str], settings: Sequence[str], given: dict[str, Any]) -> list[BlockText]:
-    """The blocks that were asked for, in this order; SE if none was.
+    """Parse the requested blocks, in this order; SE if none was requested.
 
     Args:
         texts: ``NAME``, ``STAGES=NAME``, and either with ``,KEY=VALUE`` behind it.
         settings: ``KEY=VALUE`` for the only block.
-        given: options of the only block by other ways.
+        given: options of the only block from other command-line options.
 
     Raises:
         OptionError: no such option or value, one given twice, or one that doesn't say for which block it is.

@@ -127,7 +127,7 @@ def _memory_limit() -> int | None:
 def confinement_for(
     ctx: click.Context, max_memory: int | None = None, max_time: int | None = None
 ) -> tuple[Confinement | None, str]:
-    """What a command's process may still do; None, and why not, if it isn't confined.
+    """Choose the confinement of a command's process; None, and the reason, if it isn't confined.
 
     Args:
         ctx: the command line, parsed.
@@ -157,7 +157,7 @@ def confinement_for(
 
 
 def outputs_of(command: click.Command, ctx: click.Context) -> list[Path]:
-    """The files that this command line writes."""
+    """List the files that this command line writes."""
     options = [p for p in command.params if isinstance(p.type, OutputPath) or p.name in _OUTPUTS]
     names = [option.name or "" for option in options]
     if ctx.params.get("dry_run"):
@@ -179,7 +179,7 @@ def default_output(model: str) -> Path:
 
 
 def _paths(value: Any) -> Iterator[Path]:
-    """The files and folders that exist among a parameter's values."""
+    """List the existing files and folders among a parameter's values."""
     for text in _texts([value]):
         if "\0" not in text and len(text) < 4096 and os.path.exists(text):
             yield Path(text)

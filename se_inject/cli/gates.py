@@ -200,7 +200,7 @@ def compare(**given: Any) -> None:
 
 
 def read_network(given: dict[str, Any]) -> nn.Module:
-    """The network that the options name."""
+    """Read the network that the options name."""
     from se_inject.loading import load
 
     packages = tuple(name for name in given["trust"] if not name.endswith(".py"))
@@ -208,7 +208,7 @@ def read_network(given: dict[str, Any]) -> nn.Module:
 
 
 def loaded(given: dict[str, Any]) -> tuple[nn.Module, Data]:
-    """The network and the data that the options name."""
+    """Load the network and the data that the options name."""
     from se_inject.gates import open_data, preprocessing_for
 
     network = read_network(given)
@@ -220,7 +220,7 @@ def loaded(given: dict[str, Any]) -> tuple[nn.Module, Data]:
 
 
 def _shape(network: nn.Module, inputs: tuple[str, ...]) -> tuple[int, ...]:
-    """The shape of the network's first input: as given, or as inferred."""
+    """Return the shape of the network's first input: as given, or as inferred."""
     from torch import Tensor
     from torch.utils._pytree import tree_leaves
 
@@ -232,7 +232,7 @@ def _shape(network: nn.Module, inputs: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def limited(batches: Data, limit: int | None) -> Data:
-    """The first batches of the data alone."""
+    """Limit the data to its first batches."""
     import itertools
     from dataclasses import replace
 

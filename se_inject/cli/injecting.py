@@ -121,7 +121,7 @@ def inject(
 
 
 def planned_blocks(network: nn.Module, inputs: tuple[str, ...], options: dict[str, Any]) -> Plan:
-    """The plan that the options make: the sum of those of the blocks."""
+    """Make the plan that the options describe: the sum of those of the blocks."""
     plans = []
     blocks = parsed_blocks(options["blocks"], options["settings"], block_options(options))
     if options["budget"] and len(blocks) > 1:
@@ -155,10 +155,10 @@ def planned_blocks(network: nn.Module, inputs: tuple[str, ...], options: dict[st
 
 
 def replayed(stored: Plan | Adapter, network: nn.Module, inputs: tuple[str, ...]) -> Plan:
-    """The stored plan, fitted to this network; for an adapter, with a note if the network has other weights."""
+    """Fit the stored plan to this network; for an adapter, with a note if the network has other weights."""
     kept = stored.plan if isinstance(stored, Adapter) else stored
-    told = stored.other_weights(network) if isinstance(stored, Adapter) else None
-    notes = () if told is None else (f"the adapter was made for other weights: {told}",)
+    differences = stored.other_weights(network) if isinstance(stored, Adapter) else None
+    notes = () if differences is None else (f"the adapter was made for other weights: {differences}",)
     return replace(kept.fitted(network, example(inputs, network)), notes=notes)
 
 
@@ -173,7 +173,7 @@ def _for_inference(network: nn.Module, planned: Plan) -> nn.Module:
 def _latencies(
     network: nn.Module, injected: nn.Module, others: tuple[nn.Module, nn.Module] | None, planned: Plan
 ) -> dict[str, Latency]:
-    """The network against the injected one, and the copies for inference of both; on a GPU as CUDA graphs as well."""
+    """Measure the network against the injected one, and the inference copies of both; on a GPU as CUDA graphs as well."""
     found = {"latency": _latency(network, injected, planned)}
     if others is not None:
         found["for inference"] = _latency(*others, planned)

@@ -110,7 +110,7 @@ def _cost_by_module(
     network: nn.Module, inputs: Any, reductions: tuple[float, ...], stages: tuple[str, ...], style: str, as_json: bool,
     options: dict[str, Any],
 ) -> None:  # fmt: skip
-    """The network's modules with its blocks; into one without, the blocks that the options describe are put first."""
+    """List the network's modules with its blocks; into one without, the blocks that the options describe are put first."""
     if len(reductions) > 1 or len(stages) > 1:
         raise OptionError("the table of modules is of one network", hint="give one --r and one --stages")
     if not steps_of(network):

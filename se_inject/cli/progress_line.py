@@ -36,7 +36,7 @@ class ProgressLine:
         return cls(sys.stderr)
 
     def show(self, step: str) -> None:
-        """A step begins."""
+        """Show that a step begins."""
         self.step, self.began = step, time.monotonic()
 
     def tick(self) -> None:

@@ -32,7 +32,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The bytes that the text says; a plain number is GiB."""
+        """Convert text to bytes; a plain number is GiB."""
         found = re.fullmatch(r"([\d.]+)\s*([kMGT]?)i?B?", str(value), re.IGNORECASE)
         try:
             if found is None:
@@ -91,7 +91,7 @@ class WorkerCommand(click.Command):
             raise click.UsageError(f"{error.message.rstrip('.')}: did you mean `{better}`?", ctx) from error
 
     def _written_apart(self, args: Sequence[str]) -> str | None:
-        """The option that has more than one word behind it, as it is written in one."""
+        """Find an option with more than one word behind it, and return it as it is written in one."""
         options = {text: option for option in self.params for text in option.opts if isinstance(option, click.Option)}
         for text, words in _runs(args):
             option = options.get(text)
@@ -107,7 +107,7 @@ class WorkerCommand(click.Command):
         return None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The options in sections."""
+        """Write the options in sections."""
         left = {param.name: param for param in self.get_params(ctx) if isinstance(param, click.Option)}
         sections = [(title, [left.pop(name) for name in names if name in left]) for title, names in _SECTIONS]
         for title, params in [*sections, ("Others", list(left.values()))]:
@@ -160,12 +160,12 @@ class MainGroup(click.Group):
             raise click.UsageError(f"no command `{word}`; there are: {', '.join(sorted(self.commands))}", ctx)
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The main command, and the form of the others."""
+        """Write the usage of the main command, and the form of the others."""
         formatter.write_usage("se-inject", "MODEL [OPTIONS]")
         formatter.write_usage("se-inject", "COMMAND … [OPTIONS]", prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The commands, and the options of the main one."""
+        """Write the commands, and the options of the main one."""
         with formatter.section("Commands (COMMAND --help says more)"):
             others = [(name, self.commands[name]) for name in self.commands if name != "inject"]
             formatter.write_dl([(name, command.get_short_help_str(100)) for name, command in others])

@@ -37,7 +37,7 @@ def print_json(data: Any) -> None:
 
 
 def is_quiet() -> bool:
-    """Whether the command line has ``--quiet``."""
+    """Return whether the command line has ``--quiet``."""
     context = click.get_current_context(silent=True)
     return context is not None and bool(context.meta.get(QUIET))
 

@@ -60,7 +60,7 @@ def export(
 def _network(
     model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], stored: Plan | Adapter | None
 ) -> nn.Module:
-    """The network to write: a stored plan is applied before trained weights are loaded, an adapter after."""
+    """Make the network to write: a stored plan is applied before trained weights are loaded, an adapter after."""
     if not isinstance(stored, Plan):
         network = load(model, arch=arch, weights=weights, trust=packages(trust))
         if stored is None:
