@@ -25,7 +25,7 @@ def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
         force: whether it may replace one that exists.
 
     Raises:
-        ExportError: the directory is missing or not writable, or something is in the way.
+        ExportError: the directory is missing or not writable, or something else has its name.
     """
     path = Path(path)
     parent = path.resolve().parent
@@ -102,7 +102,7 @@ class Delegate(Protocol):
     """Another process that moves files into place, because this one may not write where they go."""
 
     def holds(self, paths: Sequence[str | os.PathLike[str]]) -> bool:
-        """Whether it has made temporary directories for these files."""
+        """Return whether it has made temporary directories for these files."""
 
     def writing(self, paths: Sequence[str | os.PathLike[str]], force: bool) -> AbstractContextManager[list[Path]]:
         """Give temporary paths, and have what was written into them moved when the block succeeds."""
@@ -228,7 +228,7 @@ def no_space(error: BaseException | None) -> str | None:
         if isinstance(error, OSError):
             if error.errno in _FULL:
                 return _FULL[error.errno]
-            if "requested and" in str(error):  # numpy's way to say it, without a number
+            if "requested and" in str(error):  # numpy's words for it, without a number
                 return _FULL[errno.ENOSPC]
         error = error.__cause__ or error.__context__
     return None
@@ -267,7 +267,7 @@ def _move_into_place(temporary: list[Path], targets: list[Path], force: bool) ->
 
 
 def _kept(target: Path, folder: Path) -> Path:
-    """A second name for a file that is about to be replaced, in the temporary directory."""
+    """Keep a second name, in the temporary directory, for a file that is about to be replaced."""
     old = Path(tempfile.mkdtemp(dir=folder)) / target.name
     try:
         os.link(target, old)

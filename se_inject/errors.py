@@ -31,7 +31,7 @@ _door = "python"
 
 
 def either(command: str, python: str) -> str:
-    """What a hint says to the caller: the command line's words, or Python's.
+    """Choose the wording of a hint: the command line's words, or Python's.
 
     Args:
         command: a flag: ``--force``.
@@ -173,7 +173,7 @@ class ExportError(InjectError, RuntimeError):
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an exception, or one it came from, says that memory ran out."""
+    """Return whether an exception, or one it came from, says that memory ran out."""
     while error is not None:
         if isinstance(error, MemoryError):
             return True

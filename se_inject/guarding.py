@@ -126,7 +126,7 @@ def mark_like(copy: nn.Module, original: nn.Module) -> None:
 
 
 def is_marked(model: nn.Module) -> bool:
-    """Whether a network, or one of its modules, came out of a file that nobody trusts."""
+    """Return whether a network, or one of its modules, came out of an untrusted file."""
     return len(_marked) > 0 and any(module in _marked for module in model.modules())
 
 
@@ -208,7 +208,7 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
 
 
 def _forbidden(event: str, args: tuple[Any, ...]) -> str | None:
-    """What an event is, if a forward has no business with it."""
+    """Describe an audit event that a forward must not cause; None for any other."""
     if event in _READING:
         return None
     if event == "open":
@@ -237,7 +237,7 @@ def _refuse(guard: _Guard, what: str, event: str) -> None:
 
 
 def _running(guard: _Guard, is_code: bool) -> Any:
-    """The module whose forward is at work; None if none is, or if what happens is an import or torch's own."""
+    """Return the module whose forward is at work; None if none is, or if what happens is an import or torch's own."""
     frame: types.FrameType | None = sys._getframe(3)
     if is_code and frame is not None and any(part in frame.f_code.co_filename for part in _OF_TORCH_ITSELF):
         return None

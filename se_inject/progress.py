@@ -22,7 +22,7 @@ def step(text: str) -> None:
 
 
 def current_step() -> str | None:
-    """What this thread said last that it does."""
+    """Return the step that this thread reported last."""
     return getattr(_state, "current", None)
 
 

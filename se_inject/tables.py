@@ -52,7 +52,7 @@ def table(
 
 
 def as_json(data: Any) -> str:
-    """Data as indented JSON."""
+    """Format data as indented JSON."""
     return json.dumps(data, indent=2)
 
 
@@ -65,7 +65,7 @@ def _cell(value: Any) -> str:
 
 
 def short(number: float, unit: str = "") -> str:
-    """A number with three significant digits and k, M, G or T."""
+    """Format a number with three significant digits and k, M, G or T."""
     for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= factor:
             return f"{number / factor:.3g} {letter}{unit}"
@@ -73,7 +73,7 @@ def short(number: float, unit: str = "") -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    """A share with its sign and at least two significant digits."""
+    """Format a share with its sign and at least two significant digits."""
     if not whole:
         return "–"
     share = 100 * part / whole
@@ -90,11 +90,11 @@ class Printed:
     """A value that prints as the command line prints it: ``str`` is that text, ``repr`` one short line."""
 
     def text(self) -> str:
-        """What the command line prints of it."""
+        """Return the text that the command line prints."""
         raise NotImplementedError
 
     def summary(self) -> str:
-        """The same in a few words."""
+        """Return a summary of the text in a few words."""
         raise NotImplementedError
 
     def __str__(self) -> str:

@@ -122,7 +122,7 @@ class _Subject:
 
     @property
     def filled_in(self) -> dict[str, Any]:
-        """What the package would fill in: of ``rank`` and ``size``, those that the factory has."""
+        """The arguments that the package fills in: of ``rank`` and ``size``, those that the factory has."""
         known = inspect.signature(self.factory).parameters
         return {key: value for key, value in (("rank", self.rank), ("size", self.size)) if key in known}
 
@@ -132,7 +132,7 @@ class _Subject:
         return block
 
     def stirred(self, seed: int = 0) -> nn.Module:
-        """A block in which no weight or statistic is zero or one: those would hide mistakes."""
+        """Make a block with random weights, so that no weight or statistic is zero or one: those would hide mistakes."""
         block = self.fresh(seed)
         with torch.no_grad():
             for parameter in block.parameters():
@@ -311,9 +311,9 @@ def _count(subject: _Subject) -> None:
     formula = getattr(subject.factory, "count", None)
     if not callable(formula):
         return
-    told = formula(subject.channels, **subject.filled_in, **subject.options)
+    claimed = formula(subject.channels, **subject.filled_in, **subject.options)
     built = sum(parameter.numel() for parameter in subject.fresh().parameters())
-    _expect(told == built, f"`count` says {told:,} parameters, there are {built:,}")
+    _expect(claimed == built, f"`count` says {claimed:,} parameters, there are {built:,}")
 
 
 def _repeatable(subject: _Subject) -> None:

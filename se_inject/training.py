@@ -82,7 +82,7 @@ def freeze_backbone_(model: nn.Module, *, batch_norm: bool = False) -> nn.Module
 def unfreeze_backbone_(model: nn.Module, *, batch_norm: bool = True) -> nn.Module:
     """Let the whole network be trained again: all parameters require gradients, frozen statistics are updated.
 
-    The way back from ``freeze_backbone_``; ``model.requires_grad_(True)`` alone leaves frozen statistics frozen. Doesn't
+    The inverse of ``freeze_backbone_``; ``model.requires_grad_(True)`` alone leaves frozen statistics frozen. Doesn't
     remember which parameters did not require gradients before. An optimizer made in between has only the parameters it
     was given: ``optimizer.add_param_group`` adds the rest.
 
@@ -152,7 +152,7 @@ _class_of: Any = vars(object)["__class__"]
 
 @functools.cache
 def _switchable(original: Any) -> Any:
-    """The subclass of a block's class that returns what it is given, where the block is off."""
+    """Make the subclass of a block's class that returns its input where the block is off."""
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return ungated(x, *args, **kwargs) if id(self) in _off.get() else original.forward(self, x, *args, **kwargs)
@@ -224,7 +224,7 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The injected parameters with their names in the model, each once."""
+    """List the injected parameters with their names in the model, each once."""
     seen: set[int] = set()
     for path, block in _blocks(model):
         for name, parameter in block.named_parameters(path):

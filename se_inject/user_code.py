@@ -93,7 +93,7 @@ def from_code(place: str, attribute: str) -> nn.Module:
 
 
 def named(place: str, attribute: str) -> Any:
-    """What a name in the user's own code stands for, without calling it.
+    """Find the object that a name in the user's own code refers to, without calling it.
 
     Args:
         place: a module's dotted name, or a path that ends in ``.py``.
@@ -137,13 +137,13 @@ def importable(directory: Path) -> Iterator[None]:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str | None:
-    """A hint with the words that are close to this one."""
+    """Make a hint with the words that are close to this one."""
     close = difflib.get_close_matches(word, list(words))
     return f"did you mean {' or '.join(f'`{name}`' for name in close)}?" if close else None
 
 
 def fact(error: BaseException) -> str:
-    """An exception in one line."""
+    """Format an exception in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {printable(lines[0])}" if lines else type(error).__name__
 
@@ -205,7 +205,7 @@ def _failure(place: str, attribute: str, path: Path | None, error: BaseException
 
 
 def _where(error: BaseException, path: Path | None) -> str | None:
-    """The line where it went wrong: the last one in the user's file if there is one."""
+    """Find the line where an error was raised: the last one in the user's file if there is one."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]

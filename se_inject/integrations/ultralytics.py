@@ -77,7 +77,7 @@ def put_blocks_into_(model: Any, plan: str, weights: Any = None) -> None:
 
 
 def _trainer_of(name: str) -> type:
-    """The trainer of the task whose network is of the class of this name."""
+    """Return the trainer of the task whose network is of the class of this name."""
     try:
         ultralytics: Any = importlib.import_module("ultralytics")
     except ImportError as error:
