@@ -78,7 +78,7 @@ def sites_data(sites: Sites) -> dict[str, Any]:
 
 def _strides(strides: tuple[tuple[float, ...], ...]) -> str:
     texts = [_stride(stride) for stride in strides]
-    return texts[0] if len(strides_text) == 1 else f"{strides_text[0]} … {strides_text[-1]}"
+    return texts[0] if len(texts) == 1 else f"{texts[0]} … {texts[-1]}"
 
 
 def _stride(stride: tuple[float, ...]) -> str:
