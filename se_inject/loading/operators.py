@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from se_inject.errors import LoadError
-from se_inject.forwards import all_lines, stored_lines
+from se_inject.forwards import all_lines, body_of, stored_lines
 
 _PYTHON = ("getattr", "round", "assert")
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async")
@@ -75,8 +75,13 @@ def check_vocabulary(module: nn.Module) -> None:
     Raises:
         LoadError: it names one that files may not use.
     """
-    _check_arguments(module)
-    for kind, name in named_in(module):
+    try:
+        lines = [*stored_lines(module), *_unfused_lines(body_of(module))]
+        names = list(_in_lines(lines))
+        _check_arguments(lines)
+    except (AttributeError, TypeError, ValueError, LookupError) as error:
+        raise LoadError("a damaged file: a forward of an unknown form", seen=f"{error}") from error
+    for kind, name in names:
         allowed = {"function": is_allowed_function, "method": is_allowed_method, "attribute": is_allowed_attribute}[
             kind
         ]
@@ -97,27 +102,29 @@ def _hint(name: Any) -> str | None:
     )
 
 
-def _check_arguments(module: nn.Module) -> None:
+def _check_arguments(lines: list[Any]) -> None:
     """Refuse arguments that no program has and that make some operators crash."""
-    for kind, *parts in all_lines(stored_lines(module)):
+    for kind, *parts in all_lines(lines):
         if kind == "set" and parts[1] == "ops:aten._native_batch_norm_legit.no_stats":
             training = parts[2][3] if len(parts[2]) > 3 else parts[3].get("training")
             if training is not True:
                 raise LoadError("a program in this file normalises by statistics that it doesn't have")
 
 
-def named_in(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """List the operators, methods and attributes in a module's stored forward, each as its kind and name."""
-    yield from _in_lines(stored_lines(module))
-
-
 def named_in_text(text: str) -> Iterator[tuple[str, Any]]:
-    """List the same for the JSON text of a stored forward; nothing if it is none."""
+    """List the operators, methods and attributes in the JSON text of a stored forward, each as its kind and name."""
     try:
         data = json.loads(text)
-        yield from list(_in_lines(data["lines"]))
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-        return
+        yield from list(_in_lines([*data["lines"], *_unfused_lines(data)]))
+    except (AttributeError, ValueError, TypeError, LookupError, RecursionError):
+        return  # it is none
+
+
+def _unfused_lines(body: dict[str, Any] | None) -> Iterator[Any]:
+    """Yield the lines of what a fused forward was before, which ``si.unfuse_`` would make of it again."""
+    while body and body.get("fused"):
+        body = body["fused"]["before"]
+        yield from body.get("lines", [])
 
 
 def _in_lines(lines: Any) -> Iterator[tuple[str, Any]]:

@@ -110,3 +110,28 @@ def test_an_operator_that_nobody_registered_leaves_nothing_behind():
 def test_some_operators_nobody_may_call(name):
     with pytest.raises(LoadError):
         function_named(name)
+
+
+@pytest.mark.parametrize("name", ["ops:se_tests.bent", "ops:aten.set_data"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_a_fused_forward_was_before_is_looked_at_too(name, depth, tmp_path):
+    """Taking the fusion back would make it the forward."""
+    harmless = {"steps": [], "was_none": {}, "lines": [["return", {"node": "input"}]]}
+    body = {**harmless, "lines": [["set", ["y"], name, [{"node": "input"}, 0.1], {}], ["return", {"node": "y"}]]}
+    for _ in range(depth):
+        body = {**harmless, "fused": {"before": body, "tails": {}}}
+    path = tmp_path / "network.pt"
+    path.write_bytes(hostile.saved(hostile.Injected(body)))
+    with pytest.raises(LoadError, match=f"uses the function `{name}`"):
+        si.load(path)
+
+
+@pytest.mark.parametrize(
+    "before", [{"lines": 1}, {"lines": [["set"]]}, {"lines": [[]]}, {"fused": 1}, {"fused": {"a": 1}}]
+)
+def test_what_a_fused_forward_was_before_may_be_damaged(before, tmp_path):
+    body = {"steps": [], "was_none": {}, "lines": [["return", {"node": "input"}]]}
+    path = tmp_path / "network.pt"
+    path.write_bytes(hostile.saved(hostile.Injected({**body, "fused": {"before": before, "tails": {}}})))
+    with pytest.raises(LoadError, match="unknown form"):
+        si.load(path)
