@@ -36,7 +36,7 @@ def excited(mean: Tensor, e: Excitation, hidden: Tensor | None = None) -> tuple[
 
 
 def gate_of(a: Tensor, gate: str, one_at_zero: bool) -> Tensor:
-    """σ of the logits, by its name; with ``one_at_zero`` that of the identity start."""
+    """Compute σ of the logits, by its name; with ``one_at_zero`` that of the identity start."""
     if gate == "tanh":
         return 1 + torch.tanh(a) if one_at_zero else torch.tanh(a)
     if gate == "relu":
@@ -96,7 +96,7 @@ def spread(gate: Tensor, value: Tensor) -> Tensor:
 
 
 def tail(value: Tensor, gate: Tensor, shortcut: Tensor | None, activation: str) -> Tensor:
-    """act(value · gate + shortcut), for a gate of (N, C)."""
+    """Compute act(value · gate + shortcut), for a gate of (N, C)."""
     return plain_tail(value, spread(gate, value).to(value.dtype), shortcut, activation)
 
 
@@ -121,7 +121,7 @@ def excite(value: Tensor, shortcut: Tensor | None, e: Excitation, activation: st
 def excite_from(
     source: Tensor, value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``excite``, with the mean of another value."""
+    """Compute the same as ``excite``, with the mean of another value."""
     mean = source.flatten(2).mean(2, dtype=wide(value))
     hidden, gate = excited(mean, e)
     return tail(value, gate, shortcut, activation), mean, hidden

@@ -42,7 +42,7 @@ class Layout(NamedTuple):
         return -(-self.positions // self.tile[0]), -(-self.channels // self.tile[1])
 
     def split(self, device: torch.device) -> tuple[int, int]:
-        """Into how many parts the positions are summed, and how long each is: enough programs for the whole card."""
+        """Choose the number of parts to sum the positions in, and their length: enough programs for the whole card."""
         programs_now = self.batch * self.tiles[1]
         parts = max(1, min(-(-8 * _processors(device) // programs_now), self.tiles[0], 64))
         length = -(-self.tiles[0] // parts) * self.tile[0]
@@ -72,7 +72,7 @@ def sums(value: Tensor, layout: Layout) -> Tensor:
 
 
 def tail(value: Tensor, gate: Tensor, shortcut: Tensor | None, activation: str) -> Tensor:
-    """act(value · gate + shortcut), for a gate of (N, C)."""
+    """Compute act(value · gate + shortcut), for a gate of (N, C)."""
     layout, out = Layout.of(value), torch.empty_like(value)
     along, across = layout.tiles
     programs.tail[(layout.batch * along * across,)](
@@ -109,7 +109,7 @@ def excite(value: Tensor, shortcut: Tensor | None, e: Excitation, activation: st
 def excite_from(
     source: Tensor, value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``excite``, with the mean of another value."""
+    """Compute the same as ``excite``, with the mean of another value."""
     layout, read = Layout.of(value), Layout.of(source)
     partial = sums(source, read)
     if layout.batch > FEW:

@@ -64,7 +64,7 @@ def _layout_of(value: Tensor) -> torch.memory_format:
 
 
 def _alike(like: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Tensors in the layout of one of them: what is in it already is not copied."""
+    """Convert tensors to the layout of one of them; those already in it are not copied."""
     layout = _layout_of(like)
     return [None if tensor is None else tensor.contiguous(memory_format=layout) for tensor in tensors]
 
@@ -222,7 +222,7 @@ def _grads_of_excite(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 def _twice(
     grad: Tensor, given: list[Tensor | None], other: Tensor | None, activation: str, adds: bool, function: Any
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, by torch's own operators: for gradient penalties.
+    """Compute gradients that can be differentiated again, by torch's own operators: for gradient penalties.
 
     The sum is not kept for ReLU, but its slope is that of the output: it is passed as a constant.
     """

@@ -16,7 +16,7 @@ from triton.language.extra import libdevice
 
 @triton.jit
 def _exp(x, EXACT: tl.constexpr):
-    """e^x as CUDA's math library rounds it; Triton's own is an approximation."""
+    """Compute e^x as CUDA's math library rounds it; Triton's own is an approximation."""
     if EXACT:
         return libdevice.exp(x)
     return tl.exp(x)
@@ -69,7 +69,7 @@ def _slope(x, ACT: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _gate(a, GATE: tl.constexpr, ONE: tl.constexpr, EXACT: tl.constexpr):
-    """σ of the logits. With ONE it is exactly 1 at 0."""
+    """Compute σ of the logits. With ONE it is exactly 1 at 0."""
     if GATE == "sigmoid":
         g = _sigmoid(a, EXACT)
         if ONE:
@@ -130,7 +130,7 @@ def bottleneck(
     partial, w1, b1, mean, hidden, P, C, R, splits,
     BIAS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """One unit of W1 z + b1 for one example, and z: for small batches, where launches count."""
+    """Compute one unit of W1 z + b1 for one example, and z: for small batches, where launches count."""
     n = (tl.program_id(0) // R).to(tl.int64)
     r = tl.program_id(0) % R
     total = tl.zeros((BC,), tl.float32)
@@ -155,7 +155,7 @@ def tail_with_gate(
     ADD: tl.constexpr, INNER: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, ONE: tl.constexpr,
     ACT: tl.constexpr, EXACT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """act(value · σ(W2 δ(a) + b2) + shortcut), each program making the gates of its own channels."""
+    """Compute act(value · σ(W2 δ(a) + b2) + shortcut), each program making the gates of its own channels."""
     n, c, offsets, mask = _tile(sn, sc, sp, P, C, tiles_p, tiles_c, BP, BC)
     logits = tl.zeros((BC,), tl.float32)
     for first in range(0, R, BR):
@@ -179,7 +179,7 @@ def tail(
     value, gate, shortcut, out, sn, sc, sp, P, C, tiles_p, tiles_c,
     ADD: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """act(value · gate + shortcut)."""
+    """Compute act(value · gate + shortcut)."""
     n, c, offsets, mask = _tile(sn, sc, sp, P, C, tiles_p, tiles_c, BP, BC)
     g = tl.load(gate + n.to(tl.int64) * C + c, c < C, 0.0).to(tl.float32)
     x = tl.load(value + offsets, mask, 0.0).to(tl.float32) * g[None, :]
