@@ -123,7 +123,7 @@ class Archive:
                 raise DamagedArchive(f"its record `{name}` is not what was written")
 
     def _check_places(self, entries: list[zipfile.ZipInfo], directory: int) -> None:
-        """Every record has its own place, all of it before the directory."""
+        """Check that every record has its own place, all of it before the directory."""
         end = 0
         for entry in sorted(entries, key=lambda entry: entry.header_offset):
             if entry.header_offset < end:

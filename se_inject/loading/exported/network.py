@@ -218,7 +218,7 @@ def _children(spec: TreeSpec) -> list[TreeSpec]:
 
 
 def _example(placeholders: list[fx.Node], spec: Any) -> Any:
-    """Shapes and dtypes of the inputs, as ``inputs.inputs_from`` reads them; a size that may vary is 2 or more.
+    """Return shapes and dtypes of the inputs, as ``inputs.inputs_from`` reads them; a size that may vary is 2 or more.
 
     None if a leaf isn't a tensor, or a structure isn't known.
     """
@@ -232,7 +232,7 @@ def _example(placeholders: list[fx.Node], spec: Any) -> Any:
 
 
 def _structured(spec: Any, leaves: Iterator[Any]) -> Any:
-    """One input: a leaf, or what it is made of."""
+    """Describe one input: a leaf, or the structure of its leaves."""
     if spec.is_leaf():
         return next(leaves, None)
     parts = [_structured(part, leaves) for part in _children(spec)]

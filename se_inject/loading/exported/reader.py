@@ -163,7 +163,7 @@ def _json(archive: Archive, name: str) -> Any:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Without log messages: torch's quote what a file says."""
+    """Suppress log messages: torch's quote the file's text."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -256,7 +256,7 @@ def _unchecked(value: Any) -> None:
 
 
 def _checked_metadata(metadata: Any) -> dict[str, str]:
-    """Of a node's metadata the modules that it came from: `key,path,class` of each, from the network inwards."""
+    """Keep, of a node's metadata, the modules that it came from: `key,path,class` of each, from the network inwards."""
     stack = metadata.get("nn_module_stack")
     if stack is None:
         return {}

@@ -101,7 +101,7 @@ def _place_of(module: nn.Module, modules: list[nn.Module]) -> str:
 
 
 def _check_config(module: nn.Module, state: dict[str, Any]) -> None:
-    """timm writes on its networks what inputs they take, and a network is tried on those."""
+    """Check the input sizes that timm writes on its networks, since a network is run on those."""
     for name in ("pretrained_cfg", "default_cfg"):
         config = state.get(name)
         size = config.get("input_size") if isinstance(config, dict) else None
@@ -168,7 +168,7 @@ def _check_attributes(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _check_parts(kind: type, table: dict[str, Any]) -> None:
-    """Python would find what the class has, and not the part of that name."""
+    """Refuse a part that has the name of a class attribute: Python would find that one instead."""
     for name in table:
         if name.startswith("__") or getattr(kind, name, None) is not None:
             raise LoadError(f"a {kind.__name__} in this file has a part called `{name}`", seen="its class defines that")

@@ -88,7 +88,7 @@ class _Reader(Unpickler):
         self.append(self._nothing)
 
     def _set_state(self, instance: Any, state: Any) -> None:
-        """Nothing has a state."""
+        """Ignore the state."""
 
     _OPCODES: ClassVar[dict[int, Any]] = {
         **Unpickler._OPCODES,
@@ -126,7 +126,7 @@ def _read(file: IO[bytes], form: str, reading: Reading, names: Names) -> None:
 
 
 def every_name(names: Names) -> Iterator[tuple[str, str, int]]:
-    """Each name with what the pickle does with it, ``made``, ``called`` or ``referred``, and how often."""
+    """List each name with its use in the pickle, ``made``, ``called`` or ``referred``, and how often."""
     for full, count in names.referred.items():
         uses = [(use, table[full]) for use, table in (("called", names.called), ("made", names.made)) if full in table]
         for use, number in uses or [("referred", count)]:

@@ -233,7 +233,7 @@ class Unpickler(pickle._Unpickler):
         return self._refuse(f"{kind.__module__}.{kind.__qualname__}(…)")
 
     def _attribute(self, owner: Any, name: Any) -> Any:
-        """``getattr``, for what networks really keep."""
+        """Do ``getattr`` for the attributes that networks really store."""
         if type(name) is not str:
             raise Malformed("an attribute's name that is no text")
         if isinstance(owner, nn.Module) and name.startswith("forward"):

@@ -85,7 +85,7 @@ def _copy_checked(file: IO[bytes], to: IO[bytes]) -> None:
 
 
 def operators_of(module: Any) -> set[str]:
-    """Every operator that a module's methods call themselves, as ``aten::relu``; it isn't run."""
+    """List every operator that a module's methods call themselves, as ``aten::relu``; it isn't run."""
     return {node.kind() for graph in _graphs(module._c) for node in _nodes(graph)}
 
 
@@ -105,7 +105,7 @@ def _graphs(module: Any, unit: Any = None) -> list[Any]:
 
 
 def _nodes(graph: Any) -> Iterator[Any]:
-    """All nodes of a graph, and of the blocks in it."""
+    """Iterate over all nodes of a graph, and of the blocks in it."""
     todo = [graph]
     while todo:
         for node in todo.pop().nodes():
@@ -130,7 +130,7 @@ def _check_graphs(module: Any, unit: Any) -> None:
 
 
 def _check_cast(node: Any) -> None:
-    """TorchScript casts to what a value is if it isn't None, and the interpreter believes it without a look."""
+    """Check a cast from an optional type, which the interpreter believes without a check."""
     given, made = node.input().type(), node.output().type()
     if given.kind() == "OptionalType" and given.getElementType().annotation_str == made.annotation_str:
         return

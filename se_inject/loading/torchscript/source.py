@@ -70,7 +70,7 @@ def checked_sources(archive: Archive) -> Declared:
 
 
 def _checked_source(name: str, archive: Archive) -> ast.Module:
-    """TorchScript's grammar is a part of Python's."""
+    """Parse TorchScript's source as Python, whose grammar includes it, and check it."""
     if archive.size(name) > _LARGEST_SOURCE or sum(1 for _ in _TOKEN.finditer(archive.read(name))) > _MOST_TOKENS:
         raise LoadError("a TorchScript archive with too much source text", seen=name[:80])
     try:

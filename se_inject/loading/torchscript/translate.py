@@ -219,7 +219,7 @@ class Forward:
         return self._line(lines, "set", 1, "python:list", [value], {}) if is_node else value
 
     def _with_dtypes(self, inputs: list[Any]) -> list[Any]:
-        """Operands of a comparison: TorchScript has dtypes as numbers, and reads them from tensors as such."""
+        """Convert the operands of a comparison: TorchScript has dtypes as numbers, and reads them from tensors as such."""
         if not any(isinstance(value, dict) and value.get("node") in self._dtypes for value in inputs):
             return inputs
 
