@@ -34,7 +34,7 @@ def reason_of(error: Exception) -> str:
 
 
 def location(error: BaseException | None) -> str:
-    """``(file.py:12)``: the innermost line of the error that is neither torch's nor ours."""
+    """Return ``(file.py:12)``: the innermost line of the error that is neither in torch nor in this package."""
     ours = os.path.dirname(os.path.abspath(__file__))
     torch_files = os.path.dirname(torch.__file__)
     frames = traceback.extract_tb(error.__traceback__) if error else []

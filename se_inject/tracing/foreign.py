@@ -65,7 +65,7 @@ _known: dict[tuple[type, int], tuple[str, str] | None] = {}
 
 
 def outside_of_leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Path and module of all that is not inside of a compiled, scripted or quantised module."""
+    """Iterate over path and module of all that is not inside of a compiled, scripted or quantised module."""
     found: list[tuple[str, nn.Module]] = []
     closed: tuple[str, ...] = ()
     for path, module in model.named_modules():

@@ -65,7 +65,7 @@ def _scripted(original: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _variable(original: Any, kind: Any, *args: Any, **kwargs: Any) -> Any:
-    """``Variable(x)``: the same numbers, without a history."""
+    """Do ``Variable(x)``: return the same numbers, without a history."""
     if not any(map(is_proxy, (*args, *kwargs.values()))):
         return original(kind, *args, **kwargs)
     if len(args) != 1 or kwargs:

@@ -123,7 +123,7 @@ def _observed(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, A
 
 
 def inferred_shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    """Input shapes that the network may take, the likeliest first.
+    """List input shapes that the network may take, the likeliest first.
 
     Raises:
         NoSites: there is neither metadata nor a convolution.
@@ -150,7 +150,7 @@ def inferred_shapes(model: nn.Module) -> list[tuple[int, ...]]:
 
 
 def _own_size(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width that a network records: in itself, in its configuration, or in its trainer's arguments."""
+    """Find the height and width that a network records: in itself, in its configuration, or in its trainer's arguments."""
     for holder in (model, getattr(model, "config", None), getattr(model, "args", None)):
         for name in ("image_size", "img_size", "imgsz"):
             size = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
@@ -161,7 +161,7 @@ def _own_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """``3x224x224`` as a shape with its batch.
+    """Parse ``3x224x224`` as a shape with its batch.
 
     Two or three numbers are one example (C×L, C×H×W) and get a batch of 2; four or five include the batch
     (N×C×H×W, N×C×T×H×W).
@@ -219,7 +219,7 @@ def batch_of(inputs: Any) -> int | None:
 
 
 def shapes_of(args: Sequence[Any]) -> list[Any] | None:
-    """Plain positional tensor inputs as JSON data; None if they are anything else."""
+    """Convert plain positional tensor inputs to JSON data; None if they are anything else."""
     if not all(isinstance(argument, Tensor) for argument in args):
         return None
     return [[list(argument.shape), str(argument.dtype).removeprefix("torch.")] for argument in args]
@@ -307,7 +307,7 @@ def check_has_numbers(model: nn.Module) -> None:
 def example_of(
     model: nn.Module, example_inputs: Any = None, example_kwargs: dict[str, Any] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Real inputs for a model: those given, or random ones of the inferred shape."""
+    """Make real inputs for a model: those given, or random ones of the inferred shape."""
     trace = observe_model(model, example_inputs, example_kwargs)
     like = float_like(model)
     args, kwargs = trace.inputs

@@ -182,7 +182,7 @@ def tensor_shape(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
-    """Every node this node's value was computed from, parameters and what only gives a size left out."""
+    """Find every node this node's value was computed from, but for parameters and nodes that only give a size."""
     seen: set[fx.Node] = set()
     pending = list(node.all_input_nodes)
     while pending:
@@ -194,5 +194,5 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def sources(node: fx.Node) -> set[fx.Node]:
-    """Every tensor this node's value was computed from, parameters left out."""
+    """Find every tensor this node's value was computed from, parameters left out."""
     return {found for found in ancestors(node) if isinstance(found.meta.get("val"), Tensor)}

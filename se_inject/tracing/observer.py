@@ -228,7 +228,7 @@ class Observer:
         return None
 
     def _drawn(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Random numbers, the same ones again and again: drawing millions takes longer than what is saved."""
+        """Make random numbers, the same ones repeated: drawing millions takes longer than what is saved."""
         if self._numbers is None:
             self._numbers = torch.randn(65_521, generator=torch.Generator().manual_seed(0), device="cpu")
         count = math.prod(shape)
@@ -355,7 +355,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
 
 
 def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], how: str) -> Trace:
-    """One try: a trace of a new twin. The random generators are put back where the forward drew from them."""
+    """Try to trace a new twin once. The random generators are put back where the forward drew from them."""
 
     def trace() -> Trace:
         with standing_in(model, how) as (twin, matching):

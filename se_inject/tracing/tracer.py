@@ -169,7 +169,7 @@ class OwnerTracer(TracerBase):
         return inputs, keywords
 
     def _argument(self, name: str, value: Any, given: bool, computed: bool) -> Any:
-        """One argument: a proxy, or a constant that the edited forward expects."""
+        """Make one argument: a proxy, or a constant that the edited forward expects."""
         if holds_tensor(value) or (computed and is_numbers(value)):
             return self._placeholder(name, value)
         self.constants[name] = value
@@ -192,7 +192,7 @@ class OwnerTracer(TracerBase):
 
     @contextlib.contextmanager
     def _settings_hidden(self) -> Iterator[list[str]]:
-        """While this is open, the owner's plain attributes are read through the watch, and its children are watched.
+        """Read the owner's plain attributes through the watch while this is open, and watch its children.
 
         Afterwards the owner is as before, and the list given holds the names of the attributes that had changed.
         """

@@ -111,7 +111,7 @@ def _structure(value: Any) -> Any:
 
 
 def _children_outputs(trace: Trace, owner: OwnerGraph) -> dict[str, list[Any]]:
-    """By path, what each child returned in the first call, or returns in training, in the order of its calls."""
+    """Collect, by path, the outputs of each child in the first call, or in training, in the order of its calls."""
     outputs: dict[str, list[Any]] = {}
     for node in owner.graph.nodes:
         if node.op == "call_module":

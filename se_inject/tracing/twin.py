@@ -118,7 +118,7 @@ class _Copier:
         return twin
 
     def _deepcopied(self, value: Any) -> Any:
-        """As Python copies it, the tensors in it replaced; itself if it refuses."""
+        """Copy an object as Python does, with the tensors in it replaced; return itself if it refuses."""
         known = len(self.memo)
         try:
             with _Tensors(self):
