@@ -94,7 +94,7 @@ def calls(model: nn.Module, batches: Iterable[Any], progress: Progress | None = 
 
 
 def moved(model: nn.Module, batches: Iterable[Any], progress: Progress | None = None) -> Iterator[Batch]:
-    """Every batch where the network is and in its dtype; see ``calls``."""
+    """Move every batch to the network's device and dtype; see ``calls``."""
     tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     done, whole = 0, getattr(batches, "count", None)
     whole = whole if isinstance(whole, int) else None

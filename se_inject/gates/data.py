@@ -51,7 +51,7 @@ class Preprocessing:
         return f"images are scaled to 0 … 1, {size}minus ({numbers[0]}), divided by ({numbers[1]})"
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Images of bytes, (N, C, H, W), as the network wants them; other numbers are left as they are."""
+        """Normalise images of bytes, (N, C, H, W), for the network; other numbers are left as they are."""
         if images.dtype != torch.uint8:
             return images
         shape = (1, -1, *[1] * (images.dim() - 2))
@@ -218,7 +218,7 @@ def _stacked(images: list[Tensor], labels: list[int]) -> tuple[Tensor, Tensor] |
 
 
 def _image(file: Path, preprocessing: Preprocessing) -> Tensor:
-    """One image as a tensor, (C, H, W): the shorter side resized so that the crop takes seven eighths of it."""
+    """Read one image as a tensor, (C, H, W): the shorter side resized so that the crop takes seven eighths of it."""
     from PIL import Image
 
     with warnings.catch_warnings():

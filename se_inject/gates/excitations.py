@@ -243,7 +243,7 @@ def excitations(
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode for a while; attributes, flags and caches as before afterwards."""
+    """Put every module into eval mode for a while; restore attributes, flags and caches afterwards."""
     with preserved(model):
         for module in model.modules():
             module.training = False
@@ -372,7 +372,7 @@ def _class_share(part: Summary) -> float | None:
 
 
 def correlation(values: Sequence[float | None]) -> float | None:
-    """Pearson's correlation of numbers with their positions; None if it is not defined."""
+    """Compute Pearson's correlation of numbers with their positions; None if it is not defined."""
     known = [(float(i), value) for i, value in enumerate(values) if value is not None and math.isfinite(value)]
     if len(known) < 3:
         return None

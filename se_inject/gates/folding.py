@@ -207,7 +207,7 @@ def fold_(model: nn.Module, fold: Fold, gate: Tensor) -> dict[str, Tensor]:
 
 
 def _for_weight(module: nn.modules.conv._ConvNd, factor: Tensor) -> Tensor:
-    """One factor for each output channel, in the shape that multiplies a convolution's weight."""
+    """Reshape one factor for each output channel to multiply a convolution's weight."""
     ones = [1] * len(module.kernel_size)
     if not module.transposed:
         return factor.reshape(-1, 1, *ones)

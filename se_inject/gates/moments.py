@@ -46,7 +46,7 @@ class Summary:
         return (self.class_squares / self.class_rows[:, None]).sqrt()
 
     def __add__(self, other: Summary) -> Summary:
-        """Of the rows of both."""
+        """Unite the moments of both sets of rows."""
         mean, squares = _united((self.rows, self.mean, self.squares), (other.rows, other.mean, other.squares))
         class_rows = self.class_rows + other.class_rows
         class_mean, class_squares = _united(
@@ -139,13 +139,13 @@ class Moments:
 
 
 def _mean_and_squares(sums: Tensor, rows: Tensor | int) -> tuple[Tensor, Tensor]:
-    """From sums of numbers and of their squares: the mean, and the sum of the squared differences from it."""
+    """Compute the mean, and the sum of squared differences from it, from sums of numbers and of their squares."""
     mean = sums[0] / rows
     return mean, (sums[1] - sums[0] * mean).clamp(min=0)
 
 
 def _united(one: tuple[Any, Tensor, Tensor], other: tuple[Any, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Means and squares of two sets of rows together (Chan, Golub, LeVeque)."""
+    """Unite the means and squares of two sets of rows (Chan, Golub, LeVeque)."""
     rows = [torch.as_tensor(part[0], dtype=torch.float64) for part in (one, other)]
     whole = rows[0] + rows[1]
     means = [torch.where(count > 0, part[1], 0.0) for count, part in zip(rows, (one, other), strict=True)]

@@ -168,7 +168,7 @@ def prune_blocks_(
 
 
 def _observed(model: nn.Module, example_inputs: Any, batches: Any) -> Trace:
-    """One call of the network: on the example inputs, or on the first batch of the data."""
+    """Observe one call of the network: on the example inputs, or on the first batch of the data."""
     if example_inputs is None and batches is not None:
         first = next(moved(model, batches))
         try:

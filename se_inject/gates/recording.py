@@ -130,7 +130,7 @@ class _Watcher:
 
 
 def channel_values(gate: Tensor, value: Tensor) -> tuple[Tensor, int]:
-    """One number for each example and channel from a gate of any shape that broadcasts to the value; its positions."""
+    """Reduce a gate of any shape that broadcasts to one number for each example and channel; also return its positions."""
     gate = gate.reshape([1] * (value.dim() - gate.dim()) + list(gate.shape))
     positions = math.prod(gate.shape[2:])
     if positions > 1:

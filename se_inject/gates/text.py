@@ -24,7 +24,7 @@ _LEGEND = (
 
 
 def excitations_text(found: Excitations, style: str = "text", *, by_class: bool = False) -> str:
-    """Excitations as a table, a line for each block; by class a second one; then the correlation with depth."""
+    """Format excitations as a table, a line for each block; by class a second one; then the correlation with depth."""
     rows = [[_stage(block), block.name, block.block, block.channels, *figures(block)] for block in found.blocks]
     blocks = table(("stage", "block", "kind", "channels", *HEADERS), rows, style, right=range(3, 11))
     if style == "csv":
@@ -74,7 +74,7 @@ def share(value: float | None) -> str:
 
 
 def class_text(found: Excitations, style: str = "text") -> str:
-    """For each block and class the mean of the gates, and their spread within the class."""
+    """Format, for each block and class, the mean of the gates, and their spread within the class."""
     rows = [
         [block.name, name, count, f"{float(mean.mean()):.4f}", f"{float(std.square().mean().sqrt()):.3g}"]
         for block in found.blocks
@@ -94,7 +94,7 @@ def _stage(block: BlockGates) -> Any:
 
 
 def excitations_data(found: Excitations, *, by_class: bool = False) -> dict[str, Any]:
-    """Excitations for ``--json``: by class means and spreads of every channel, if asked for."""
+    """Convert excitations to data for ``--json``: by class means and spreads of every channel, if asked for."""
     return {
         "model": found.model,
         "examples": found.examples,
@@ -137,7 +137,7 @@ def _block_data(block: BlockGates, by_class: bool) -> dict[str, Any]:
 
 
 def rounded(values: Tensor) -> Sequence[float | None]:
-    """Numbers with seven significant digits; None for those that are not finite."""
+    """Round numbers to seven significant digits; None for those that are not finite."""
     return [_finite(float(f"{value:.7g}")) for value in values.tolist()]
 
 
@@ -195,7 +195,7 @@ def pruned_data(pruned: Pruned) -> dict[str, Any]:
 
 
 def comparison_text(compared: Compared) -> str:
-    """Two networks side by side in a few lines."""
+    """Compare two networks in a few lines."""
     lines = [
         f"{letter}  {name}: {params:,} parameters, {counted(blocks, 'block') if blocks else 'no blocks'}"
         for letter, name, params, blocks in zip("AB", compared.models, compared.params, compared.blocks, strict=True)
