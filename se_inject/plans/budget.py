@@ -78,7 +78,7 @@ class Choice:
 
 
 def parsed_budget(budget: Mapping[str, Any] | Iterable[str]) -> tuple[Limit, ...]:
-    """Limits from ``{"params": 0.05}``, or from texts such as ``params=5%`` and ``bytes=200k``.
+    """Parse limits from ``{"params": 0.05}``, or from texts such as ``params=5%`` and ``bytes=200k``.
 
     A number below 1 is a share and one from 1 on an amount; in a text, a share has its sign: ``5%``. An amount of latency
     is in milliseconds.
@@ -155,7 +155,7 @@ class Search:
         self.counted = [limit for limit in limits if limit.figure != LATENCY]
 
     def choices(self) -> list[Choice]:
-        """All choices, the most wanted first."""
+        """List all choices, the most wanted first."""
         found = []
         for ratio in self.ratios:
             for stages in self._subsets(ratio):
@@ -165,7 +165,7 @@ class Search:
         return sorted(found, key=lambda each: (-each.blocks, each.reduction or 0, each.over))
 
     def _subsets(self, ratio: float | None) -> list[tuple[int, ...]]:
-        """All subsets of the stages; of very many stages, those that no other one beats in blocks and every figure."""
+        """List all subsets of the stages; of very many stages, those that no other one beats in blocks and every figure."""
         if len(self.stages) <= _EXHAUSTIVE:
             sizes = range(1, len(self.stages) + 1)
             return [subset for size in sizes for subset in itertools.combinations(self.stages, size)]
@@ -219,7 +219,7 @@ _Front = tuple[tuple[int, ...], int, tuple[float, ...]]
 
 
 def _unbeaten(front: list[_Front]) -> list[_Front]:
-    """Those with more blocks than any other of no higher cost, at most a few thousand."""
+    """Keep the choices with more blocks than any other of no higher cost, at most a few thousand."""
     kept: list[_Front] = []
     for item in sorted(front, key=lambda each: (-each[1], sum(each[2]))):
         if not any(

@@ -65,7 +65,7 @@ class CostGrid(Printed):
     uncounted: tuple[str, ...] = ()
 
     def text(self) -> str:
-        """One table for each kind of cost."""
+        """Format one table for each kind of cost."""
         from se_inject.plans.grid_text import grid_text
 
         return grid_text(self)
@@ -154,7 +154,7 @@ def _cell(stages: str, reduction: float | None, rows: Sequence[CostRow]) -> Cost
 
 
 def _choices(sites: Sites, base: Plan, stages: Iterable[Any] | int | str, attended: bool) -> dict[str, set[str]]:
-    """Every choice of stages under its name: the addresses of those sites where there would be a block."""
+    """List every choice of stages under its name: the addresses of those sites where there would be a block."""
     planned = {step.site for step in base.steps}
     choices: dict[str, set[str]] = {}
     for choice in [stages] if isinstance(stages, int | str) else stages:

@@ -59,7 +59,7 @@ def plot_grid(grid: CostGrid, path: str | PathLike[str], *, force: bool = False)
 
 
 def _draw(axes: Any, grid: CostGrid, field: str) -> None:
-    """One panel: a line for each choice of stages, or a bar."""
+    """Draw one panel: a line for each choice of stages, or a bar."""
     whole = max(1, getattr(grid.before, field))
     for stages in grid.stages:
         shares = [100 * getattr(grid[stages, reduction].added, field) / whole for reduction in grid.reductions]

@@ -67,5 +67,5 @@ def start_notes(factors: dict[str, tuple[float, float]]) -> list[str]:
 
 
 def span(factor: tuple[float, float]) -> str:
-    """``0.5``, or ``0.56 to 0.73``."""
+    """Format a range: ``0.5``, or ``0.56 to 0.73``."""
     return " to ".join(dict.fromkeys(f"{value:.2g}" for value in factor))

@@ -75,7 +75,7 @@ class Plan:
         return f"<Plan: {counted(len(self.steps), 'block')} ({kinds}) for {self.model}>"
 
     def __add__(self, other: Plan) -> Plan:
-        """Both plans in one; at a site that both name, the first plan's block acts first, the second's on its output.
+        """Join both plans; at a site that both name, the first plan's block acts first, the second's on its output.
 
         A block whose name is taken by then gets a number: ``se``, ``se_2``.
 
