@@ -113,7 +113,7 @@ class Scene:
 
 
 def block_name(name: str) -> str:
-    """``SE``; a block out of somebody's file by the name of its class."""
+    """Return a block's name, ``SE``; for one out of a user's file the name of its class."""
     return (
         name.upper()
         if name in ("se", "eca", "ese", "cbam", "bam", "gc", "gct", "ge", "fca", "srm")
@@ -208,7 +208,7 @@ def _shape(value: object) -> tuple[int, tuple[int, ...]]:
 
 
 def _plain(trace: Trace, sites: Sites, units: set[str]) -> list[Box]:
-    """Convolutions, poolings and linear layers outside of all units, as boxes of one operation each."""
+    """Collect the convolutions, poolings and linear layers outside of all units, as boxes of one operation each."""
     graphs = {site.graph for site in sites.all_sites if site.stage is not None}
     found = []
     for owner in trace.graphs.values():
@@ -249,7 +249,7 @@ def _within(path: str, units: set[str]) -> bool:
 
 
 def _kinds(trace: Trace, boxes: Iterable[Box], blocks: frozenset[str]) -> list[Kind]:
-    """Units made alike: the same class and blocks are looked at once, and equal parts count as one kind."""
+    """Group units made alike: of the same class and blocks one is looked at, and equal parts count as one kind."""
     known: dict[object, Kind] = {}
     kinds: dict[object, Kind] = {}
     for box in boxes:
@@ -302,7 +302,7 @@ def _letter(number: int) -> str:
 
 
 def _groups(sites: Sites, boxes: Sequence[Box]) -> list[Group]:
-    """Stages in order, with what is not theirs between them; refused places stand where they were met."""
+    """Put the stages in order, with other modules between them; refused places are where data reaches them."""
     stages = {stage.number: stage for stage in sites.table}
     groups: list[Group] = []
     for box in boxes:
@@ -328,7 +328,7 @@ def _groups(sites: Sites, boxes: Sequence[Box]) -> list[Group]:
 
 
 def _one(boxes: Sequence[Box], kind: str) -> Box:
-    """All boxes of a kind as one."""
+    """Merge all boxes of a kind to one."""
     found = [box for box in boxes if box.kind == kind]
     words = tuple(word for box in found for word in box.words)
     tooltip = "\n".join(dict.fromkeys(box.tooltip for box in found))

@@ -136,7 +136,7 @@ def moved(shape: Shape, x: float, y: float) -> Shape:
 
 
 def text_width(text: str, size: float = 12, bold: bool = False) -> float:
-    """About how wide a text is in a common sans-serif face; rather more than less."""
+    """Estimate the width of a text in a common sans-serif face; rather more than less."""
     narrow = sum(letter in "iljtfrI.,:;|'!()[] /" for letter in text)
     wide = sum(letter in "mwMW…%@" for letter in text)
     return size * (0.6 * (len(text) - narrow - wide) + 0.36 * narrow + 0.92 * wide) * (1.12 if bold else 1.0)
@@ -216,7 +216,7 @@ LEVELS = 7
 
 
 def heat(theme: Theme) -> Iterator[str]:
-    """Colours from that of the ground's lines to that of the first block: of a figure from 0 to its largest."""
+    """Make colours from that of the ground's lines to that of the first block: of a figure from 0 to its largest."""
     one, other = (tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (theme.plain, theme.blocks[0]))
     for level in range(LEVELS):
         part = level / (LEVELS - 1)
@@ -248,7 +248,7 @@ def _title(text: str) -> str:
 
 
 def hatch_lines(rect: Rect) -> Iterator[tuple[float, float, float, float]]:
-    """Slanted lines across a rectangle, within it."""
+    """Make slanted lines across a rectangle, within it."""
     step, reach = 5.0, rect.width + rect.height
     for start in (step * i for i in range(1, int(reach / step))):
         x1, y1 = (rect.x + start, rect.y) if start <= rect.width else (rect.x + rect.width, rect.y + start - rect.width)

@@ -61,7 +61,7 @@ def _draw_kind(drawing: Drawing, kind: Kind) -> float:
 
 
 def _numbers(stages: list[int]) -> str:
-    """``1–4, 6``."""
+    """Format numbers: ``1–4, 6``."""
     runs: list[list[int]] = []
     for number in stages:
         if runs and number == runs[-1][-1] + 1:
@@ -103,7 +103,7 @@ def _lanes(kind: Kind) -> tuple[list[_Lane], _Lane]:
 
 
 def _lane(operations: tuple[Operation, ...], marks: list[Mark]) -> _Lane:
-    """Operations with each block behind the value that it gates; blocks that found their place leave the list."""
+    """Put each block behind the operation whose value it gates; blocks that found their place leave the list."""
     lane = _Lane()
     for operation in operations:
         if operation.kind not in ("end", "block"):
@@ -124,7 +124,7 @@ def _lane(operations: tuple[Operation, ...], marks: list[Mark]) -> _Lane:
 
 
 def _merged(lanes: list[_Lane]) -> list[_Lane]:
-    """Equal branches as one with their number."""
+    """Merge equal branches to one with their number."""
     merged: list[_Lane] = []
     for lane in lanes:
         last = merged[-1] if merged else None
@@ -253,7 +253,7 @@ def _draw_lane(drawing: Drawing, lane: _Lane, x: float, y: float, used: set[str]
 
 
 def _draw_places(drawing: Drawing, lane: _Lane, edges: list[float], y: float, used: set[str], above: bool) -> None:
-    """Ticks with the names of the positions; a name that would lie on its neighbour's is put higher."""
+    """Draw ticks with the names of the positions; a name that would overlap its neighbour's is put higher."""
     reach = -1000.0
     for name, number in sorted(lane.places.items(), key=lambda item: item[1]):
         at, is_used = edges[min(number, len(edges) - 1)], name in used
