@@ -212,7 +212,7 @@ class _Uncomplaining:
         return memoryview(data).nbytes
 
     def flush(self) -> None:
-        """Nothing: the file is flushed when it is closed."""
+        """Do nothing: the file is flushed when it is closed."""
 
 
 _FULL = {

@@ -52,7 +52,7 @@ def hints_for_command() -> Iterator[None]:
 
 
 def printable(text: str, most: int | None = 300, keep: str = "") -> str:
-    """Text that may come from a file as it may be shown on a terminal: what controls one is written out.
+    """Make text that may come from a file safe for a terminal: control characters are written out.
 
     Args:
         text: the text.

@@ -23,7 +23,7 @@ def table(
     right: Sequence[int] = (),
     indented: bool = False,
 ) -> str:
-    """Rows under headers, as aligned text, a Markdown table or CSV. Columns of numbers, and those named, go right.
+    """Format rows under headers as aligned text, a Markdown table or CSV. Columns of numbers, and those named, go right.
 
     Args:
         headers: of the columns.
@@ -82,7 +82,7 @@ def percent(part: float, whole: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 block``, ``2 blocks``."""
+    """Format a number with its noun: ``1 block``, ``2 blocks``."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 

@@ -334,7 +334,7 @@ def _repeatable(subject: _Subject) -> None:
 
 
 def _facts(block: nn.Module) -> dict[str, Any]:
-    """Every attribute of every module in it, as a copy where it can change by itself."""
+    """Record every attribute of every module in it, as a copy where it can change by itself."""
     facts: dict[str, Any] = {}
     for path, module in block.named_modules():
         for name, value in vars(module).items():

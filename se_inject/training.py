@@ -241,5 +241,5 @@ def trainable_line(count: Trainable) -> str:
 
 
 def _millions(number: int) -> str:
-    """With one decimal in millions, and in full below."""
+    """Format a number with one decimal in millions, and in full below."""
     return f"{number / 1e6:.1f} M" if number >= 1e5 else f"{number:,}"

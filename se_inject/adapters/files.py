@@ -236,7 +236,7 @@ def adapter_for(model: nn.Module, path: str | os.PathLike[str], strict: bool, tr
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Name, shape, dtype and digest of every tensor in a network's state dict that is not one of our blocks'."""
+    """Describe every tensor of the backbone's state dict (injected blocks left out): name, shape, dtype and digest."""
     blocks = {id(block) for _, block in injected_blocks(model)}
     named = model.named_modules(remove_duplicate=False)  # a module may have several names, and a block in it too
     ours = tuple(f"{name}." for name, module in named if id(module) in blocks)
@@ -248,7 +248,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 
 def _digest(tensor: Tensor) -> str:
-    """64 bits of a hash of a tensor's numbers, in the order of its indices."""
+    """Compute 64 bits of a hash of a tensor's numbers, in the order of its indices."""
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         return _kind(tensor)
     values = tensor.detach().cpu().contiguous().reshape(-1)

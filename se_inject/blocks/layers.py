@@ -64,7 +64,7 @@ def _recorded() -> bool:
 
 
 def hard_sigmoid(a: Tensor) -> Tensor:
-    """min(max(a + 3, 0), 6) / 6; in files written like this: OpenCV's HardSigmoid before a product is wrong."""
+    """Compute min(max(a + 3, 0), 6) / 6; in files written like this: OpenCV's HardSigmoid before a product is wrong."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         if _recorded():
             return (a + 3).clamp(0, 6) / 6
@@ -83,7 +83,7 @@ def largest(x: Tensor, space: list[int]) -> Tensor:
 
 
 def widened(x: Tensor) -> Tensor:
-    """Half precision as float32, for sums of squares: 65504, float16's largest number, is soon reached."""
+    """Convert half precision to float32, for sums of squares: 65504, float16's largest number, is soon reached."""
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
@@ -192,7 +192,7 @@ class Bottleneck(nn.Module):
         norm: bool = False,
         **_: Any,
     ) -> int:
-        """2Cm (+ m + C with biases, + 2m with a norm), m the width; other options have no parameters."""
+        """Count the parameters: 2Cm (+ m + C with biases, + 2m with a norm), m the width; other options have none."""
         m = squeeze_width(channels, reduction, divisor, width)
         return 2 * channels * m + bias * (m + channels) + norm * 2 * m
 
@@ -218,7 +218,7 @@ class Bottleneck(nn.Module):
                 self.fc1.weight[1:pairs:2] = -self.fc1.weight[0:pairs:2]
 
     def excite(self, z: Tensor) -> Tensor:
-        """W2 δ(W1 z), for z of (N, C, *)."""
+        """Compute W2 δ(W1 z), for z of (N, C, *)."""
         hidden = self.fc1(z)
         if self.bn is not None:
             hidden = self.bn(hidden)

@@ -53,7 +53,7 @@ def register_block(name: str) -> Callable[[Factory], Factory]:
 
 
 def block_names() -> dict[str, str]:
-    """Every block's name, and where it comes from: ``se-inject``, a package, or ``registered``."""
+    """List every block's name, and where it comes from: ``se-inject``, a package, or ``registered``."""
     names = {
         name: "se-inject" if factory is SqueezeExcitation else "registered" for name, factory in _registered.items()
     }
@@ -114,7 +114,7 @@ def block_options(name: str) -> dict[str, inspect.Parameter]:
 
 
 def parsed_options(name: str, settings: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` texts as options of a block, each of the type its default has.
+    """Parse ``key=value`` texts as options of a block, each of the type its default has.
 
     Raises:
         OptionError: no such option, or a value of another type.
@@ -212,7 +212,7 @@ def _fits(value: Any, parameter: inspect.Parameter) -> bool:
 
 
 def build_block(name: str, channels: int, size: Sequence[int], options: dict[str, Any], init: str) -> nn.Module:
-    """One new block.
+    """Build one new block.
 
     Args:
         name: of the block.

@@ -117,7 +117,7 @@ class SqueezeExcitation(Bottleneck):
         return self.gated(self.excite(self.squeezed(x)))
 
     def squeezed(self, x: Tensor) -> Tensor:
-        """z: one number for each channel, (N, C, 1, …)."""
+        """Compute z: one number for each channel, (N, C, 1, …)."""
         if self.squeeze == "avg":
             return x.mean(self.space, keepdim=True)
         if self.squeeze == "max":
@@ -127,7 +127,7 @@ class SqueezeExcitation(Bottleneck):
         return 0.5 * x.mean(self.space, keepdim=True) + 0.5 * largest(x, self.space)
 
     def gated(self, a: Tensor) -> Tensor:
-        """s = g(a), with the gate of the start."""
+        """Compute the gates s = g(a), with the gate of the start."""
         if self.sigma == "tanh":
             return 1 + torch.tanh(a) if self.one_at_zero else torch.tanh(a)
         if self.sigma == "relu":

@@ -169,7 +169,7 @@ def outputs_of(command: click.Command, ctx: click.Context) -> list[Path]:
 
 
 def default_output(model: str) -> Path:
-    """``<model>-se.pt``, beside the input if that is a file."""
+    """Return ``<model>-se.pt``, beside the input if that is a file."""
     path = Path(model)
     if path.is_file():
         return path.with_name(f"{path.stem}-se.pt")
@@ -194,7 +194,7 @@ def _texts(values: Iterable[Any]) -> Iterator[str]:
 
 
 def _say_how(ctx: click.Context, confinement: Confinement | None, why: str) -> None:
-    """With ``-v``: whether the work is confined, and what this system keeps it from."""
+    """Say, with ``-v``, whether the work is confined, and what this system keeps it from."""
     if not ctx.params.get("verbose"):
         return
     if confinement is None:

@@ -30,7 +30,7 @@ class ProgressLine:
 
     @classmethod
     def if_wanted(cls, quiet: bool = False) -> ProgressLine | None:
-        """One on stderr, if that is a terminal that can move its cursor and nobody wants quiet."""
+        """Make a progress line on stderr, if that is a terminal that can move its cursor and ``--quiet`` is not given."""
         if quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
             return None
         return cls(sys.stderr)

@@ -117,7 +117,7 @@ class WorkerCommand(click.Command):
 
 
 def _runs(args: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each option of a command line, and the words behind it."""
+    """Iterate over the options of a command line, each with the words behind it."""
     option = ""
     words: list[str] = []
     for word in args:

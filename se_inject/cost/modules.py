@@ -51,7 +51,7 @@ class ModuleCosts(Printed):
     uncounted: tuple[str, ...] = ()
 
     def within(self, depth: int) -> ModuleCosts:
-        """Only rows with at most so many modules around them, and every block."""
+        """Keep only the rows with at most so many modules around them, and every block."""
         return ModuleCosts(tuple(row for row in self.rows if row.depth <= depth or row.block), self.uncounted)
 
     def text(self, style: str = "text") -> str:

@@ -82,7 +82,7 @@ class Dimensions:
         return "×".join(str(names.get(d, size)) for d, size in enumerate(leaf.shape)) or "a number"
 
     def other_sizes(self) -> Iterator[dict[tuple[int, ...], tuple[int, ...]]]:
-        """Other spatial sizes for every one in the call, the most telling first.
+        """Choose other spatial sizes for every one in the call, the most informative first.
 
         Odd ones and never square; then in steps of 8, 32 and 64, for networks that join maps of several strides; then
         the double and the half, for those that take one shape of image alone.

@@ -214,7 +214,7 @@ def _name_outputs(program: Any, names: list[str]) -> None:
 
 
 def _unlike(names: list[str], taken: Iterable[str]) -> list[str]:
-    """Names with a suffix where others, or one before, have the same."""
+    """Make names unique by a suffix where others, or one before, are the same."""
     others, found = set(taken), []
     for name in names:
         while name in others:

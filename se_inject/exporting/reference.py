@@ -254,7 +254,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _shown(sizes: Any) -> str:
-    """Spatial sizes in words: ``224×224``."""
+    """Format spatial sizes: ``224×224``."""
     return " and ".join("×".join(map(str, size)) for size in sizes)
 
 

@@ -110,7 +110,7 @@ def class_of(module: nn.Module) -> Any:
 
 
 def recorded_inputs(module: nn.Module) -> Any:
-    """Shapes and dtypes of inputs that a network takes, if it is a program that knows them."""
+    """Return the shapes and dtypes of a network's inputs, if it is a program that knows them."""
     text = getattr(type(module), "program", None) if isinstance(module, Program) else None
     return json.loads(text)["example"] if text else None
 

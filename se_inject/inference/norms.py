@@ -91,7 +91,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _is_norm_of_somebody(kind: Any) -> bool:
-    """torchvision's with fixed statistics, and timm's with an activation."""
+    """Return whether a module is torchvision's norm with fixed statistics, or timm's with an activation."""
     return (kind.__module__, kind.__name__) in (
         ("torchvision.ops.misc", "FrozenBatchNorm2d"),
         ("timm.layers.norm_act", "BatchNormAct2d"),

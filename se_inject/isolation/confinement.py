@@ -134,7 +134,7 @@ def default_memory(sizes: Iterable[int]) -> int:
 
 
 def python_files() -> list[Path]:
-    """Folders and files that hold Python, its packages and this one: all that importing them reads."""
+    """List the folders and files of Python, its packages and this one: all that importing them reads."""
     found = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix), Path(sys.executable)}
     for entry in sys.path:
         path = Path(entry or ".")
@@ -215,7 +215,7 @@ def _may_stay(name: str) -> bool:
 
 
 def _machine_memory() -> int:
-    """Bytes of memory of the machine, or of the container."""
+    """Return the memory of the machine, or of the container, in bytes."""
     found = []
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -58,7 +58,7 @@ class Display(Protocol):
         """Report that some time has passed."""
 
     def clear(self) -> None:
-        """Something else is printed now, or the work is done."""
+        """Do nothing: no line was drawn that must be cleared."""
 
 
 def can_fork() -> bool:
@@ -264,7 +264,7 @@ class _Parent:
 
     @contextlib.contextmanager
     def _stopped(self) -> Iterator[None]:
-        """Nothing of the child runs meanwhile, so that what was looked at is what is moved."""
+        """Stop the child for a while, so that the files moved are the files that were checked."""
         os.kill(self.child, signal.SIGSTOP)
         _, status = os.waitpid(self.child, os.WUNTRACED)
         if not os.WIFSTOPPED(status):

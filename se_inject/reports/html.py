@@ -38,7 +38,7 @@ def bar(value: float, whole: float, text: str | None = None) -> Bar:
 
 
 def escaped(value: Any) -> str:
-    """Any value as text of a page."""
+    """Escape any value as text of a page."""
     return value if isinstance(value, Raw) else html.escape(f"{value:,}" if isinstance(value, int) else str(value))
 
 
@@ -54,12 +54,12 @@ def section(title: str, *parts: Raw) -> Raw:
 
 
 def details(summary: str, body: Raw, *, is_open: bool) -> Raw:
-    """Something that can be folded."""
+    """Write a part that can be folded."""
     return Raw(f"<details{' open' if is_open else ''}><summary>{html.escape(summary)}</summary>{body}</details>")
 
 
 def tile(name: str, value: str, more: str, *, kind: str = "") -> str:
-    """One figure of the summary."""
+    """Write one figure of the summary."""
     return (
         f'<div class="tile"><div class="name">{html.escape(name)}</div><div class="value {kind}">{html.escape(value)}</div>'
         f'<div class="more">{html.escape(more)}</div></div>'

@@ -170,7 +170,7 @@ def _right(verdict: Verdict | None) -> str:
 
 
 def _first_to_drop(plan: Plan, cost: CostReport, gates: Excitations | None) -> str:
-    """By their gates, if these are known; else by what the paper found and by cost."""
+    """Choose the first block to drop by its gates, if these are known; else by what the paper found and by cost."""
     if gates is not None and gates.blocks:
         least = min(gates.blocks, key=lambda block: block.variation)
         row = next((row for row in cost.rows if row.site == least.site), None)

@@ -107,7 +107,7 @@ def _ordered(owner: OwnerGraph, end: fx.Node, common: set[fx.Node] | None = None
 
 
 def _run(trace: Trace, owner: OwnerGraph, value: fx.Node) -> list[fx.Node]:
-    """Back from a value to the convolution before it, or to the two of a separable one."""
+    """Go back from a value to the convolution before it, or to the two of a separable one."""
     found: list[fx.Node] = []
     node: fx.Node | None = value
     convolutions = 0

@@ -51,7 +51,7 @@ class Sites(Printed, Sequence[Site]):
         return self.chosen[index]
 
     def stages(self, *names: int | str, attended: bool = False) -> Sites:
-        """Only the sites in these stages.
+        """Select only the sites in these stages.
 
         Args:
             *names: numbers, ranges (``"2-4"``), path prefixes (``"layer3"``), levels (``"C4"``: the stage that the table

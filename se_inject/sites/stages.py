@@ -156,7 +156,7 @@ def _necks(trace: Trace, sites: list[Site], parallel: set[str]) -> set[str]:
 
 
 def _backbones(trace: Trace) -> list[str]:
-    """Modules that run before any other convolution and return more than one tensor."""
+    """Find the modules that run before any other convolution and return more than one tensor."""
     several: list[str] = []
     late: set[str] = set()
     for owner in trace.graphs.values():

@@ -28,7 +28,7 @@ def stages_text(sites: Sites, style: str = "text") -> str:
 
 
 def sites_text(sites: Sites, style: str = "text") -> str:
-    """Every site, and every refusal with its reason."""
+    """Format every site, and every refusal with its reason."""
     rows = [
         [
             site.stage if site.stage is not None else "–",
@@ -47,7 +47,7 @@ def sites_text(sites: Sites, style: str = "text") -> str:
 
 
 def sites_data(sites: Sites) -> dict[str, Any]:
-    """Stages, sites and refusals for ``--json``."""
+    """Return stages, sites and refusals as data for ``--json``."""
     return {
         "stages": [
             {

@@ -157,7 +157,7 @@ def own_steps(model: nn.Module) -> tuple[Step, ...]:
 
 
 def injected_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of every block of ours in a model."""
+    """List path and module of every injected block in a model."""
     for step in steps_of(model):
         yield step.path, model.get_submodule(step.path)
 
@@ -177,7 +177,7 @@ def _restore(owner: nn.Module, original: type, names: list[str], was_none: dict[
 def _prepare(
     model: nn.Module, trace: Trace, path: str, steps: list[Step], states: Mapping[str, Mapping[str, Tensor]]
 ) -> _Operation:
-    """Everything for one owner, with nothing changed yet."""
+    """Prepare everything for one owner, with nothing changed yet."""
     try:
         owner = model.get_submodule(path)
     except AttributeError as error:

@@ -72,7 +72,7 @@ def run(
     then: Callable[[Any], Any] = lambda output: output,
     seed: int = 1,
 ) -> Seen:
-    """One call with nothing left behind: modes, buffers, attributes and the random generator as before.
+    """Run one call with nothing left behind: modes, buffers, attributes and the random generator as before.
 
     ``then`` gets what the call returned while all is still set: a checkpointed network runs again in backward.
     """

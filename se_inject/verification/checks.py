@@ -211,7 +211,7 @@ def _outputs(
 
 
 def _compared(expected: Seen | str, after: nn.Module, inputs: Any, mode: str, blocks: dict[str, nn.Module]) -> str:
-    """Empty if the injected network does the same bit for bit, else what differs or why it was not run."""
+    """Return an empty text if the injected network does the same bit for bit, else what differs or why it was not run."""
     if isinstance(expected, str):
         return f"not run: {expected}"
     with _watched(blocks) as running:
@@ -363,7 +363,7 @@ def _setting(module: nn.Module, name: str) -> Any:
 
 
 def _awakened(model: nn.Module, new: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Random numbers for the old weights that are all zero (a residual branch's last scale, as many start it).
+    """Make random numbers for the old weights that are all zero (a residual branch's last scale, as many start it).
 
     What they multiply would get no gradient, which says nothing about the new blocks.
     """

@@ -142,5 +142,5 @@ def pairs_in(one: Any, other: Any, seen: frozenset[int] = frozenset()) -> Iterat
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in a value, in containers of any class, at any depth."""
+    """Find every tensor in a value, in containers of any class, at any depth."""
     return [leaf for leaf, _ in pairs_in(value, value) if isinstance(leaf, Tensor)]

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:
-    """One line for each check."""
+    """Write one line for each check."""
     marks = {True: "ok  ", False: "FAIL", None: "–   "}
     width = max(len(check.name) for check in verdict.checks)
     return [f"{marks[check.passed]} {check.name:<{width}}  {check.detail}" for check in verdict.checks] + [
