@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx
 
 from se_inject.tracing import function_name_of, is_data, kind
@@ -15,6 +16,7 @@ from se_inject.tracing import function_name_of, is_data, kind
 _PLAIN = frozenset({"add", "iadd", "add_"})
 _PRODUCTS = frozenset({"addcmul", "addcmul_", "addcdiv", "addcdiv_"})
 _NAMES = _PLAIN | _PRODUCTS | {"sub", "isub", "sub_", "subtract", "subtract_", "rsub", "lerp", "lerp_"}
+_KNOWN_OPERATORS = frozenset({"aten", "prims", "torchvision", "se_inject"})
 _STACKS = frozenset({"stack"})
 _REDUCTIONS = frozenset({"sum", "mean"})
 
@@ -78,6 +80,17 @@ def operands_of(node: fx.Node, operation: str) -> list[fx.Node]:
     operands = [item for item in _items(node) if isinstance(item, fx.Node) and is_data(item)]
     shapes = {tuple(operand.meta["val"].shape[:1] + operand.meta["val"].shape[2:]) for operand in operands}
     return operands if len(shapes) == 1 else []
+
+
+def joined_by_custom_operator(node: fx.Node) -> list[fx.Node]:
+    """Return the two tensors of one form that a custom operator makes a third of; it could be adding them, or anything else."""
+    if not isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return []
+    name = str(node.target)  # `mylib.mix`, `mylib.mix.default`
+    value, data = node.meta.get("val"), [source for source in node.all_input_nodes if is_data(source)]
+    if name.partition(".")[0] in _KNOWN_OPERATORS or not isinstance(value, Tensor) or not 3 <= value.dim() <= 5:
+        return []
+    return data if len(data) == 2 and all(each.meta["val"].shape == value.shape for each in data) else []
 
 
 def _arguments(node: fx.Node) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from se_inject.forwards import class_of
-from se_inject.sites.additions import addition_of, operands_of
+from se_inject.sites.additions import addition_of, joined_by_custom_operator, operands_of
 from se_inject.sites.dataflow import lineage, shared_lineage
 from se_inject.sites.ledger import Ledger
 from se_inject.sites.operations import (
@@ -44,6 +44,7 @@ def residual_units(ledger: Ledger, owner: OwnerGraph) -> None:
     found: list[tuple[fx.Node, set[fx.Node], HeldBack | None]] = []
     cells = nodes_in_cells(owner)
     for node in owner.graph.nodes:
+        _refuse_custom_operator(ledger, owner, node)
         addition = addition_of(node)
         if addition is None or len(addition.operands) != 2 or node in cells:
             continue
@@ -75,6 +76,17 @@ def residual_units(ledger: Ledger, owner: OwnerGraph) -> None:
         found.append((node, inside, held))
         ledger.add(owner, ledger.values.unscaled(owner, branch), "residual", inside | own | {node}, held, node)
     ledger.mark(owner, [nodes for _, nodes, held in found if held is None])
+
+
+def _refuse_custom_operator(ledger: Ledger, owner: OwnerGraph, node: fx.Node) -> None:
+    """Write down a custom operator that puts a branch and its shortcut together."""
+    operands = joined_by_custom_operator(node)
+    common = shared_lineage(operands) if operands else set()
+    if common and by_depth(ledger, operands, common) is not None:
+        where = child_path(owner.path, labels(owner.graph)[node])
+        ledger.refuse(
+            where, f"what the custom operator `{node.target}` does with a branch and its shortcut isn't known"
+        )
 
 
 def _postpone(ledger: Ledger, owner: OwnerGraph, node: fx.Node, reason: str) -> None:

@@ -135,3 +135,18 @@ def test_what_a_fused_forward_was_before_may_be_damaged(before, tmp_path):
     path.write_bytes(hostile.saved(hostile.Injected({**body, "fused": {"before": before, "tails": {}}})))
     with pytest.raises(LoadError, match="unknown form"):
         si.load(path)
+
+
+class Merged(Called):
+    def forward(self, x):
+        return torch.relu(torch.ops._se__tests.halved__sum(self.norm(self.conv(x)), x))
+
+
+def test_an_operator_that_merges_is_named_and_its_branch_has_an_address():
+    plain = network(Merged)
+    refused = si.find_sites(plain, X).refused
+    assert [each.address for each in refused] == ["1.halved__sum", "2.halved__sum"]
+    assert "custom operator `_se__tests.halved__sum`" in refused[0].reason
+    injected = si.inject(plain, X, at="1.norm")
+    assert torch.equal(injected(X), plain(X))
+    assert si.verify(plain, injected, X).passed
