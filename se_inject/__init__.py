@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from se_inject.gates import excitations as excitations
     from se_inject.gates import prune_blocks_ as prune_blocks_
     from se_inject.inference import for_inference as for_inference
+    from se_inject.loading import WeightsWarning as WeightsWarning
     from se_inject.loading import load as load
     from se_inject.loading import load_weights_ as load_weights_
     from se_inject.plans import CostGrid as CostGrid
@@ -74,6 +75,7 @@ _HOME = {
     "Sites": "sites",
     "Trainable": "training",
     "Verdict": "verification",
+    "WeightsWarning": "loading",
     "active_adapter": "adapters",
     "adapters_of": "adapters",
     "add_to_optimizer": "training",

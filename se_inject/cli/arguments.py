@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from se_inject.adapters import Adapter, read_adapter
+from se_inject.cli.talk import note
 from se_inject.errors import OptionError
+from se_inject.loading import load
 from se_inject.plans import Plan
 from se_inject.tracing import float_like, parse_shape
 
@@ -36,6 +38,15 @@ def check_inference(outputs: tuple[Path, ...], options: dict[str, Any]) -> None:
 def packages(trust: tuple[str, ...]) -> tuple[str, ...]:
     """Return the packages that may be imported for a pickle: blocks may come from a ``.py`` file as well."""
     return tuple(name for name in trust if not name.endswith(".py"))
+
+
+def read_network(model: str, **options: Any) -> nn.Module:
+    """Load the network that the options name, as ``load`` does, and say on stderr what there is to note about it."""
+    notes: list[str] = []
+    network = load(model, notes=notes, **options)
+    for line in notes:
+        note(f"note: {line}")
+    return network
 
 
 def block_options(options: dict[str, Any]) -> dict[str, Any]:

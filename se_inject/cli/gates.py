@@ -189,7 +189,7 @@ def compare(**given: Any) -> None:
     from se_inject.tables import as_json
 
     first, second = given["models"]
-    rest = {"arch": None, "weights": None}
+    rest = {"arch": None, "weights": None, "entry": None}
     a, batches = loaded({**given, **rest, "model": first})
     b = read_network({**given, **rest, "model": second})
     batches = limited(batches, given["limit"])
@@ -201,10 +201,15 @@ def compare(**given: Any) -> None:
 
 def read_network(given: dict[str, Any]) -> nn.Module:
     """Read the network that the options name."""
-    from se_inject.loading import load
+    from se_inject.cli import arguments
 
-    packages = tuple(name for name in given["trust"] if not name.endswith(".py"))
-    return load(given["model"], arch=given["arch"], weights=given["weights"], trust=packages)
+    return arguments.read_network(
+        given["model"],
+        arch=given["arch"],
+        weights=given["weights"],
+        entry=given["entry"],
+        trust=arguments.packages(given["trust"]),
+    )
 
 
 def loaded(given: dict[str, Any]) -> tuple[nn.Module, Data]:

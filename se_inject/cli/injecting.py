@@ -35,7 +35,7 @@ from se_inject.verification import check_against_file, verdict_data, verdict_lin
 
 
 def inject(
-    *, model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
+    *, model: str, weights: Path | None, arch: str | None, entry: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
     outputs: tuple[Path, ...], force: bool, dry_run: bool, latency: bool, style: str, as_json: bool, verbose: bool, seed: int | None, report: Path | None,
     **options: Any,
 ) -> None:  # fmt: skip
@@ -50,13 +50,14 @@ def inject(
     if seed is not None:
         torch.manual_seed(seed)
     step(f"reading {model}")
-    network = load(model, arch=arch, weights=weights, trust=packages(trust), mmap=True)
+    read: list[str] = []
+    network = load(model, arch=arch, weights=weights, entry=entry, trust=packages(trust), mmap=True, notes=read)
     say = Talk(as_json or style == "csv")
     say(f"{original_class(network).__name__} from {model}")
     step("finding sites")
     planned = planned_blocks(network, inputs, options) if stored is None else replayed(stored, network, inputs)
     trained = isinstance(stored, Adapter)
-    notes = [*planned.notes, *([] if trained else start_notes(start_factors(planned.steps)))]
+    notes = [*read, *planned.notes, *([] if trained else start_notes(start_factors(planned.steps)))]
     for note in notes:
         say(f"note: {note}")
     step("counting the cost")

@@ -10,7 +10,7 @@ import click
 from torch import nn
 
 from se_inject.blocks import block_names, build_block, find_block, has_identity_start
-from se_inject.cli.arguments import block_options, example
+from se_inject.cli.arguments import block_options, example, read_network
 from se_inject.cli.block_texts import parsed_blocks
 from se_inject.cli.talk import note, print_json
 from se_inject.cost import module_costs
@@ -38,20 +38,23 @@ from se_inject.tracing import observe_model
 
 
 def sites(
-    *, model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], inputs: tuple[str, ...], style: str,
+    *, model: str, weights: Path | None, arch: str | None, entry: str | None, trust: tuple[str, ...], inputs: tuple[str, ...], style: str,
     as_json: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """List the stages of a network, and all its sites and refusals."""
     step(f"reading {model}")
-    network = load(model, arch=arch, weights=weights, trust=trust, mmap=True)
+    read: list[str] = []
+    network = load(model, arch=arch, weights=weights, entry=entry, trust=trust, mmap=True, notes=read)
     step("finding sites")
     if line := describe(model, network, arch):
         note(line)
     trace = observe_model(network, example(inputs, network))
     found = sites_in(trace)
     if as_json:
-        print_json({"model": original_class(network).__name__, "notes": list(trace.notes), **sites_data(found)})
+        print_json({"model": original_class(network).__name__, "notes": [*read, *trace.notes], **sites_data(found)})
     else:
+        for line in read:
+            note(f"note: {line}")
         for line in trace.notes:
             note(line)
         click.echo(stages_text(found, style))
@@ -67,7 +70,7 @@ def sites(
 
 
 def cost(
-    *, model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
+    *, model: str, weights: Path | None, arch: str | None, entry: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
     reductions: tuple[float, ...] | None, stages: tuple[str, ...], plot: Path | None, force: bool, style: str,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
@@ -79,7 +82,7 @@ def cost(
     if plot is not None:
         check_plot(plot, force=force)
     step(f"reading {model}")
-    network = load(model, arch=arch, weights=weights, trust=trust, mmap=True)
+    network = read_network(model, arch=arch, weights=weights, entry=entry, trust=trust, mmap=True)
     step("counting the cost")
     if options["by"] is not None:
         _cost_by_module(network, example(inputs, network), reductions or (), stages, style, as_json, options)
@@ -155,7 +158,7 @@ def blocks(
         card = getdoc(find_block(name)) or f"block `{name}` has no card"
     if model is not None:
         step(f"reading {model}")
-        network = load(model, trust=trust, mmap=True)
+        network = read_network(model, trust=trust, mmap=True)
         step("counting the cost of every block")
         found = block_costs(network, example(inputs, network), None if name is None else [name])
         print_json(block_costs_data(found)) if as_json else click.echo(block_costs_text(found, style))

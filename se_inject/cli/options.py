@@ -66,6 +66,9 @@ network = together(
         help="State dict to load into MODEL: .pt, .pth or .safetensors.",
     ),
     click.option("--arch", metavar="NAME", help="The network's name, if MODEL is a state dict: torchvision:resnet50."),
+    click.option(
+        "--entry", metavar="NAME", help="Entry of a training checkpoint to take, of --weights if given: ema, model."
+    ),
     reading,
 )
 """Which network, and what goes into it."""

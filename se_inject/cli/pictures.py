@@ -34,18 +34,22 @@ def draw(**given: Any) -> None:
     Of an injected MODEL, its own blocks are drawn; of another, those that the main command would put in. Nothing is
     computed or changed.
     """
-    from se_inject.cli.arguments import block_options, example, packages
+    from se_inject.cli.arguments import block_options, example, packages, read_network
     from se_inject.cli.block_texts import parsed_blocks
     from se_inject.errors import OptionError
-    from se_inject.loading import load
     from se_inject.pictures import check_picture
     from se_inject.plans import plan, plan_of
     from se_inject.surgery import steps_of
 
     for path in given["outputs"]:
         check_picture(path, force=given["force"])
-    network = load(
-        given["model"], arch=given["arch"], weights=given["weights"], trust=packages(given["trust"]), mmap=True
+    network = read_network(
+        given["model"],
+        arch=given["arch"],
+        weights=given["weights"],
+        entry=given["entry"],
+        trust=packages(given["trust"]),
+        mmap=True,
     )
     inputs = example(given["inputs"], network)
     if steps_of(network):

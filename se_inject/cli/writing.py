@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from se_inject.adapters import Adapter
-from se_inject.cli.arguments import check_inference, conversion, example, packages, stored_plan
+from se_inject.cli.arguments import check_inference, conversion, example, packages, read_network, stored_plan
 from se_inject.cli.talk import Talk, print_json
 from se_inject.errors import LoadError, OptionError
 from se_inject.exporting import check_outputs, check_targets, export_all, exported_data, exported_lines, write_all
@@ -23,7 +23,7 @@ from se_inject.tracing import example_of
 
 
 def export(
-    *, model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
+    *, model: str, weights: Path | None, arch: str | None, entry: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
     outputs: tuple[Path, ...], force: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Write a network to files, injected or not, each checked in its own runtime."""
@@ -32,7 +32,7 @@ def export(
     stored = stored_plan(options, trust)
     say = Talk(as_json)
     step(f"reading {model}")
-    network = _network(model, weights, arch, trust, stored)
+    network = _network(model, weights, arch, entry, trust, stored)
     blocks = len(steps_of(network))
     held = f", with {counted(blocks, 'block')} in it" if blocks else ""
     say(f"{original_class(network).__name__} from {model}{held}\n")
@@ -58,11 +58,17 @@ def export(
 
 
 def _network(
-    model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], stored: Plan | Adapter | None
+    model: str,
+    weights: Path | None,
+    arch: str | None,
+    entry: str | None,
+    trust: tuple[str, ...],
+    stored: Plan | Adapter | None,
 ) -> nn.Module:
     """Make the network to write: a stored plan is applied before trained weights are loaded, an adapter after."""
+    given: dict[str, Any] = {"arch": arch, "weights": weights, "entry": entry, "trust": packages(trust)}
     if not isinstance(stored, Plan):
-        network = load(model, arch=arch, weights=weights, trust=packages(trust))
+        network = read_network(model, **given)
         if stored is None:
             return network
         if other := stored.other_weights(network):
@@ -74,10 +80,10 @@ def _network(
             hint="give the trained network's with --weights; or use the main command, which puts new blocks in",
         )
     try:
-        return load(model, arch=arch, weights=weights, trust=packages(trust), prepare=stored.apply_)
+        return read_network(model, **given, prepare=stored.apply_)
     except LoadError as error:
         try:
-            load(model, arch=arch, weights=weights, trust=packages(trust))
+            load(model, **given)
         except LoadError:
             raise error from None
         raise LoadError(
@@ -87,13 +93,13 @@ def _network(
 
 
 def eject(
-    *, model: str, weights: Path | None, arch: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
+    *, model: str, weights: Path | None, arch: str | None, entry: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
     outputs: tuple[Path, ...], force: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Take the blocks out of a network, and write what is left."""
     check_targets(outputs, force=force, **conversion(options, "opset"))
     step(f"reading {model}")
-    network = load(model, arch=arch, weights=weights, trust=packages(trust))
+    network = read_network(model, arch=arch, weights=weights, entry=entry, trust=packages(trust))
     taken, entries = len(own_steps(network)), len(network.state_dict())
     eject_(network)
     Talk()(

@@ -29,7 +29,7 @@ def call_isolated(
     readable: Sequence[Path],
     memory: int | None = None,
     seconds: int | None = None,
-) -> None:
+) -> str:
     """Have a function write a file, in a new process that is confined before it imports anything of the function's.
 
     Args:
@@ -39,6 +39,9 @@ def call_isolated(
         readable: what it may read.
         memory: most bytes of memory.
         seconds: most seconds of processor time.
+
+    Returns:
+        what it printed.
 
     Raises:
         InjectError: what the function raised, or WorkerError if its process died.
@@ -61,6 +64,7 @@ def call_isolated(
     )  # fmt: skip
     if done.returncode:
         raise _error(done.stdout, done.stderr)
+    return done.stdout
 
 
 def _error(out: str, err: str) -> InjectError:

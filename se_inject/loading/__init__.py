@@ -9,10 +9,12 @@ from se_inject.loading.formats import described, form_of
 from se_inject.loading.inspection import Inspection, Named, inspect_file
 from se_inject.loading.models import describe, is_program, load, load_program, load_weights_
 from se_inject.loading.opened import opened
+from se_inject.loading.weights import WeightsWarning
 
 __all__ = [
     "Inspection",
     "Named",
+    "WeightsWarning",
     "arguments_of",
     "describe",
     "described",

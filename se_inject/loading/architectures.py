@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-PREFIXES = ("module.", "model.", "_orig_mod.")
-MOST_PREFIXES = 4
+_MOST_PREFIXES = 4
 """Of one key."""
 
 
@@ -35,14 +34,15 @@ def fingerprint(state: Mapping[str, Any]) -> str:
 def architectures_of(state: Mapping[str, Any]) -> list[str]:
     """List the known networks with these keys and shapes, those of torchvision first; [] if none is known.
 
-    A prefix of all keys is tried without. Networks that differ in something else, such as an activation, share
+    A name that all keys begin with (``module.``, ``net.``) is tried without. Networks that differ in something else, such as an activation, share
     their keys and shapes: all of them are named.
     """
     known = json.loads(resources.files("se_inject").joinpath("architectures.json").read_text())
-    for taken in range(MOST_PREFIXES + 1):
+    for taken in range(_MOST_PREFIXES + 1):
         found: list[str] = known.get(fingerprint(state), [])
-        prefix = next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None)
-        if found or prefix is None or taken == MOST_PREFIXES:
+        first, dot, _ = next(iter(state), "").partition(".")
+        prefix = first + dot
+        if found or not dot or taken == _MOST_PREFIXES or not all(key.startswith(prefix) for key in state):
             break
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return found

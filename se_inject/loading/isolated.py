@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from se_inject.errors import OptionError
+from se_inject.errors import OptionError, printable
 from se_inject.isolation import call_isolated, default_memory
 
 
@@ -19,6 +20,8 @@ def load_isolated(
     *,
     arch: str | None = None,
     weights: str | os.PathLike[str] | None = None,
+    entry: str | None = None,
+    say: Callable[[str], None],
 ) -> nn.Module:
     """Get a network from files that only a confined process opens.
 
@@ -30,6 +33,8 @@ def load_isolated(
         source: a file, or the name of a network of torchvision or timm.
         arch: as for ``load``.
         weights: as for ``load``.
+        entry: as for ``load``.
+        say: called with each note about what was read.
 
     Raises:
         OptionError: the source is code of your own, which runs here.
@@ -44,12 +49,28 @@ def load_isolated(
     files = [Path(path).resolve() for path in (source, weights) if path is not None and os.path.exists(path)]
     with tempfile.TemporaryDirectory(prefix="se-inject-") as folder:
         output = Path(folder).resolve() / "network.pt"
-        call_isolated(
+        printed = call_isolated(
             "se_inject.loading.models:write_network",
-            {"source": os.fspath(source), "arch": arch, "weights": None if weights is None else os.fspath(weights)},
+            {
+                "source": os.fspath(source),
+                "arch": arch,
+                "weights": None if weights is None else os.fspath(weights),
+                "entry": entry,
+            },
             output,
             readable=files,
             memory=default_memory(path.stat().st_size for path in files if path.is_file()),
             seconds=3600 * (os.cpu_count() or 1),
         )
+        for note in _notes(printed):
+            say(printable(note, 1000))
         return load(output)
+
+
+def _notes(printed: str) -> list[str]:
+    """The notes in the last line that a process printed; what else a hostile file made it print is left out."""
+    try:
+        found = json.loads(printed.splitlines()[-1])
+    except (ValueError, LookupError, RecursionError):
+        return []
+    return [note for note in found if isinstance(note, str)] if isinstance(found, list) else []

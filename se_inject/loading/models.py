@@ -10,6 +10,7 @@ and plain data, and calls nothing of the file's choosing. ``UntrustedGlobals`` n
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import warnings
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from se_inject.errors import LoadError, OptionError, UntrustedGlobals, either
+from se_inject.errors import LoadError, OptionError, UntrustedGlobals, either, printable
 from se_inject.forwards import original_class
 from se_inject.guarding import mark
 from se_inject.loading.architectures import architectures_of
@@ -31,14 +32,18 @@ from se_inject.loading.pickles.allowlist import NETWORKS, within
 from se_inject.loading.pickles.containers import unpickle
 from se_inject.loading.pickles.module_checks import holds_inert
 from se_inject.loading.weights import (
+    Fitted,
+    Taken,
+    WeightsWarning,
     contents,
     differences,
+    fitted,
     is_state_dict,
     listed,
     network_or_weights,
     other_classes,
-    without_prefix,
 )
+from se_inject.tables import counted
 from se_inject.user_code import ZOOS, NoSuchFile, fact, from_code, from_zoo, importable
 
 __all__ = ["NoSuchFile", "describe", "is_program", "load", "load_program", "load_weights_"]
@@ -51,9 +56,11 @@ def load(
     *,
     arch: str | None = None,
     weights: str | os.PathLike[str] | None = None,
+    entry: str | None = None,
     trust: Sequence[str] = (),
     mmap: bool = False,
     isolated: bool = False,
+    notes: list[str] | None = None,
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> nn.Module:
     """Get a model from a file, or by its name.
@@ -70,16 +77,23 @@ def load(
         arch: the network's name if ``source`` is a file of weights: ``load(file, arch=name)`` is
             ``load(name, weights=file)``.
         weights: a file to take the weights from, as ``load_weights_`` does.
+        entry: which entry of a training checkpoint to take (``"ema"``), of ``weights`` if that is given, else of
+            ``source``. None: the first of ``state_dict``, ``model``, …, then of the averages.
         trust: packages whose code a pickle may import and call.
         mmap: leave the tensors in the file, and read them when they are used. Nobody may write to the file then.
         isolated: read the file in a confined process; not together with ``trust`` or ``mmap``.
+        notes: a list that gets what there is to say: which of several entries was taken, what was left out. None: a
+            warning, of what was left out alone.
         prepare: what becomes of the network before weights are loaded into it: ``plan.apply_`` puts blocks in.
+
+    Warns:
+        WeightsWarning: the file holds weights beside the network's, and they were left out.
 
     Raises:
         NoSuchFile: a file that doesn't exist.
         UntrustedGlobals: a pickle that refers to other code than it may.
         LoadError: anything else that gives no model.
-        OptionError: a package that can't be trusted.
+        OptionError: a package that can't be trusted, or an entry that isn't there.
         WorkerError: with ``isolated``, the process died: of a fault in native code, a limit, or of memory.
     """
     if isolated:
@@ -87,7 +101,7 @@ def load(
 
         if trust or mmap:
             raise OptionError("isolated=True goes with neither trust nor mmap", hint="leave one of them out")
-        return load_isolated(load, source, arch=arch, weights=weights)
+        return load_isolated(load, source, arch=arch, weights=weights, entry=entry, say=_saying(notes))
     trust = _trustworthy([trust] if isinstance(trust, str) else trust)
     if arch is not None:
         if weights is not None:
@@ -96,13 +110,15 @@ def load(
             raise OptionError(f"`{arch}` is a file, not the name of an architecture")
         if is_program(source):
             raise OptionError(f"`{source}` is a network already", hint="leave `arch` out")
-        return load(arch, weights=source, trust=trust, prepare=prepare)
+        return load(arch, weights=source, entry=entry, trust=trust, notes=notes, prepare=prepare)
     text = os.fspath(source)
     zoo, _, name = text.partition(":")
     if os.path.exists(text) or not isinstance(source, str) or not name:
-        model = _from_file(Path(text), trust, mmap)
+        model = _from_file(Path(text), trust, mmap, entry if weights is None else None, notes)
     elif "://" in text:
         raise LoadError(f"`{text}` is on the web, and nothing is downloaded", hint="download it, and pass the file")
+    elif entry is not None and weights is None:
+        raise OptionError(f"`{text}` has no entries", seen=f"the entry `{entry}`", hint=_NO_ENTRIES)
     elif zoo in ZOOS:
         model = from_zoo(zoo, name)
     else:
@@ -110,59 +126,99 @@ def load(
     model = prepare(model)
     if weights is None:
         return model
-    state = _weights_in(Path(weights))
+    state = _weights_in(Path(weights), entry, notes)
     current = model.state_dict()
-    classes = other_classes(current, without_prefix(state, current)) if zoo in ZOOS else None
+    classes = other_classes(current, fitted(state, current).state) if zoo in ZOOS else None
     if classes is not None:
         model = prepare(from_zoo(zoo, name, num_classes=classes))
-    _put_weights_(model, state, Path(weights))
+    _put_weights_(model, state, Path(weights), _saying(notes))
     return model
 
 
-def write_network(path: Path, *, source: str, arch: str | None, weights: str | None) -> None:
-    """Read a network and write it as a whole module: what the confined process of ``load`` does."""
-    torch.save(load(source, arch=arch, weights=weights), path)
+def write_network(path: Path, *, source: str, arch: str | None, weights: str | None, entry: str | None) -> None:
+    """Read a network and write it as a whole module, and print the notes: what the confined process of ``load`` does."""
+    notes: list[str] = []
+    torch.save(load(source, arch=arch, weights=weights, entry=entry, notes=notes), path)
+    sys.stdout.write(json.dumps(notes) + "\n")
 
 
-def load_weights_(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_weights_(model: nn.Module, path: str | os.PathLike[str], *, entry: str | None = None) -> None:
     """Load the state dict in a file into a model.
 
     The file may also be a training checkpoint, or a whole pickled module even of an unknown class: only its
-    tensors are used. A prefix of all keys (``module.``, ``model.``, ``_orig_mod.``) goes if they fit then.
+    tensors are used. They may stand under any prefix (``module.``, ``net.``, ``backbone.``), with others beside: the
+    longest prefix under which the model has all its keys is taken.
 
     Args:
         model: the model; it keeps its dtypes and devices.
         path: a safetensors file, or what ``torch.save`` wrote.
+        entry: which entry of a training checkpoint to take (``"ema"``); as for ``load``.
+
+    Warns:
+        WeightsWarning: the file holds weights under another prefix, or none, and they were left out.
 
     Raises:
         NoSuchFile: a file that doesn't exist.
         LoadError: no state dict in it, or not exactly the model's keys and shapes; the model is as it was.
+        OptionError: an entry that isn't there.
     """
-    _put_weights_(model, _weights_in(Path(path)), Path(path))
+    _put_weights_(model, _weights_in(Path(path), entry), Path(path), _saying(None))
 
 
-def _weights_in(path: Path) -> Mapping[str, Any]:
+def _weights_in(path: Path, entry: str | None = None, notes: list[str] | None = None) -> Mapping[str, Any]:
     """The state dict in a file; mapped where the format allows it.
 
     Raises:
         NoSuchFile: a file that doesn't exist.
         LoadError: no state dict in it.
+        OptionError: an entry that isn't there.
     """
     refused: dict[str, str | None] = {}
     with opened(path) as file:
         form = form_of(file)
         if form not in ("safetensors", *PICKLES):
             raise unreadable(path, form)
-        whole, found = _read(path, lambda: _looked_into(_contents_of(file, form, refused)))
+        whole, taken = _read(path, lambda: _looked_into(_contents_of(file, form, refused), entry))
+    _check_entry(path, taken, entry, notes)
+    found = taken.found
     if found is None:
-        hint = next(_explanations(refused), _ONE_OF_THESE)
+        hint = next(_explanations(refused), _one_of(len(taken.entries) > 1))
         raise LoadError(f"`{path}` holds no state dict", seen=contents(whole), hint=hint)
     return _read(path, lambda: found.state_dict() if isinstance(found, nn.Module) else found)
 
 
-def _looked_into(whole: Any) -> tuple[Any, Any]:
+def _looked_into(whole: Any, entry: str | None) -> tuple[Any, Taken]:
     """What a file holds, and the network or weights in that."""
-    return whole, network_or_weights(whole)
+    return whole, network_or_weights(whole, entry)
+
+
+def _check_entry(path: Path, taken: Taken, entry: str | None, notes: list[str] | None) -> None:
+    """Refuse an entry that isn't there; of several, note which was taken."""
+    if entry is not None and taken.found is None:
+        there = listed(taken.entries, most=8)
+        seen = f"networks and weights are under {there}" if there else "no network or weights under a name"
+        hint = either("one of them with --entry, or leave it out", "one of them as `entry`, or leave it out")
+        raise OptionError(f"`{path}` has no entry `{entry}`", seen=seen, hint=hint if there else _NO_ENTRIES)
+    others = [name for name in taken.entries if name != taken.entry]
+    if notes is not None and entry is None and taken.entry and others:
+        how = either(f"`--entry {printable(others[0], 100)}`", f"`entry={printable(others[0], 100)!r}`")
+        notes.append(
+            f"`{path}` holds {listed(taken.entries, most=8)}: {listed([taken.entry])} is taken; {how} takes another"
+        )
+
+
+def _one_of(several: bool) -> str:
+    """What is looked for in a file, or how to choose if there are several."""
+    if several:
+        return either("choose one of them with --entry", "choose one of them with `entry`")
+    return "one network, or one state dict, is looked for: alone, or in dicts, lists and tuples"
+
+
+def _saying(notes: list[str] | None) -> Callable[[str], None]:
+    """What to do with a note about weights that were left out: add it to the list, or warn."""
+    if notes is not None:
+        return notes.append
+    return lambda note: warnings.warn(note, WeightsWarning, stacklevel=4)
 
 
 def _contents_of(file: IO[bytes], form: str, refused: dict[str, str | None]) -> Any:
@@ -173,11 +229,12 @@ def _contents_of(file: IO[bytes], form: str, refused: dict[str, str | None]) -> 
     return load_file(file.name)
 
 
-def _put_weights_(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+def _put_weights_(model: nn.Module, state: Mapping[str, Any], path: Path, say: Callable[[str], None]) -> None:
     """Load a state dict into a model, completely or not at all."""
     current = model.state_dict()
     before = {key: value.clone() for key, value in current.items() if isinstance(value, torch.Tensor)}
-    state = without_prefix(state, current)
+    fit = fitted(state, current)
+    state = fit.state
     if any(isinstance(value, torch.Tensor) and value.is_meta for value in state.values()):
         raise LoadError(f"the weights in `{path}` have no numbers", seen="tensors on the meta device")
     try:
@@ -191,6 +248,19 @@ def _put_weights_(model: nn.Module, state: Mapping[str, Any], path: Path) -> Non
             seen=differences(before, state) or fact(error),
             hint=_other_network_hint(state, path),
         ) from error
+    if fit.beside:
+        say(_left_out(fit, path))
+
+
+def _left_out(fit: Fitted, path: Path) -> str:
+    """A sentence about weights beside those that were taken."""
+    others = "".join(
+        f"; {f'`{printable(each, 100)}`' if each else 'what has no prefix'} would fit too" for each in fit.others[:4]
+    )
+    count = counted(len(fit.beside), "key")
+    return (
+        f"of `{path}` what is under {listed([fit.prefix])} is taken, and {count} left out: {listed(fit.beside)}{others}"
+    )
 
 
 def _other_network_hint(state: Mapping[str, Any], path: Path) -> str:
@@ -268,7 +338,7 @@ _WRITERS = {
     "torchscript": "torch.jit.save",
     "pt2": "torch.export.save",
 }
-_ONE_OF_THESE = "one network, or one state dict, is looked for: alone, or in dicts, lists and tuples"
+_NO_ENTRIES = "an entry is for training checkpoints, such as `ema`: leave it out"
 _KINDS = {"torchscript": "a TorchScript archive", "pt2": "an exported program"}
 
 
@@ -280,10 +350,14 @@ _BESIDE_A_NETWORK = (
 """What a training script saves beside its network. It isn't read, and the network can be had without it."""
 
 
-def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
+def _from_file(
+    path: Path, trust: Sequence[str], mapped: bool, entry: str | None = None, notes: list[str] | None = None
+) -> nn.Module:
     refused: dict[str, str | None] = {}
     with opened(path) as file:
         form = form_of(file)
+        if entry is not None and form in PROGRAMS:
+            raise OptionError(f"`{path}` has no entries", seen=_KINDS[form], hint=_NO_ENTRIES)
         if form == "safetensors":
             raise _only_weights(path, form, _read(path, lambda: _contents_of(file, form, {})))
         if form in PROGRAMS:
@@ -294,18 +368,27 @@ def _from_file(path: Path, trust: Sequence[str], mapped: bool) -> nn.Module:
             raise unreadable(path, form)
         try:
             with importable(Path.cwd()) if trust else contextlib.nullcontext():
-                whole, found = _read(path, lambda: _looked_into(unpickle(file, form, trust, refused, mapped=mapped)))
+                whole, taken = _read(
+                    path, lambda: _looked_into(unpickle(file, form, trust, refused, mapped=mapped), entry)
+                )
+            if entry in (None, *taken.entries) or all(within(name, _BESIDE_A_NETWORK) for name in refused):
+                _check_entry(path, taken, entry, notes)
+            found, several = taken.found, len(taken.entries) > 1
         except LoadError:
             if not refused:
                 raise
-            whole = found = None  # something inert was in the way, and that is the better thing to say
+            whole, found, several = (
+                None,
+                None,
+                False,
+            )  # something inert was in the way, and that is the better thing to say
     if is_state_dict(found):
         raise _only_weights(path, "state dict", found)
     is_whole = isinstance(found, nn.Module) and not holds_inert(found)
     if refused and not (is_whole and all(within(name, _BESIDE_A_NETWORK) for name in refused)):
         raise _untrusted(path, refused, has_weights=found is not None)
     if not isinstance(found, nn.Module):
-        raise LoadError(f"`{path}` holds neither a network nor weights", seen=contents(whole), hint=_ONE_OF_THESE)
+        raise LoadError(f"`{path}` holds neither a network nor weights", seen=contents(whole), hint=_one_of(several))
     if not trust:
         mark(found)
     return found

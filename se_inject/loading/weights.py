@@ -2,33 +2,83 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from se_inject.errors import printable
-from se_inject.loading.architectures import MOST_PREFIXES, PREFIXES
 from se_inject.loading.pickles.unpickler import Inert
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params")
 _AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_ema")
 _DEEPEST = 3
 _LONGEST = 8
+_ASKED = 8
+"""So many of a network's keys are looked for under any prefix."""
+_MOST_PREFIXES = 64
 _PLAIN = (type(None), bool, int, float, str)
 
 
-def network_or_weights(found: Any) -> Any:
-    """The network or state dict in what a file holds: under the names that trainers use, else the only one there is.
+class WeightsWarning(UserWarning):
+    """A file holds weights beside those that were loaded, and they were left out."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What was taken out of a file's contents.
+
+    Attributes:
+        found: a module, a mapping of tensors by name, or None if there is neither, or several.
+        entry: under which name it was; "" if the file has no names.
+        entries: all names under which there are networks or weights.
+    """
+
+    found: Any
+    entry: str
+    entries: tuple[str, ...]
+
+
+def network_or_weights(whole: Any, entry: str | None = None) -> Taken:
+    """Take the network or state dict out of what a file holds: that of a name, or of the names that trainers use.
+
+    Without ``entry`` it is the first of ``state_dict``, ``model``, …, then of the averages (``ema``, …), else the only
+    one there is.
 
     Args:
-        found: what the file holds: that itself, or dicts, lists and tuples around it.
-
-    Returns:
-        a module, a mapping of tensors by name, or None if there is neither, or several.
+        whole: what the file holds: that itself, or dicts, lists and tuples around it.
+        entry: the name to take it from; nothing is found if there is none of that name.
     """
-    return _inner(found, 0, {})
+    known: dict[tuple[int, int], Any] = {}
+    entries = _entries(whole, known)
+    if entry is not None:
+        return Taken(entries.get(entry), entry, tuple(entries))
+    found = _inner(whole, 0, known)
+    name = next((name for name, each in entries.items() if each is found and found is not None), "")
+    return Taken(found, name, tuple(entries))
+
+
+def _entries(whole: Any, known: dict[tuple[int, int], Any]) -> dict[str, Any]:
+    """The networks and weights in a dict by name; where it holds only one thing, that dict's own."""
+    path = ""
+    entries: dict[str, Any] = {}
+    for depth in range(1, _DEEPEST + 1):
+        if not isinstance(whole, Mapping) or is_state_dict(whole):
+            break
+        names = (*_WRAPPERS, *_AVERAGES)
+        inner = {key: each for key in whole if (each := _inner(whole[key], depth, known)) is not None}
+        inner = {key: each for key, each in inner.items() if key in names or _is_large(each)}
+        if not inner:
+            break
+        entries = {f"{path}{key}": each for key, each in inner.items()}
+        if len(entries) > 1:
+            break
+        (key,) = inner
+        path, whole = f"{path}{key}.", whole[key]
+    return entries
 
 
 def _inner(found: Any, depth: int, known: dict[tuple[int, int], Any]) -> Any:
@@ -88,16 +138,55 @@ def contents(found: Any) -> str:
     return "something that is neither" if isinstance(found, Inert) else f"a {type(found).__name__}"
 
 
-def without_prefix(state: Mapping[str, Any], current: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state dict without those prefixes of all its keys that keep them from fitting."""
-    candidates = [state]
-    keys = [key for key in state if key != "n_averaged"]  # torch's AveragedModel has it beside `module.`
-    while len(candidates) <= MOST_PREFIXES and (
-        prefix := next((p for p in PREFIXES if keys and all(key.startswith(p) for key in keys)), None)
-    ):
-        candidates.append({key.removeprefix(prefix): candidates[-1][key] for key in keys})
-        keys = list(candidates[-1])
-    return max(candidates, key=lambda candidate: len(candidate.keys() & current.keys()))
+@dataclass(frozen=True)
+class Fitted:
+    """The part of a state dict that is meant for a network, under the network's own names.
+
+    Attributes:
+        state: these weights.
+        prefix: what stood before their names: ``net.``; "" if nothing did.
+        beside: the names in the file that don't begin so.
+        others: other prefixes under which there are weights for the whole network.
+    """
+
+    state: Mapping[str, Any]
+    prefix: str
+    beside: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+
+def fitted(state: Mapping[str, Any], current: Mapping[str, Any]) -> Fitted:
+    """Find a network's weights in a state dict: under the longest prefix that has all its keys, whatever is beside.
+
+    If no prefix has all, it is the one that has most. Keys that are under the prefix and not the network's stay in:
+    ``load_state_dict`` refuses them. Counters of batches may be missing, as older files don't have them.
+
+    Args:
+        state: the weights, by the names in the file.
+        current: the network's state dict.
+    """
+    needed = [key for key in current if not key.endswith("num_batches_tracked")]
+    prefixes = _prefixes(state, needed)
+    whole = [prefix for prefix in prefixes if all(prefix + key in state for key in needed)]
+    if whole:
+        prefix = max(whole, key=len)
+    else:
+        prefix = max(prefixes, key=lambda prefix: sum(prefix + key in state for key in needed))
+    if not prefix:
+        return Fitted(state, "")
+    taken = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    beside = [key for key in state if not key.startswith(prefix) and key != "n_averaged"]  # torch's AveragedModel's
+    return Fitted(taken, prefix, tuple(beside), tuple(each for each in whole if each != prefix))
+
+
+def _prefixes(state: Mapping[str, Any], needed: list[str]) -> list[str]:
+    """What stands before a few of a network's keys in a state dict; the most frequent first, the shorter before the longer."""
+    votes = Counter({"": 0})
+    step = max(1, len(needed) // _ASKED)
+    for key in needed[::step]:
+        ending = f".{key}"
+        votes.update(name[: -len(key)] for name in state if name.endswith(ending))
+    return sorted([prefix for prefix, _ in votes.most_common(_MOST_PREFIXES)] + [""], key=len)
 
 
 def other_classes(current: Mapping[str, Any], state: Mapping[str, Any]) -> int | None:
