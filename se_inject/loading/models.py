@@ -210,7 +210,7 @@ def _check_entry(path: Path, taken: Taken, entry: str | None, notes: list[str] |
 def _one_of(several: bool) -> str:
     """What is looked for in a file, or how to choose if there are several."""
     if several:
-        return either("choose one of them with --entry", "choose one of them with `entry`")
+        return "one network, or one state dict, is taken: " + either("choose it with --entry", "choose it with `entry`")
     return "one network, or one state dict, is looked for: alone, or in dicts, lists and tuples"
 
 
@@ -377,11 +377,8 @@ def _from_file(
         except LoadError:
             if not refused:
                 raise
-            whole, found, several = (
-                None,
-                None,
-                False,
-            )  # something inert was in the way, and that is the better thing to say
+            # something inert was in the way, and that is the better thing to say
+            whole, found, several = None, None, False
     if is_state_dict(found):
         raise _only_weights(path, "state dict", found)
     is_whole = isinstance(found, nn.Module) and not holds_inert(found)
