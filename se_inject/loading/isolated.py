@@ -68,7 +68,7 @@ def load_isolated(
 
 
 def _notes(printed: str) -> list[str]:
-    """The notes in the last line that a process printed; what else a hostile file made it print is left out."""
+    """Read the notes in the last line that a process printed; what else a hostile file made it print is left out."""
     try:
         found = json.loads(printed.splitlines()[-1])
     except (ValueError, LookupError, RecursionError):

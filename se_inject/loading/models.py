@@ -208,14 +208,14 @@ def _check_entry(path: Path, taken: Taken, entry: str | None, notes: list[str] |
 
 
 def _one_of(several: bool) -> str:
-    """What is looked for in a file, or how to choose if there are several."""
+    """Say what is looked for in a file, or how to choose if there are several."""
     if several:
         return "one network, or one state dict, is taken: " + either("choose it with --entry", "choose it with `entry`")
     return "one network, or one state dict, is looked for: alone, or in dicts, lists and tuples"
 
 
 def _saying(notes: list[str] | None) -> Callable[[str], None]:
-    """What to do with a note about weights that were left out: add it to the list, or warn."""
+    """Give the function that takes a note about weights that were left out: add it to the list, or warn."""
     if notes is not None:
         return notes.append
     return lambda note: warnings.warn(note, WeightsWarning, stacklevel=4)
@@ -253,7 +253,7 @@ def _put_weights_(model: nn.Module, state: Mapping[str, Any], path: Path, say: C
 
 
 def _left_out(fit: Fitted, path: Path) -> str:
-    """A sentence about weights beside those that were taken."""
+    """Name the weights beside those that were taken, in a sentence."""
     others = "".join(
         f"; {f'`{printable(each, 100)}`' if each else 'what has no prefix'} would fit too" for each in fit.others[:4]
     )

@@ -62,7 +62,7 @@ def network_or_weights(whole: Any, entry: str | None = None) -> Taken:
 
 
 def _entries(whole: Any, known: dict[tuple[int, int], Any]) -> dict[str, Any]:
-    """The networks and weights in a dict by name; where it holds only one thing, that dict's own."""
+    """Collect the networks and weights in a dict by name; where it holds only one thing, that dict's own."""
     path = ""
     entries: dict[str, Any] = {}
     for depth in range(1, _DEEPEST + 1):
@@ -180,7 +180,7 @@ def fitted(state: Mapping[str, Any], current: Mapping[str, Any]) -> Fitted:
 
 
 def _prefixes(state: Mapping[str, Any], needed: list[str]) -> list[str]:
-    """What stands before a few of a network's keys in a state dict; the most frequent first, the shorter before the longer."""
+    """List what stands before a few of a network's keys in a state dict, the shorter before the longer."""
     votes = Counter({"": 0})
     step = max(1, len(needed) // _ASKED)
     for key in needed[::step]:
