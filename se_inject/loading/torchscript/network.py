@@ -1,7 +1,7 @@
 """A TorchScript archive → ordinary modules.
 
 A TorchScript module holds its children, and a graph for each of its methods. The graph of the forward becomes a program
-(``_script_lines``), and layers of torch.nn come back as themselves. So the network has the modules, the names and the
+(``translate``), and layers of torch.nn come back as themselves. So the network has the modules, the names and the
 modes of the one that was scripted, or, if it was traced, of the call that was traced.
 
 torch has a converter of its own (``torch._export.converter``); it gives one flat graph without modules, in eval mode,
