@@ -63,7 +63,8 @@ def main(folder: Path) -> None:
     pruned = si.prune_blocks_(model, gates, tolerance=0.05)
     print(f"\n{pruned}\n")
     print(si.compare(before, model, batches))
-    si.report(plan, folder / "report.html", gates=gates, force=True)
+    command = "python examples/which_blocks_matter.py FOLDER"
+    si.report(plan, folder / "report.html", gates=gates, command=command, force=True)
 
     pruned.undo_(model, images[:2])
     with torch.no_grad():

@@ -48,6 +48,8 @@ def draw_network(
     bottom = _draw_legend(drawing, found, bottom + 26)
     if found.kinds:
         drawing.add(Text(0, bottom + 34, "Inside the units", size=15, bold=True))
+        legend = "ticks: candidate positions of a block; bold = used"
+        drawing.add(Text(text_width("Inside the units", 15, True) + 14, bottom + 34, legend, "muted", 11.5))
         bottom += 46
     bottom = draw_kinds(drawing, found.kinds[:_MOST_KINDS], bottom + 12)
     if len(found.kinds) > _MOST_KINDS:

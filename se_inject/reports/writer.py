@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import nn
 
 from se_inject._version import __version__
@@ -13,17 +15,23 @@ from se_inject.atomic_files import atomic, check_writable
 from se_inject.cost import CostReport, CostRow, Latency, latency_line
 from se_inject.errors import OptionError
 from se_inject.exporting import Exported, exported_lines
-from se_inject.gates import Excitations, figures
+from se_inject.gates import Excitations
 from se_inject.pictures import block_name, svg
 from se_inject.plans import Plan, plan_lines
+from se_inject.reports.gates import COLUMNS, first_to_drop, gates_section
 from se_inject.reports.html import Column, Raw, bar, details, escaped, page, paragraph, section, table, tile
 from se_inject.tables import counted, percent, short
+from se_inject.tracing import batch_of, describe, float_like
 from se_inject.verification import Verdict
 
 FIGURES = (
     ("params", "parameters", "learnable numbers that the blocks add"),
     ("macs", "MACs", "multiply-adds for one example; other papers' FLOPs are two for each"),
-    ("bytes", "bytes", "activations read and written for one example: what blocks cost in time"),
+    ("bytes", "bytes", "activations (not weights) read and written for one example: what blocks cost in time"),
+)
+VERIFY_HINT = (
+    "In Python, pass si.verify(model, injected, inputs) as verdict=; the command se-inject MODEL verifies unless it has "
+    "--dry-run."
 )
 
 
@@ -104,15 +112,17 @@ def report_html(
     drawing = plan.draw(model, gates).drawing
     all_notes = list(dict.fromkeys((*plan.notes, *notes, *(gates.notes if gates is not None else ()))))
     title = f"{plan.model} with {counted(len(plan), 'block')}"
+    dtype = _dtype(plan, model)
     parts = [
-        _summary(plan, cost, verdict, latency, gates),
+        _provenance(plan, command),
+        _summary(plan, cost, verdict, latency, gates, dtype),
         section("The network", Raw(f'<div class="picture" tabindex="0">{svg(drawing, standalone=False)}</div>')),
-        _cost(plan, cost),
+        _cost(cost, dtype),
         _blocks(plan, cost, gates),
         _checks(verdict),
         _latency(latency),
         _files(exported),
-        *([_gates(gates, cost)] if gates is not None else []),
+        *([gates_section(plan, cost, gates)] if gates is not None else []),
         *(
             [section("Notes", Raw("<ul>"), *(Raw(f"<li>{escaped(line)}</li>") for line in all_notes), Raw("</ul>"))]
             if all_notes
@@ -123,6 +133,28 @@ def report_html(
     return page(title, parts, f"Made by se-inject {__version__}.")
 
 
+def _provenance(plan: Plan, command: str | None) -> Raw:
+    """Say what was analysed, on what input, when, with which versions, and by what command."""
+    if plan.trace is not None:
+        batch = batch_of(plan.trace.inputs)
+        read = describe(*plan.trace.inputs) + ("" if batch is None else f" (a batch of {batch})")
+    elif plan.inputs is not None:
+        read = "inputs of " + ", ".join(
+            str(each[0] if isinstance(each, list | tuple) else each) for each in plan.inputs
+        )
+    else:
+        read = "inputs that the plan does not say"
+    versions = f"torch {torch.__version__}, se-inject {__version__}"
+    source = f"Command: {command}" if command else "Made from Python: no command is known."
+    day = f"{datetime.now(timezone.utc):%Y-%m-%d}"
+    return Raw(f'<p class="muted">{escaped(f"{plan.model}, observed on {read}. {day}, {versions}. {source}")}</p>')
+
+
+def _dtype(plan: Plan, model: nn.Module | None) -> str:
+    network = plan.trace.model if plan.trace is not None else model
+    return "the network's dtype" if network is None else str(float_like(network).dtype).removeprefix("torch.")
+
+
 def _where(plan: Plan) -> str:
     stages = sorted({step.stage for step in plan.steps if step.stage is not None})
     outside = sum(step.stage is None for step in plan.steps)
@@ -131,7 +163,12 @@ def _where(plan: Plan) -> str:
 
 
 def _summary(
-    plan: Plan, cost: CostReport, verdict: Verdict | None, latency: Latency | None, gates: Excitations | None
+    plan: Plan,
+    cost: CostReport,
+    verdict: Verdict | None,
+    latency: Latency | None,
+    gates: Excitations | None,
+    dtype: str,
 ) -> Raw:
     """Write the five answers: how many, where, at what cost, whether right, and which could go first."""
     added, before = cost.added, cost.before
@@ -141,7 +178,9 @@ def _summary(
         tile("Parameters", percent(added.params, before.params), f"{before.params:,} + {added.params:,}"),
         tile("MACs", percent(added.macs, before.macs), f"{short(before.macs)} + {short(added.macs)} for one example"),
         tile(
-            "Bytes moved", percent(added.bytes, before.bytes), f"{short(before.bytes, 'B')} + {short(added.bytes, 'B')}"
+            "Bytes of activations",
+            percent(added.bytes, before.bytes),
+            f"{short(before.bytes, 'B')} + {short(added.bytes, 'B')} for one example, {dtype}",
         ),
         tile(
             "Latency",
@@ -152,14 +191,14 @@ def _summary(
         ),
         _right(verdict),
     ]
-    first = _first_to_drop(plan, cost, gates)
+    first = first_to_drop(plan, cost, gates)
     lines = [*(paragraph(line) for line in plan_lines(plan)), paragraph(first, strong="Which to drop first: ")]
     return Raw(f'<div class="tiles">{"".join(tiles)}</div>{"".join(lines)}')
 
 
 def _right(verdict: Verdict | None) -> str:
     if verdict is None:
-        return tile("Checked", "no", "nothing was verified in this run")
+        return tile("Checked", "no", "nothing was verified in this run; how to: under “Are they right?”")
     failed = [check for check in verdict.checks if check.passed is False]
     passed = sum(check.passed is True for check in verdict.checks)
     if failed:
@@ -169,29 +208,7 @@ def _right(verdict: Verdict | None) -> str:
     return tile("Checked", "all right", f"{counted(passed, 'check')} passed{more}", kind="good")
 
 
-def _first_to_drop(plan: Plan, cost: CostReport, gates: Excitations | None) -> str:
-    """Choose the first block to drop by its gates, if these are known; else by what the paper found and by cost."""
-    if gates is not None and gates.blocks:
-        least = min(gates.blocks, key=lambda block: block.variation)
-        row = next((row for row in cost.rows if row.site == least.site), None)
-        saves = "" if row is None else f", and it costs {row.cost.params:,} parameters"
-        return (
-            f"{least.path} (stage {least.stage}): its gate varies least from image to image, by {100 * least.variation:.3g} % "
-            f"of its size{saves}. se-inject prune measures what dropping it changes."
-        )
-    stages = cost.stages
-    last = max((stage for stage in stages if stage is not None), default=None)
-    if last is None or len(stages) < 2:
-        return "not known: what the gates do on data was not measured (se-inject excitations MODEL --data DATA)."
-    share = stages[last].params / cost.added.params if cost.added.params else 0
-    return (
-        f"the blocks of stage {last}, the last: they have {100 * share:.0f} % of the added parameters, and in the paper's "
-        "networks dropping the last stage cost least (section 4: under 0.1 % of the top-5 error). A guess from the paper: for "
-        "your data, se-inject excitations MODEL --data DATA measures it."
-    )
-
-
-def _cost(plan: Plan, cost: CostReport) -> Raw:
+def _cost(cost: CostReport, dtype: str) -> Raw:
     """Write the cost of each stage, with bars, and the totals."""
     rows: list[list[Any]] = []
     for stage, added in cost.stages.items():
@@ -217,7 +234,11 @@ def _cost(plan: Plan, cost: CostReport) -> Raw:
     uncounted = [paragraph(f"Not counted: {', '.join(cost.uncounted)}.")] if cost.uncounted else []
     return section(
         "What it costs",
-        paragraph("By stage; the bars are shares of what is added. Click on a column to sort by it."),
+        paragraph("By stage. A full bar is all that the blocks add. Click on a column to sort by it."),
+        paragraph(
+            f"Bytes are activations only, without weights: what one example in {dtype} has read and written. MACs are "
+            "multiply-adds for one example."
+        ),
         table("Cost by stage", columns, rows, footer=totals),
         *uncounted,
     )
@@ -249,23 +270,28 @@ def _blocks(plan: Plan, cost: CostReport, gates: Excitations | None) -> Raw:
             gate = known.get(step.path)
             cells += ["–", "–"] if gate is None else [f"{gate.average:.3f}", f"{100 * gate.variation:.3g} %"]
         rows.append(cells)
+    is_after = all(step.position == "standard" for step in plan.steps)
     columns = [
-        Column("stage"), Column("site"), Column("becomes"), Column("block"), Column("channels", right=True),
+        Column("stage"), Column("after" if is_after else "site", title="the site"), Column("block name"), Column("block"), Column("channels", right=True),
         Column("width", right=True, title="of the bottleneck"), Column("position"),
         *(Column(name, right=True, title=why) for _, name, why in FIGURES),
     ]  # fmt: skip
     if gates is not None:
         columns += [
             Column("mean gate", right=True),
-            Column("varies by", right=True, title="from image to image, as a share of its size"),
+            Column("variation", right=True, title=dict(COLUMNS)["variation"]),
         ]
     body = table("Every block", columns, rows)
-    return section("Where the blocks are", details(f"All {counted(len(rows), 'block')}", body, is_open=len(rows) <= 24))
+    bars = paragraph(
+        "A full bar is the largest number of its column. Parameters, MACs and bytes are what the block adds."
+    )
+    folded = details(f"All {counted(len(rows), 'block')}", body, is_open=len(rows) <= 24)
+    return section("Where the blocks are", bars, folded)
 
 
 def _checks(verdict: Verdict | None) -> Raw:
     if verdict is None:
-        return section("Are they right?", paragraph("Nothing was verified in this run."))
+        return section("Are they right?", paragraph(f"Nothing was verified in this run. {VERIFY_HINT}"))
     words = {True: "passed", False: "FAILED", None: "does not apply"}
     rows = [
         [
@@ -307,39 +333,6 @@ def _interval(latency: Latency) -> str:
 
 def _files(exported: Sequence[Exported]) -> Raw:
     if not exported:
-        return section("Files", paragraph("No file was written in this run."))
+        return section("Files", paragraph("No file but this report was written in this run."))
     lines = "\n".join(line for each in exported for line in exported_lines(each))
     return section("Files", Raw(f"<pre>{escaped(lines)}</pre>"))
-
-
-def _gates(gates: Excitations, cost: CostReport) -> Raw:
-    """Write what the gates do on data, the blocks that depend least on the image first."""
-    saved = {row.site: row.cost.params for row in cost.rows}
-    ranked = sorted(gates.blocks, key=lambda block: block.variation)
-    top = max((block.variation for block in ranked), default=0)
-    rows = [
-        [
-            block.name,
-            block.stage if block.stage is not None else "–",
-            bar(block.variation, top, f"{100 * block.variation:.3g} %"),
-            *figures(block),
-            f"{saved.get(block.site, 0):,}",
-        ]
-        for block in ranked
-    ]
-    names = ("mean", "spread", "varies", "of that by class", "saturated", "always on", "always off")
-    columns = [
-        Column("block"),
-        Column("stage"),
-        Column("varies by", right=True),
-        *(Column(name, right=True) for name in names),
-        Column("parameters", right=True),
-    ]
-    body = table("Gates", columns, rows)
-    return section(
-        "What the gates do",
-        paragraph(
-            f"Over {counted(gates.examples, 'example')}; first those whose gate depends least on the image, which cost least to drop."
-        ),
-        body,
-    )

@@ -121,7 +121,7 @@ def test_what_is_not_known_is_said(made):
     for words in (
         "not measured",
         "nothing was verified in this run",
-        "No file was written in this run.",
+        "No file but this report was written in this run.",
         "A guess from the paper",
     ):
         assert words in page.text
@@ -211,4 +211,49 @@ def test_the_command(tmp_path):
     done = CliRunner().invoke(cli, [*command, "--dry-run"])
     assert isinstance(done.exception, ExportError)
     done = CliRunner().invoke(cli, [*command, "--dry-run", "--force"])
-    assert "Nothing was verified in this run." in Page((tmp_path / "report.html").read_text()).text
+    assert (
+        "Nothing was verified in this run. In Python, pass si.verify"
+        in Page((tmp_path / "report.html").read_text()).text
+    )
+
+
+def test_under_the_title_it_says_what_was_analysed(made):
+    plan, found = made
+    for text, source in ((report_html(plan, **found), found["command"]), (report_html(plan), "Made from Python")):
+        top = Page(text).text.split("Blocks")[0]
+        assert "Net, observed on 1 input of 2×3×12×12 (a batch of 2)." in top
+        assert re.search(r"\d{4}-\d\d-\d\d, torch " + re.escape(torch.__version__), top)
+        assert source in top
+    stored = si.Plan.from_json(plan.to_json())
+    assert "2, 3, 12, 12" in Page(report_html(stored, model=plan.trace.model)).text
+
+
+def test_what_dropping_saves_is_in_figures(made):
+    plan, found = made
+    words = Page(report_html(plan, **found)).text
+    least = min(found["gates"], key=lambda block: block.variation)
+    rows = plan.cost().rows
+    row = next(row for step, row in zip(plan.steps, rows, strict=True) if step.path == least.path)
+    share = row.cost.bytes / sum(row.cost.bytes for row in rows)
+    told = re.search(r"saves ([\d,]+) bytes of activations for one example \(([\d.]+) %", words)
+    assert int(told[1].replace(",", "")) == row.cost.bytes
+    assert float(told[2]) == pytest.approx(100 * share, rel=0.05)
+    assert f"{row.cost.params:,} parameters (" in words
+    assert "not measured: `se-inject prune` measures it" in words
+
+
+def test_columns_bars_and_ranges_are_explained_where_they_can_be_read(made):
+    plan, found = made
+    page = Page(report_html(plan, **found))
+    for words in (
+        "between images : the share of", "variation : the spread as a share", "saturated : gates within 5 %",
+        "The gates lie between 0 and 1.", "in float32", "Bytes are activations only", "A full bar is the largest variation.",
+        "A full bar is all that the blocks add.", "A full bar is the largest number of its column.", "bold = used",
+    ):  # fmt: skip
+        assert words in page.text
+    assert "all began at 1" not in page.text  # it has the paper's start
+    same = si.plan(Net().eval(), X, reduction=2)
+    gates = si.excitations(same.apply(same.trace.model), in_batches(*examples()))
+    text = Page(report_html(same, gates=gates)).text
+    assert "The gates lie between 0 and 2. With the identity start, all began at 1." in text
+    assert "block name" in page.words and "after" in page.words
