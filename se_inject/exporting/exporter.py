@@ -33,7 +33,7 @@ from se_inject.guarding import under_guard
 from se_inject.progress import step
 from se_inject.tables import Printed, short
 from se_inject.tracing import check_supported, describe, example_of
-from se_inject.verification import Check, reason
+from se_inject.verification import FileCheck, reason
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -44,7 +44,7 @@ class Exported(Printed):
     format: str
     size_bytes: int
     how: str
-    checks: tuple[Check, ...]
+    checks: tuple[FileCheck, ...]
     tolerance: float
     notes: tuple[str, ...]
     shapes: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ from se_inject.exporting.dimensions import Case, Dimensions, Free
 from se_inject.exporting.silence import blocks_called
 from se_inject.progress import step
 from se_inject.tracing import SMALL_SIDE, copied, cropped, describe, preserved
-from se_inject.verification import TOLERANCES, Check, Rejected, difference, reason, tensors
+from se_inject.verification import TOLERANCES, FileCheck, Rejected, difference, reason, tensors
 
 BATCHES = (1, 2, 5)
 """The batch sizes a file is run at, unless its batch is fixed."""
@@ -140,7 +140,7 @@ class Reference:
         batch = BATCHES[1] if free.batch else self.batch
         return batches + [case for case in self.calls if free.size and case.size and case.batch == batch]
 
-    def check(self, run: Callable[..., Any], free: Free, tolerance: float) -> Iterator[Check]:
+    def check(self, run: Callable[..., Any], free: Free, tolerance: float) -> Iterator[FileCheck]:
         """Compare a file with the network; `Rejected` when it computes something else."""
         for case in self.cases(free):
             want = self.answers[case]
@@ -153,7 +153,7 @@ class Reference:
                 if not case.size:
                     raise
                 raise Rejected(f"the file fails at {at}: {reason(error)}") from error
-            check = Check(case.batch, *difference(found, want), size)
+            check = FileCheck(case.batch, *difference(found, want), size)
             if not check.max_rel_error <= tolerance:
                 if max(difference(tensors(self.run(self.model.eval(), case)), want)) > 0:
                     raise ExportError(

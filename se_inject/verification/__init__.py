@@ -5,12 +5,12 @@ Must not know: how a plan was made, or which file the network goes to.
 """
 
 from se_inject.verification.checks import Verdict, check_against_file, verify, weight_warnings
-from se_inject.verification.comparison import TOLERANCES, Check, Rejected, difference, reason, same_value, tensors
+from se_inject.verification.comparison import TOLERANCES, FileCheck, Rejected, difference, reason, same_value, tensors
 from se_inject.verification.text import verdict_data, verdict_lines
 
 __all__ = [
     "TOLERANCES",
-    "Check",
+    "FileCheck",
     "Rejected",
     "Verdict",
     "check_against_file",

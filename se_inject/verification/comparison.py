@@ -23,7 +23,7 @@ what was not measured; a wrong operator or weight is off by far more. bfloat16 r
 """
 
 
-class Check(NamedTuple):
+class FileCheck(NamedTuple):
     """The largest errors of a file at one batch size, over all outputs.
 
     The relative error is the largest absolute one over the largest absolute value of that output. For outputs
@@ -61,7 +61,7 @@ def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def difference(got: Iterable[tuple[str, Tensor]], want: Iterable[tuple[str, Tensor]]) -> tuple[float, float]:
-    """Compute the largest absolute and the largest relative error over all outputs; see `Check`."""
+    """Compute the largest absolute and the largest relative error over all outputs; see `FileCheck`."""
     ours = [tensor.detach().cpu() for _, tensor in got]
     theirs = [tensor.detach().cpu() for _, tensor in want]
     if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
