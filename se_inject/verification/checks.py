@@ -401,15 +401,16 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
             return Check(name, False, f"not called: {', '.join(silent[:3])}")
         if repeated := sorted(path for path in blocks if 0 < made[path.rpartition(".")[0]] < made[path]):
             return Check(name, False, f"called more often than their owners: {', '.join(repeated[:3])}")
-        if not learning.unreached() and not learning.partly_off():
+        if not (learning.missing() or learning.off() or learning.partly_off()):
             break
-    unreached = learning.unreached()
+    steps = {step.path: step for step in steps_of(after)}
+    off = learning.off()
+    unreached = learning.missing() or [path for path in off if _is_identity(blocks[path], steps[path])]
     if not unreached:
         reached = f"gradients reach all {counted(len(learning.parameters), 'new parameter')} of {counted(len(blocks), 'block')}"
-        off = learning.partly_off()
-        return Check(
-            name, True, reached + (f"; partly off: {', '.join(off[:3])}{', …' * (len(off) > 3)}" if off else "")
-        )
+        found = {"off for every input tried": off, "partly off": learning.partly_off()}
+        told = [f"; {what}: {', '.join(some[:3])}{', …' * (len(some) > 3)}" for what, some in found.items() if some]
+        return Check(name, True, reached + "".join(told))
     if any("quantized" in type(module).__module__ for module in after.modules()):
         return Check(name, None, "not told: no gradient passes its quantised modules")
     if not trained:  # a detector's best boxes need not come from everywhere

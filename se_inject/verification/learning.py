@@ -69,10 +69,13 @@ class Learning:
                 self._reached.add(name)
                 self._rows[name] = self._rows[name] | rows if name in self._rows else rows
 
-    def unreached(self) -> list[str]:
-        """Return the parameters that no path leads to, or else the blocks of which no weight gets a gradient."""
-        missing = [name for name in self.parameters if name not in self._reached]
-        return missing or [path for path, own in self.blocks.items() if own and not self._learns(path)]
+    def missing(self) -> list[str]:
+        """Return the parameters that no path leads to."""
+        return [name for name in self.parameters if name not in self._reached]
+
+    def off(self) -> list[str]:
+        """Return the blocks of which no weight got a gradient."""
+        return [path for path, own in self.blocks.items() if own and not self._learns(path)]
 
     def _learns(self, path: str) -> bool:
         """Return whether a weight matrix of a block gets a gradient; for a block without one, whether any parameter does."""
@@ -85,6 +88,8 @@ class Learning:
         """Return the blocks with units or weight matrices that got no gradient: ``layer1.0.se (1 of 4 units)``."""
         found = []
         for path, own in self.blocks.items():
+            if not self._learns(path):
+                continue
             parts = []
             for key, parameter in own.items():
                 rows = self._rows.get(f"{path}.{key}")
