@@ -72,7 +72,7 @@ def test_weights_under_other_peoples_names_load_strictly(name):
 def test_a_weight_that_is_missing_or_has_another_size_is_still_told():
     theirs = SqueezeExcite(16, 0.25).state_dict()
     with pytest.raises(RuntimeError, match=r"size mismatch for fc1\.weight"):
-        made(reduction=8).load_state_dict(theirs)
+        made(reduction=2).load_state_dict(theirs)
     del theirs["conv_expand.bias"]
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .fc2.bias"):
         made(reduction=4).load_state_dict(theirs)

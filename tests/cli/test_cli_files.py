@@ -132,7 +132,7 @@ def test_other_blocks_in_other_stages_and_a_chain(se_inject, tiny):
         (SITES[3], "se", "se"),
         (SITES[3], "eca", "se_2"),
     ]
-    assert [injected.get_submodule(path).width for path in ("one.0.se", "two.0.se")] == [4, 2]
+    assert [injected.get_submodule(path).width for path in ("one.0.se", "two.0.se")] == [4, 4]
     assert same(tiny, injected)
 
 
@@ -153,7 +153,7 @@ def test_rows_of_a_chain_add_up(se_inject):
     arguments = ("nets.py:tiny", *SMALL, "--dry-run", "--block", "2=se", "--block", "2=eca")
     cost = document(se_inject(*arguments, "--json").out)["cost"]
     assert [row["block"] for row in cost["sites"]] == ["se", "eca"] * 2
-    assert sum(row["params"] for row in cost["sites"]) == cost["added"]["params"] == 2 * (162 + 3)
+    assert sum(row["params"] for row in cost["sites"]) == cost["added"]["params"] == 2 * (2 * 32 * 4 + 4 + 32 + 3)
     lines = [line for line in se_inject(*arguments, "-v").out.splitlines() if line.startswith("two.1.bn2")]
     assert [line.split()[1] for line in lines] == ["se", "eca"]
 

@@ -23,7 +23,9 @@ def test_a_file_comes_back_with_blocks_and_the_same_output(se_inject, tiny):
     injected = si.load("tiny-se.pt")
     assert [step.site for step in si.plan_of(injected).steps] == SITES
     assert same(tiny, injected)
-    assert sum(p.numel() for p in si.injected_parameters(injected)) == 2 * 49 + 2 * 162
+    assert sum(p.numel() for p in si.injected_parameters(injected)) == 2 * (2 * 16 * 4 + 4 + 16) + 2 * (
+        2 * 32 * 4 + 4 + 32
+    )
     assert "4 SE blocks in stages 1, 2: r = 16, bias = yes, identity start" in done.out
     assert len(re.findall(r"^ok ", done.out, re.MULTILINE)) == 5
     assert "FAIL" not in done.out
@@ -272,7 +274,7 @@ def test_more_blocks_go_into_a_network_that_has_some(se_inject, tiny):
     injected = si.load("second.pt")
     assert sorted(step.site for step in si.plan_of(injected).steps) == SITES
     assert injected.get_submodule("two.0.se").width == 8
-    assert injected.get_submodule("one.0.se").width == 1
+    assert injected.get_submodule("one.0.se").width == 4
     assert same(tiny, injected)
     done = se_inject("first.pt", *SMALL, "--dry-run")
     assert "note: left out: 2 chosen sites with a block of ours already" in done.out

@@ -53,15 +53,15 @@ def filled(model):
 
 
 def edited():
-    return filled(si.inject(residual(), IMAGE))
+    return filled(si.inject(residual(), IMAGE, width=1))
 
 
 def gated_output():
-    return filled(si.inject(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), IMAGE, at="*"))
+    return filled(si.inject(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), IMAGE, at="*", width=1))
 
 
 def frozen():
-    model = filled(si.inject(residual(), IMAGE))
+    model = filled(si.inject(residual(), IMAGE, width=1))
     freeze_statistics_(model[1].bn)
     return model
 
@@ -71,7 +71,9 @@ def fixed():
 
 
 def options():
-    return filled(si.inject(residual(), IMAGE, squeeze="avg+max", gate="hard_sigmoid", norm=True, init="paper"))
+    return filled(
+        si.inject(residual(), IMAGE, squeeze="avg+max", gate="hard_sigmoid", norm=True, init="paper", width=1)
+    )
 
 
 KINDS = {"program": lambda: filled(residual()), "edited": edited, "gated_output": gated_output, "frozen": frozen, "fixed": fixed,

@@ -163,7 +163,7 @@ def test_an_impossible_budget_says_what_would_be_the_least():
     with pytest.raises(NoSites) as caught:
         si.plan(Net(), X, budget={"params": 3})
     text = str(caught.value)
-    assert "the least is stage 3, r = 16: 1 block, params +0.19 %" in text
+    assert "the least is stage 3, r = 4: 1 block, params +0.59 %" in text
     assert "hint" in text
 
 

@@ -307,7 +307,7 @@ def test_what_plan_of_tells_can_be_replayed():
     ("options", "note"),
     [
         ({}, "input inferred: 1 input of 2×3×224×224"),
-        ({"reduction": 600, "stages": [4]}, "r = 600 is more than the 512 channels of some sites"),
+        ({"reduction": 600, "stages": [4]}, "r = 600 is too much for the 512 channels of some sites"),
         ({"block": "simam"}, "no identity start"),
     ],
     ids=["input", "reduction", "start"],

@@ -193,6 +193,7 @@ class Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return the object of this name if the file may have it, else an inert placeholder."""
         module = spelled_today(module)
+        name = "range" if (module, name) == ("builtins", "xrange") else name  # protocol 2 calls it so
         full = f"{module}.{name}"
         trusted = within(module, self._reading.trust)
         if full in ("builtins.getattr", "torch.storage._load_from_bytes"):
