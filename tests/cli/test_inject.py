@@ -27,7 +27,7 @@ def test_a_file_comes_back_with_blocks_and_the_same_output(se_inject, tiny):
         2 * 32 * 4 + 4 + 32
     )
     assert "4 SE blocks in stages 1, 2: r = 16, bias = yes, identity start" in done.out
-    assert len(re.findall(r"^ok ", done.out, re.MULTILINE)) == 5
+    assert len(re.findall(r"^ok ", done.out, re.MULTILINE)) == 6
     assert "FAIL" not in done.out
     assert "wrote tiny-se.pt" in done.out
     assert done.err == ""

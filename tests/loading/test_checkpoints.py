@@ -293,6 +293,8 @@ def test_functions_and_classes_are_no_data(value, wrap, tmp_path):
     assert "it is `1`" in caught.value.seen
 
 
+# before torch 1.6 files held the source of classes; the address by which pickles name ours is not where its source lies
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code for container of type SqueezeExcitation")
 @pytest.mark.parametrize("writer", WRITERS)
 def test_injected_models_come_back(writer, tmp_path):
     model = randomise(build("torchvision:resnet18")).eval()
