@@ -45,7 +45,7 @@ def test_their_reprs_are_short_and_say_something(values):
     reprs = {name: repr(value) for name, value in values.items()}
     assert reprs["sites"] == "<Sites: 8 of 9 sites chosen, in 4 stages>"
     assert reprs["cost"] == "<CostReport: 2 blocks, 66,624 parameters (+0.57 %)>"
-    assert reprs["verdict"] == "<Verdict: 5 of 5 checks passed>"
+    assert reprs["verdict"] == "<Verdict: 6 of 6 checks passed>"
     assert reprs["plan"] == "<Plan: 2 blocks (se) for ResNet>"
     assert reprs["grid"] == "<CostGrid: se on ResNet, 12 cells>"
     assert reprs["exported"].endswith("x.pt, 47.1 MB, whole module>")

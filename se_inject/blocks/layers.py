@@ -103,11 +103,11 @@ LEAST_WIDTH = 4
 
 
 def squeeze_width(
-    channels: int, reduction: float | None = None, divisor: int | None = None, width: int | None = None
+    channels: int, reduction: float | None = None, divisor: int | None = None, width: int | None = None, least: int = 1
 ) -> int:
     """Return the width of the bottleneck: C // r, C / r rounded to a multiple of ``divisor``, or ``width`` itself.
 
-    C // r is at least ``LEAST_WIDTH``, or C if that is less: one or two units with a ReLU are soon off for every input.
+    C // r is at least ``least``, or C if that is less.
     Rounding is to the nearest multiple and at least one, as timm's ``make_divisible(..., round_limit=0)`` has it.
 
     Args:
@@ -115,6 +115,7 @@ def squeeze_width(
         reduction: r; None: 16.
         divisor: None: no rounding.
         width: instead of the two.
+        least: the least C // r.
 
     Raises:
         OptionError: a reduction that is not positive and finite, a divisor or width below 1, a width beside the others.
@@ -135,7 +136,7 @@ def squeeze_width(
             "the reduction r must be positive and finite", seen=f"r = {reduction}", hint="the paper uses 16"
         )
     if divisor is None:
-        return max(min(LEAST_WIDTH, channels), int(channels // reduction))
+        return max(min(least, channels), int(channels // reduction))
     if divisor < 1:
         raise OptionError("the divisor must be at least 1", seen=f"divisor = {divisor}")
     return max(divisor, int(channels / reduction + divisor / 2) // divisor * divisor)
@@ -160,6 +161,8 @@ class Bottleneck(nn.Module):
         OptionError: no such rank, width or activation.
     """
 
+    least_width = 1
+
     def __init__(
         self,
         channels: int,
@@ -174,15 +177,16 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         layer = convolution(rank)
-        width = squeeze_width(channels, reduction, divisor, width)
+        width = squeeze_width(channels, reduction, divisor, width, self.least_width)
         self.fc1 = layer(channels, width, 1, bias=bias)
         self.bn = batch_norm(rank)(width) if norm else None
         self.act = ACTIVATIONS[chosen("activation", activation, ACTIVATIONS)]()
         self.fc2 = layer(width, channels, 1, bias=bias)
         self.space = list(range(2, 2 + rank))
 
-    @staticmethod
+    @classmethod
     def count(
+        cls,
         channels: int,
         *,
         reduction: float | None = None,
@@ -193,7 +197,7 @@ class Bottleneck(nn.Module):
         **_: Any,
     ) -> int:
         """Count the parameters: 2Cm (+ m + C with biases, + 2m with a norm), m the width; other options have none."""
-        m = squeeze_width(channels, reduction, divisor, width)
+        m = squeeze_width(channels, reduction, divisor, width, cls.least_width)
         return 2 * channels * m + bias * (m + channels) + norm * 2 * m
 
     @property

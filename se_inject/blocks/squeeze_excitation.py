@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from se_inject.blocks.layers import Bottleneck, chosen, hard_sigmoid, largest, mean_and_deviation
+from se_inject.blocks.layers import LEAST_WIDTH, Bottleneck, chosen, hard_sigmoid, largest, mean_and_deviation
 from se_inject.forwards import addressed
 
 SQUEEZES = ("avg", "max", "avg+max", "std")
@@ -72,6 +72,8 @@ class SqueezeExcitation(Bottleneck):
     """
 
     __constants__ = ("one_at_zero", "sigma", "squeeze")  # TorchScript then drops the branches that are not taken
+
+    least_width = LEAST_WIDTH
 
     def __init__(
         self,

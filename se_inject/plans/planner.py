@@ -283,7 +283,8 @@ def _probed(
 ) -> tuple[str, list[str]]:
     """Build one block of each size, so that bad options are refused first of all: how it starts, and what is odd."""
     notes = []
-    narrow = []
+    narrow: list[int] = []
+    least = LEAST_WIDTH
     start = init or "identity"
     reduction = options.get("reduction") or 16
     for channels, size in sorted({(place.channels, place.size) for place in places}):
@@ -293,12 +294,12 @@ def _probed(
                 start = "paper"
                 notes.append(f"block `{block}` has no identity start: the network's output changes until it is trained")
             check_block(block, build_block(block, channels, size, options, start), channels, size, dtype)
-        widened = getattr(built, "width", 0) > channels / reduction and "divisor" not in options
-        if widened and options.get("width") is None and channels // reduction < LEAST_WIDTH:
+        width = int(getattr(built, "width", 0))  # type: ignore[arg-type]
+        if width > channels / reduction and "divisor" not in options and options.get("width") is None:
             narrow.append(channels)
+            least = min(least, width)
     if narrow:
         widths = " to ".join(str(channels) for channels in dict.fromkeys((min(narrow), max(narrow))))
-        least = min(LEAST_WIDTH, *narrow)
         notes.append(
             f"r = {reduction:g} is too much for the {widths} channels of some sites: the bottleneck is {least} wide there, "
             "for one narrower is soon off for every input"

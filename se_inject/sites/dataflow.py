@@ -23,10 +23,12 @@ def lineage(node: fx.Node) -> set[fx.Node]:
 
 
 def last_write(value: fx.Node) -> fx.Node | None:
-    """Return the last node that writes into a value without returning what is read on: ``out[:, :4] = y``, ``out[0].copy_(y)``.
+    """Return the last node that fills a buffer without returning what is read on: ``out[:, :4] = y``, ``out[0].copy_(y)``.
 
-    None if nothing does.
+    None if nothing does, and for a value that was computed: what its forward writes into it later (``out.add_(x)``) comes behind the gate.
     """
+    if function_name_of(value).strip("_") not in _BUFFERS:
+        return None
     writes = [found for user in value.users for found in _writes(user, value)]
     return max(writes) if writes else None
 
@@ -43,6 +45,14 @@ def _writes(node: fx.Node, value: fx.Node) -> list[fx.Node]:
     found = [_writes(user, node) for user in node.users]
     return [write for writes in found for write in writes] if all(found) else []
 
+
+_BUFFERS = frozenset(
+    f"{new}{kind}{like}"
+    for new in ("", "new_")
+    for kind in ("empty", "full", "ones", "zeros")
+    for like in ("", "_like")
+) | {"clone"}
+"""What makes a tensor that is filled afterwards."""
 
 _VIEWS = frozenset({"getitem", "narrow", "select", "view", "transpose", "permute", "unflatten"})
 

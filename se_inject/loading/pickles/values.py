@@ -12,6 +12,7 @@ import functools
 import inspect
 import json
 import types
+import weakref
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any
@@ -110,6 +111,8 @@ class ValueChecks:
     def _may_stand(self, module: nn.Module, names: set[str], name: str, value: Any) -> bool:
         if self._trust and within(str(getattr(value, "__module__", None) or ""), self._trust):
             return True
+        if isinstance(value, weakref.ref) and name == "_flat_weight_refs" and isinstance(module, nn.RNNBase):
+            return True  # its own __setstate__ made it, of its own weights
         if isinstance(value, types.MethodType) and value.__self__ is not module:
             return False
         text = described(value)
