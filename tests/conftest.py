@@ -1,5 +1,6 @@
 """One thread, so that sums are taken in one order and the suite's time says something; how many networks are drawn."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
@@ -15,3 +16,28 @@ settings.register_profile(
 )
 settings.register_profile("long", settings.get_profile("short"), max_examples=5000, derandomize=False)
 settings.load_profile("short")
+
+SLOW = {
+    "test_dimensions.py",
+    "test_examples.py",
+    "test_exporting.py",
+    "test_hazards.py",
+    "test_hostile.py",
+    "test_kernels.py",
+    "test_plugins.py",
+    "test_program_details.py",
+    "test_programs.py",
+    "test_properties.py",
+    "test_readme.py",
+    "test_strangers.py",
+    "test_torch_facilities.py",
+    "test_twins.py",
+    "test_worker.py",
+}
+"""The files that take most of the time; `-m "not slow"` leaves them out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
