@@ -18,10 +18,11 @@ from se_inject.blocks import ungated
 from se_inject.errors import OptionError, SurgeryError
 from se_inject.forwards import is_frozen
 from se_inject.surgery import freeze_statistics_, injected_blocks, thaw_statistics_
+from se_inject.tables import Printed
 
 
-@dataclass(frozen=True)
-class Trainable:
+@dataclass(frozen=True, repr=False)
+class Trainable(Printed):
     """How many parameters of a network an optimizer would change; printed as one line.
 
     Args:
@@ -34,8 +35,13 @@ class Trainable:
     total: int
     frozen_norms: int = 0
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Format the counts as one line."""
         return trainable_line(self)
+
+    def summary(self) -> str:
+        """Say how many parameters require gradients."""
+        return f"{self.params:,} of {self.total:,} parameters"
 
 
 def trainable(model: nn.Module) -> Trainable:

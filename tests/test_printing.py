@@ -1,5 +1,7 @@
 """Values print as the command line prints them, and hints speak the caller's language."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -31,6 +33,11 @@ def values(network, tmp_path_factory):
         "exported": si.export(injected, tmp_path_factory.mktemp("files") / "x.pt", IMAGES),
         "grid": si.cost_grid(network, IMAGES, reductions=[4, 16]),
         "plan": plan,
+        "trainable": si.trainable(si.freeze_backbone_(injected)),
+        "gates": (gates := si.excitations(injected, [IMAGES])),
+        "compared": si.compare(network, injected, [IMAGES]),
+        "pruned": si.prune_blocks_(copy.deepcopy(injected), gates, tolerance=1.0, batches=[IMAGES]),
+        "fused": si.fused(si.fuse_(injected)),
     }
 
 
@@ -48,6 +55,11 @@ def test_their_reprs_are_short_and_say_something(values):
     assert reprs["verdict"] == "<Verdict: 6 of 6 checks passed>"
     assert reprs["plan"] == "<Plan: 2 blocks (se) for ResNet>"
     assert reprs["grid"] == "<CostGrid: se on ResNet, 12 cells>"
+    assert reprs["trainable"] == "<Trainable: 66,624 of 11,756,136 parameters>"
+    assert reprs["gates"] == "<Excitations: 2 blocks of ResNet on 2 examples>"
+    assert reprs["compared"] == "<Compared: ResNet and ResNet on 2 examples, outputs differ by 0>"
+    assert reprs["pruned"] == "<Pruned: 2 of 2 blocks dropped>"
+    assert reprs["fused"] == "<Fused: 2 of 2 blocks with what is behind>"
     assert reprs["exported"].endswith("x.pt, 47.1 MB, whole module>")
     assert all("\n" not in text and len(text) < 200 for text in reprs.values())
 
@@ -57,7 +69,9 @@ def test_a_failed_check_is_in_the_repr(network):
     assert "FAILED: weights kept" in repr(si.verify(network, si.inject(other, IMAGES), IMAGES))
 
 
-@pytest.mark.parametrize("name", ["sites", "cost", "verdict", "exported", "grid", "plan"])
+@pytest.mark.parametrize("name", [
+    "sites", "cost", "verdict", "exported", "grid", "plan", "trainable", "gates", "compared", "pruned", "fused",
+])  # fmt: skip
 def test_notebooks_show_the_same(values, name):
     text = values[name]._repr_html_()
     assert "<pre>" in text and text.endswith("</pre>")

@@ -19,15 +19,15 @@ from se_inject.gates.excitations import eval_mode
 from se_inject.gates.prune import latency_beside
 from se_inject.gates.text import comparison_text
 from se_inject.surgery import steps_of
-from se_inject.tables import counted
+from se_inject.tables import Printed, counted
 from se_inject.tracing import check_has_numbers, copied
 
 NOISE = 2.0
 """A difference within so many standard errors is reported as noise: about 1 in 20 such differences comes about by chance."""
 
 
-@dataclass(frozen=True)
-class Compared:
+@dataclass(frozen=True, repr=False)
+class Compared(Printed):
     """Two networks, A and B, on the same examples; printed as a few lines.
 
     Args:
@@ -59,8 +59,13 @@ class Compared:
     latency: Latency | None = None
     notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Format the comparison as a few lines."""
         return comparison_text(self)
+
+    def summary(self) -> str:
+        """Name both networks, and how far apart their outputs are."""
+        return f"{self.models[0]} and {self.models[1]} on {counted(self.examples, 'example')}, outputs differ by {self.change:.3g}"
 
     @property
     def is_noise(self) -> bool | None:

@@ -20,7 +20,7 @@ from se_inject.gates.plot import plot_gates
 from se_inject.gates.recording import Record, Records, gate_method, gate_range, recorded_gates
 from se_inject.gates.text import excitations_text
 from se_inject.surgery import Step, own_steps
-from se_inject.tables import counted
+from se_inject.tables import Printed, counted
 from se_inject.tracing import check_has_numbers, check_supported, preserved
 
 EDGE = 0.05
@@ -130,8 +130,8 @@ class BlockGates:
         return bool((self.low == self.high).all())
 
 
-@dataclass(frozen=True, eq=False)
-class Excitations:
+@dataclass(frozen=True, eq=False, repr=False)
+class Excitations(Printed):
     """What the gates of a network did on data; printed as a table.
 
     Args:
@@ -171,8 +171,13 @@ class Excitations:
                 return block
         raise KeyError(path)
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Format a line for each block, and the correlations with depth."""
         return excitations_text(self)
+
+    def summary(self) -> str:
+        """Say of which network and how many examples."""
+        return f"{counted(len(self.blocks), 'block')} of {self.model} on {counted(self.examples, 'example')}"
 
     def plot(self, path: str | PathLike[str], **options: Any) -> None:
         """Draw a panel for each block: the gates of its channels, by class where there are labels; see ``plot_gates``.

@@ -21,7 +21,7 @@ from se_inject.gates.excitations import Excitations, eval_mode
 from se_inject.gates.folding import Fold, Folds, NotFoldable, fold_
 from se_inject.gates.text import pruned_text
 from se_inject.surgery import Step, own_steps, put_back_, remove_
-from se_inject.tables import counted
+from se_inject.tables import Printed, counted
 from se_inject.tracing import Trace, copied, observe_model
 
 Metric = Callable[[nn.Module], float]
@@ -49,8 +49,8 @@ class Dropped:
     saved: Cost
 
 
-@dataclass(frozen=True, eq=False)
-class Pruned:
+@dataclass(frozen=True, eq=False, repr=False)
+class Pruned(Printed):
     """What ``prune_blocks_`` did; printed as a table.
 
     Args:
@@ -79,8 +79,13 @@ class Pruned:
     def __len__(self) -> int:
         return len(self.dropped)
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Format the dropped and the kept blocks as a table."""
         return pruned_text(self)
+
+    def summary(self) -> str:
+        """Say how many blocks are gone."""
+        return f"{len(self.dropped)} of {counted(len(self.dropped) + len(self.kept), 'block')} dropped"
 
     @property
     def saved(self) -> Cost:

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from se_inject.gates.excitations import BlockGates, Excitations
     from se_inject.gates.prune import Pruned
 
-HEADERS = ("mean", "spread", "varies", "of that by class", "saturated", "always on", "always off")
+HEADERS = ("mean", "spread", "between images", "of that by class", "saturated", "always on", "always off")
 _LEGEND = (
-    "mean: of all gates. spread: how far a channel's gate is from its own mean, from image to image. varies: the share of\n"
-    "the variance that is between images; the rest is between channels. saturated: gates within 5 % of an end of their\n"
-    "range. always on, off: channels whose gate is near the upper end, or near 0, for every image."
+    "mean: of all gates. spread: how far a channel's gate is from its own mean, from image to image. between\n"
+    "images: the share of the variance that is between images; the rest is between channels. saturated: gates within 5 %\n"
+    "of an end of their range. always on, off: channels whose gate is near the upper end, or near 0, for every image."
 )
 
 
@@ -42,7 +42,7 @@ def excitations_text(found: Excitations, style: str = "text", *, by_class: bool 
 def _correlations(found: Excitations) -> dict[str, float]:
     names = {
         "average": "mean",
-        "between_images": "varies",
+        "between_images": "between images",
         "class_share": "of that by class",
         "saturation": "saturated",
     }

@@ -29,7 +29,7 @@ from se_inject.forwards import (
 from se_inject.surgery.step import Step
 from se_inject.surgery.swap import check_own_classes, own_steps, set_class
 from se_inject.surgery.tails import fuse_in_graph
-from se_inject.tables import table
+from se_inject.tables import Printed, counted, table
 from se_inject.tracing import check_supported
 
 
@@ -124,14 +124,20 @@ class FusedBlock:
     how: str
 
 
-@dataclass(frozen=True)
-class Fused:
+@dataclass(frozen=True, repr=False)
+class Fused(Printed):
     """What is fused in a network, and what falls back to plain torch; printed as a table."""
 
     blocks: tuple[FusedBlock, ...]
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Format a line for each block."""
         return fused_text(self)
+
+    def summary(self) -> str:
+        """Say how many blocks take something over."""
+        taking = sum(item.takes not in (None, "nothing") for item in self.blocks)
+        return f"{taking} of {counted(len(self.blocks), 'block')} with what is behind"
 
 
 def fused(model: nn.Module) -> Fused:
