@@ -1,6 +1,8 @@
 """The examples run, as a user runs them."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "examples").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -37,6 +40,25 @@ def test_two_processes_shard_a_network_and_one_goes_on_from_their_checkpoint(tmp
     assert second["epoch 2"] == second["put together"]
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_prints_what_is_stored(path):
+    """In cells that are tagged ``numbers-vary`` the digits may be others on another machine."""
+    script = Path(__file__).parent / "notebooks.py"
+    done = subprocess.run([sys.executable, str(script), str(path)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    stored, executed = (json.loads(text)["cells"] for text in (path.read_text(), done.stdout))
+    assert [shown(cell) for cell in executed] == [shown(cell) for cell in stored]
+    assert sum("text/html" in str(shown(cell)) for cell in executed) >= 5
+
+
+def shown(cell):
+    """What a cell of a notebook prints and shows."""
+    found = json.dumps(cell.get("outputs", []))
+    varies = "numbers-vary" in cell["metadata"].get("tags", ())
+    return re.sub(r"\d+(\.\d+)?(e-\d+)?", "#", found) if varies else found
+
+
 def test_there_are_examples():
     names = {"adapter", "own_module", "finetune_digits", "finetune_distributed", "which_blocks_matter"}
     assert {path.stem for path in EXAMPLES} >= names
+    assert [path.stem for path in NOTEBOOKS] == ["whole_job"]
