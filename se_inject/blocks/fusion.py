@@ -1,7 +1,8 @@
 """Blocks that take over what stands behind them in their owner: the addition of a shortcut and an activation.
 
-A fused block is of a generated subclass of its own class, whose forward takes ``(value, shortcut, activation)``; its state
-and state dict stay as they are. Called with a value alone it does what it did before.
+A fused block is of a generated subclass of its own class, whose forward takes ``(value, shortcut, activation, source)``; its
+state and state dict stay as they are. Called with a value alone it does what it did before. ``source`` is what the gate is
+computed from where that isn't the value: a layer scale then stands before the block and no longer behind it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from se_inject.forwards import addressed
 from se_inject.kernels import activated, excite, has_kernel, prepare, tail, why_not
 
 
-def _fused_forward(self: Any, x: Tensor, shortcut: Optional[Tensor] = None, activation: str = "none") -> Tensor:  # noqa: UP045
+def _fused_forward(
+    self: Any,
+    x: Tensor,
+    shortcut: Optional[Tensor] = None,  # noqa: UP045 -- TorchScript
+    activation: str = "none",
+    source: Optional[Tensor] = None,  # noqa: UP045
+) -> Tensor:
+    if source is not None:
+        return tail(x, self.gate(source), shortcut, activation)
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         out = _as_one_operator(self, x, shortcut, activation)
         if out is not None:
@@ -56,13 +65,13 @@ def _why_in_parts(block: Any) -> str | None:
     return None
 
 
-def how_computed(block: nn.Module) -> str:
-    """Say how a fused block is computed where its parameters are now."""
+def how_computed(block: nn.Module, *, scaled: bool = False) -> str:
+    """Say how a fused block is computed where its parameters are now; ``scaled``: its gate reads another value."""
     near = next(block.parameters(), torch.zeros(()))
     plain = why_not(near.device, near.dtype)
     if plain is not None:
         return plain
-    parts = _why_in_parts(block)
+    parts = _why_in_parts(block) or ("a scale in between" if scaled else None)
     return "one kernel operator" if parts is None else f"tail in a kernel; gate by torch: {parts}"
 
 
@@ -129,10 +138,21 @@ def unfuse_block_(block: nn.Module) -> None:
 class NoGate(nn.Module):
     """An identity in the place of a block, fused or not: what a network computes without it."""
 
-    def forward(self, x: Tensor, shortcut: Optional[Tensor] = None, activation: str = "none") -> Tensor:  # noqa: UP045
-        return ungated(x, shortcut, activation)
+    def forward(
+        self,
+        x: Tensor,
+        shortcut: Optional[Tensor] = None,  # noqa: UP045 -- TorchScript
+        activation: str = "none",
+        source: Optional[Tensor] = None,  # noqa: UP045
+    ) -> Tensor:
+        return ungated(x, shortcut, activation, source)
 
 
-def ungated(x: Tensor, shortcut: Optional[Tensor] = None, activation: str = "none") -> Tensor:  # noqa: UP045
+def ungated(
+    x: Tensor,
+    shortcut: Optional[Tensor] = None,  # noqa: UP045 -- TorchScript
+    activation: str = "none",
+    source: Optional[Tensor] = None,  # noqa: UP045
+) -> Tensor:
     """Compute what a block, fused or not, leaves when its gate is taken away. Overwrites nothing."""
     return activated(x if shortcut is None else x + shortcut, activation)

@@ -115,7 +115,7 @@ def _squeeze_early_(model: nn.Module) -> None:
         for step in body["steps"]:
             block = module.get_submodule(step["block_name"])
             calls = [node for node in graph.nodes if node.op == "call_module" and node.target == step["block_name"]]
-            if len(calls) == 1 and _can_be_early(block):
+            if len(calls) == 1 and len(calls[0].args) <= 3 and _can_be_early(block):
                 _make_early_(graph, calls[0], module)
         tails = (body.get("fused") or {"tails": {}})["tails"]
         new = {**body, "lines": [*expected, *lines_of(graph)], "fused": {"before": {}, "tails": tails}}

@@ -155,7 +155,7 @@ def fused(model: nn.Module) -> Fused:
     for step in own_steps(model):
         block = model.get_submodule(step.path)
         takes = taken.get(step.path, "nothing" if is_fused(block) else None)
-        how = how_computed(block) if takes is not None else "not fused"
+        how = how_computed(block, scaled=takes.endswith("a scale")) if takes is not None else "not fused"
         found.append(FusedBlock(step.path, step.block, takes, how))
     return Fused(tuple(found))
 
@@ -166,21 +166,22 @@ def _fused_bodies(model: nn.Module, steps: list[Step]) -> dict[str, dict[str, An
     for step in steps:
         owner = model.get_submodule(step.owner)
         body = bodies.get(step.owner) or body_of(owner)
-        new = _with_tail(owner, body, step.block_name) if body is not None else None
+        new = _with_tail(owner, body, step) if body is not None else None
         if new is not None:
             bodies[step.owner] = new
     return bodies
 
 
-def _with_tail(owner: nn.Module, body: dict[str, Any], block: str) -> dict[str, Any] | None:
+def _with_tail(owner: nn.Module, body: dict[str, Any], step: Step) -> dict[str, Any] | None:
     """Write an owner's forward in which a block takes over the operations behind it, in each mode; None if there are none."""
     words: list[str] = []
+    block = step.block_name
 
     def with_tail(lines: list[Any]) -> list[Any]:
         graph = graph_of(lines)
         calls = [node for node in graph.nodes if node.op == "call_module" and node.target == block]
         if len(calls) == 1 and len(calls[0].args) == 1 and not calls[0].kwargs:
-            tail = fuse_in_graph(graph, calls[0], owner.get_submodule)
+            tail = fuse_in_graph(graph, calls[0], owner.get_submodule, (step.channels, *[1] * step.rank))
             if tail.takes:
                 words.append(str(tail))
                 return lines_of(graph)

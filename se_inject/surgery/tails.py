@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from se_inject.tracing import function_name_of
 
@@ -17,10 +18,11 @@ _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
 @dataclass(frozen=True)
 class Tail:
-    """What a block takes over: whether it adds a shortcut, and the activation it ends with."""
+    """What a block takes over: whether it adds a shortcut, the activation it ends with, and whether a scale was in between."""
 
     adds: bool
     activation: str
+    scaled: bool = False
 
     @property
     def takes(self) -> bool:
@@ -29,38 +31,55 @@ class Tail:
 
     def __str__(self) -> str:
         parts = ["the addition"] * self.adds + [self.activation] * (self.activation != "none")
-        return " and ".join(parts) or "nothing"
+        return (" and ".join(parts) or "nothing") + " behind a scale" * self.scaled
 
 
-def fuse_in_graph(graph: fx.Graph, call: fx.Node, child: Callable[[str], nn.Module]) -> Tail:
+def fuse_in_graph(
+    graph: fx.Graph, call: fx.Node, child: Callable[[str], nn.Module], shape: tuple[int, ...] = ()
+) -> Tail:
     """Let a block take over the addition and the activation behind it, in this graph itself.
+
+    A factor for each channel that is multiplied in between (a layer scale) goes before the block, whose gate goes on
+    reading the unscaled value: at the identity start, where the gate is 1, that changes no bit.
 
     Args:
         graph: a forward; changed.
         call: of the block, with a value alone.
         child: finds a module by its path from the graph's owner.
+        shape: of a factor for each channel that broadcasts to the value: (C, 1, …).
 
     Returns:
         what the block takes over; the graph is as it was if that is nothing.
     """
-    chain, shortcut, activation = _behind(call, child)
+    chain, shortcut, activation = _behind(call, child, shape)
     if not chain or not _can_wait(graph, call, chain, shortcut):
         return Tail(False, "none")
     last = chain[-1]
+    value = call.args[0]
+    before: dict[fx.Node, Any] = {call: value}  # what stands for each node of the chain before the gate is applied
     with graph.inserting_before(last):
-        fused = graph.call_module(str(call.target), (call.args[0], shortcut, activation))
+        for node in chain:
+            if _factor(node, child, shape) is not None:
+                before[node] = graph.node_copy(node, lambda old: before.get(old, old))
+            elif _passes(node, child):
+                before[node] = before[node.args[0]]  # type: ignore[index]
+        scaled = list(before.values())[-1]
+        rest = () if scaled is value else (value,)
+        fused = graph.call_module(str(call.target), (scaled, shortcut, activation, *rest))
     last.replace_all_uses_with(fused)
     for node in (*reversed(chain), call):
         graph.erase_node(node)
-    return Tail(shortcut is not None, activation)
+    return Tail(shortcut is not None, activation, bool(rest))
 
 
-def _behind(value: fx.Node, child: Callable[[str], nn.Module]) -> tuple[list[fx.Node], fx.Node | None, str]:
+def _behind(
+    value: fx.Node, child: Callable[[str], nn.Module], shape: tuple[int, ...]
+) -> tuple[list[fx.Node], fx.Node | None, str]:
     """Find the nodes that can be taken over, in their order, the shortcut among their arguments, and the activation's name."""
     chain: list[fx.Node] = []
     shortcut, activation = None, "none"
     reader = _reader(value, child)
-    while reader is not None and _passes(reader, child):
+    while reader is not None and (_passes(reader, child) or _factor(reader, child, shape) is not None):
         chain.append(reader)
         reader = _reader(reader, child)
     last = chain[-1] if chain else value
@@ -87,6 +106,34 @@ def _reader(node: fx.Node, child: Callable[[str], nn.Module]) -> fx.Node | None:
 def _passes(node: fx.Node, child: Callable[[str], nn.Module]) -> bool:
     """Return whether a node hands its argument on: an nn.Identity."""
     return node.op == "call_module" and len(node.args) == 1 and _plain(child(str(node.target))) is nn.Identity
+
+
+def _factor(node: fx.Node, child: Callable[[str], nn.Module], shape: tuple[int, ...]) -> Tensor | None:
+    """Return the tensor of the owner's, one number for each channel or for all, that a node multiplies a value by."""
+    if node.op == "call_module" or function_name_of(node) not in ("mul", "__mul__", "__rmul__", "multiply"):
+        return None
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    found = [tensor for arg in node.args if (tensor := _own_tensor(arg, child)) is not None]
+    if len(found) != 1 or found[0].dim() > len(shape) + 1:
+        return None
+    ones = [1] * (found[0].dim() - len(shape))
+    return found[0] if found[0].numel() == 1 or found[0].shape == (*ones, *shape) else None
+
+
+def _own_tensor(node: object, child: Callable[[str], nn.Module]) -> Tensor | None:
+    """Return a parameter or buffer that a node reads, in the shape that the forward gives it."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.op == "get_attr":
+        path, _, name = str(node.target).rpartition(".")
+        found = getattr(child(path), name, None)
+        return found if isinstance(found, Tensor) else None
+    shaped = node.op.startswith("call_") and node.op != "call_module" and not node.kwargs
+    if not shaped or function_name_of(node) not in ("reshape", "view", "unsqueeze") or len(node.all_input_nodes) != 1:
+        return None
+    source = _own_tensor(node.args[0], child)
+    return None if source is None else getattr(source, function_name_of(node))(*node.args[1:])  # type: ignore[no-any-return]
 
 
 def _added(node: fx.Node, value: fx.Node, child: Callable[[str], nn.Module]) -> fx.Node | None:

@@ -212,6 +212,33 @@ def test_what_has_no_kernel_computes_the_same():
         assert ("squeeze `max`" in said) == (chosen == {"squeeze": "max"})
 
 
+def test_a_scale_in_between():
+    class Unit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.scale = nn.Conv2d(6, 6, 3, padding=1), nn.Parameter(torch.rand(6, 1, 1) + 0.5)
+
+        def forward(self, x):
+            return torch.relu(self.scale * self.conv(x) + x)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    before = nn.Sequential(nn.Conv2d(3, 6, 1), Unit(), Unit())
+    plain = si.inject(before, x)
+    fused = si.fuse_(copy.deepcopy(plain))
+    assert "tail in a kernel; gate by torch: a scale in between" in str(si.fused(fused))
+    assert torch.equal(fused(x), before(x))
+    for parameter in si.injected_parameters(plain):
+        nn.init.normal_(parameter, 0, 0.3)
+    fused.load_state_dict(plain.state_dict())
+    results = []
+    for network in (plain, fused):
+        out = network(x)
+        results.append([out, *torch.autograd.grad(out.square().mean(), list(network.parameters()))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_autocast_and_compile():
     block = block_of((2, 6, 4, 4))
     value, shortcut = (torch.randn(2, 6, 4, 4) for _ in range(2))

@@ -2,19 +2,23 @@
 
 import copy
 import json
+import operator
 import pickle
 import warnings
 
 import onnx
 import pytest
+import timm
 import torch
 import torchvision
-from torch import nn
+from torch import fx, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import se_inject as si
 from se_inject.blocks import SqueezeExcitation
 from se_inject.errors import LoadError, SurgeryError, UnsupportedModel
 from se_inject.forwards import body_of, generated_class
+from se_inject.surgery.tails import fuse_in_graph
 from tests.common import build, outputs, randomise
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -330,6 +334,96 @@ def test_a_hook_on_the_activation_still_sees_it():
     fused(X)
     assert seen == [1]
     assert taken(fused) == ["the addition", "the addition and relu"]
+
+
+class LayerScaled(Unit):
+    """A factor for each channel between the block and the addition, as ConvNeXt and CaiT have it, in several spellings."""
+
+    def __init__(self, spelling, shape=(8, 1, 1), **options):
+        super().__init__(**options)
+        self.scale = nn.Parameter(torch.rand(shape, generator=torch.Generator().manual_seed(3)) + 0.5)
+        self.spelling, self.drop = spelling, nn.Identity()
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        if self.spelling == "first":
+            y = self.scale * y
+        elif self.spelling == "reshaped":
+            y = y.mul(self.scale.reshape(1, -1, 1, 1))
+        elif self.spelling == "twice":
+            y = torch.mul(y, self.scale) * self.scale
+        elif self.spelling == "of the input":
+            y = y * x.sigmoid().mean((2, 3), keepdim=True)
+        return self.act(self.drop(y) + x)
+
+
+SCALED = [
+    ("first", (8, 1, 1), True), ("first", (1, 8, 1, 1), True), ("first", (), True), ("first", (1,), True),
+    ("reshaped", (8,), True), ("twice", (8, 1, 1), True),
+    ("first", (32,), False), ("first", (32, 32), False),
+    ("of the input", (1,), False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling, shape, taken_over", SCALED)
+def test_a_scale_between_block_and_addition(spelling, shape, taken_over):
+    before = randomise(Stack(LayerScaled(spelling, shape), LayerScaled(spelling, shape, activation=nn.SiLU))).eval()
+    injected = si.inject(before, X, at="units.*.norm")
+    fused = si.fuse_(copy.deepcopy(injected))
+    ends = ["the addition and relu behind a scale", "the addition and silu behind a scale"]
+    assert taken(fused) == (ends if taken_over else ["nothing"] * 2)
+    assert torch.equal(fused(X), before(X))
+    assert list(fused.state_dict()) == list(injected.state_dict())
+    for network in (injected, fused):
+        trained(network)
+    with si.disabled(fused):
+        assert torch.equal(fused(X), before(X))
+    for network in (injected, fused):
+        network.double()
+    for x in (X.double(), X.double().to(memory_format=torch.channels_last), X[:0].double()):
+        torch.testing.assert_close(fused(x), injected(x), rtol=1e-12, atol=1e-12)
+    for one, other in zip(grads(injected.train(), X.double()), grads(fused.train(), X.double()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert kinds(si.unfuse_(fused)) == kinds(injected)
+
+
+@pytest.mark.parametrize("shape, read_again", [((8, 1, 1), True), ((1, 8, 1, 1, 1), False), ((1, 1, 1, 1, 1), False)])
+def test_a_scale_that_others_read_or_that_adds_a_dimension_stays(shape, read_again):
+    unit = LayerScaled("first", shape)
+    graph = fx.Graph()
+    value, other = graph.placeholder("value"), graph.placeholder("other")
+    gated = graph.call_module("se", (value,))
+    scaled = graph.call_function(operator.mul, (graph.get_attr("scale"), gated))
+    added = graph.call_function(operator.add, (scaled, other))
+    graph.output((added, scaled) if read_again else added)
+    before = str(graph)
+    assert not fuse_in_graph(graph, gated, unit.get_submodule, (8, 1, 1)).takes
+    assert str(graph) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_scale_of_another_dtype(dtype):
+    before = randomise(Stack(LayerScaled("first"), LayerScaled("twice"))).eval()
+    with torch.autocast("cpu", dtype):
+        fused = si.fuse_(si.inject(before, X))
+        assert torch.equal(fused(X), before(X))
+
+
+def test_convnext_is_fused_where_nothing_is_drawn_and_files_hold_it(tmp_path):
+    """timm's has a layer scale alone; torchvision's stochastic depth stands in between until it is copied for inference."""
+    config = [CNBlockConfig(8, None, 2)]
+    networks = [timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)), ConvNeXt(config, 0.3)]
+    for network, takes in zip(networks, ("the addition behind a scale", "nothing"), strict=True):
+        injected = trained(si.inject(randomise(network).eval(), X))
+        fused = si.fuse_(copy.deepcopy(injected))
+        assert set(taken(fused)) == {takes}
+        assert si.verify(network, si.fuse_(si.inject(network, X)), X).passed
+        fast = si.for_inference(injected, X)
+        assert set(taken(fast)) == {"the addition behind a scale"}
+        torch.testing.assert_close(fast(X), injected(X), rtol=1e-4, atol=1e-5)
+    si.export(fast, tmp_path / "fast.torchscript", X)
+    torch.save(fused, tmp_path / "fused.pt")
+    assert torch.equal(si.load(tmp_path / "fused.pt")(X), fused(X))
 
 
 def test_switched_off_its_blocks_still_add_and_activate():
