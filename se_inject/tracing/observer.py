@@ -25,6 +25,7 @@ from se_inject.tracing.foreign import leaf_kind
 from se_inject.tracing.helpers import Helper, helper_for
 from se_inject.tracing.nodes import CONVOLUTIONS, attention_in, function_name_of, gates_in
 from se_inject.tracing.operations import is_leaf
+from se_inject.tracing.outlines import Outlines
 from se_inject.tracing.patches import patched
 from se_inject.tracing.proxy import Untraceable
 from se_inject.tracing.snapshots import containers_in, drawing, preserved, random_state, refill
@@ -50,6 +51,11 @@ class Record:
     originals: dict[str, nn.Module] = field(init=False)
     without_grad: set[str] = field(default_factory=set)
     size: tuple[int, ...] = ()
+    outlines: Outlines = field(default_factory=Outlines)
+
+    def kept(self, value: Any) -> Any:
+        """Return what a trace keeps of a value: itself, or tensors without numbers if it has some, which take memory."""
+        return self.outlines.of(value) if self.how == "real" else value
 
     def __post_init__(self) -> None:
         self.originals = dict(self.model.named_modules())
@@ -71,7 +77,7 @@ class Record:
             canonical=MappingProxyType({other: path for path, others in self.aliases.items() for other in others}),
             without_grad=frozenset(self.without_grad),
             hooked=frozenset(path for path, module in self.originals.items() if module._forward_hooks),
-            outputs=outputs,
+            outputs=self.kept(outputs),
             macs=macs,
             size=self.size,
             known={"": (self.twin, watch)} if self.how != "fake" else {},
@@ -278,7 +284,7 @@ class Observer:
                 settings=MappingProxyType(tracer.settings_read),
                 reads_training=tracer.reads_training,
                 iterates=tracer.iterates,
-                inputs=(args, kwargs, symbolic),
+                inputs=(*self.result.kept((args, kwargs)), symbolic),
                 helpers=tuple(helpers),
             )
             self._gates += gates_in(tracer.graph)

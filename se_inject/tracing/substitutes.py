@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from se_inject.guarding import mark_like
+from se_inject.tracing.outlines import outline
 from se_inject.tracing.patches import quiet
 from se_inject.tracing.twin import twin_of
 
@@ -26,7 +27,7 @@ def substituted(model: nn.Module, how: str, mode: Any = None) -> nn.Module:
         mode: a ``FakeTensorMode``.
     """
     if how == "meta":
-        return twin_of(model, _on_meta)
+        return twin_of(model, outline)
     if how == "fake":
         return twin_of(model, lambda tensor: mode.from_tensor(tensor.detach(), static_shapes=True))
     return twin_of(
@@ -102,13 +103,6 @@ def standing_in(model: nn.Module, how: str) -> Iterator[tuple[nn.Module, Callabl
 def shapes_only(tensor: Tensor) -> Tensor:
     """Make a tensor on the meta device with another's shape and dtype."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    try:
-        return torch.empty_like(tensor, device="meta", requires_grad=False)
-    except Exception:  # a subclass of somebody's
-        return shapes_only(tensor)
 
 
 def _with_numbers(tensor: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ class OwnerTracer(TracerBase):
         return self._wrap(node, value)
 
     def _wrap(self, node: fx.Node, value: Any) -> ValueProxy:
-        node.meta["val"] = value
+        node.meta["val"] = self.observer.result.kept(value)
         node.meta.setdefault("operation", operation_of(node))
         node.meta["time"] = self.observer.tick()
         return ValueProxy(node, self, value)

@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_map_only
 from se_inject.guarding import guarded
 from se_inject.tracing.failures import reason_of
 from se_inject.tracing.observer import Observer, Record
+from se_inject.tracing.outlines import filled
 from se_inject.tracing.patches import quiet
 from se_inject.tracing.proxy import Untraceable
 from se_inject.tracing.snapshots import drawing, preserved, random_state
 from se_inject.tracing.substitutes import shapes_only, substituted
-from se_inject.tracing.trace import Guards, OwnerGraph, Trace
+from se_inject.tracing.trace import Guards, OwnerGraph, Trace, float_like
 from se_inject.tracing.tracer import OwnerTracer
 from se_inject.tracing.watching import Watch, observing, watched
 
@@ -48,6 +49,10 @@ def _observed(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
     inputs, outputs = owner.inputs, _children_outputs(trace, owner)
     if trace.how == "fake":  # its values belong to a mode that is closed
         outputs, inputs = tree_map_only(Tensor, shapes_only, (outputs, inputs))
+    elif trace.how == "real":
+        outputs, inputs = tree_map_only(
+            Tensor, partial(filled, device=float_like(trace.model).device), (outputs, inputs)
+        )
     twin, watch = _twin(trace)
     module = twin.get_submodule(owner.path)
 

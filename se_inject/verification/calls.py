@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
+from se_inject.errors import TraceError
 from se_inject.tracing import (
     SMALL_SIDE,
     Trace,
+    batch_of,
     copied,
     cropped,
+    describe,
     float_like,
     preserved,
     random_state,
@@ -38,20 +41,28 @@ class Seen(NamedTuple):
 def observed_in_eval(model: nn.Module, trace: Trace) -> tuple[Any, Seen]:
     """Make inputs for the numeric checks, and run the model on them in eval mode.
 
-    They are of another batch size than the observed ones, if the model takes that, and small if those are large.
+    They are of another batch size than the observed ones, if the model takes that, and small if those are large. A network
+    that had to be observed with numbers may make large images of small ones, as detectors do: it gets one at a time.
+
+    Raises:
+        TraceError: it takes neither.
     """
     parameter = float_like(model)
     choices = [trace.inputs]
     if trace.macs > LARGE:
         choices.insert(0, cropped(trace.inputs, SMALL_SIDE))
-    for choice, batch in (*((choice, 3) for choice in choices), (trace.inputs, None)):
+    other = 1 if trace.how == "real" and trace.macs > LARGE and batch_of(trace.inputs) != 1 else 3
+    for choice, batch in (*((choice, other) for choice in choices), (trace.inputs, None)):
         inputs = real_inputs(choice, batch=batch, device=parameter.device, dtype=parameter.dtype)
         try:
             with torch.no_grad():
                 return inputs, run(model, inputs, "eval")
-        except Exception:
+        except Exception as error:
             if batch is None:
-                raise
+                raise TraceError(
+                    f"the network's own forward fails on {describe(*inputs)}, with numbers",
+                    seen=f"{type(error).__name__}: {first_line(error)}",
+                ) from error
     raise AssertionError("unreachable")  # pragma: no cover
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import se_inject as si
 from tests.files.hostile import exported, records, saved, scripted, small, zipped
+from tests.fuzz.pickled import altered, base
 
 TARGET = small()
 
@@ -73,6 +74,7 @@ def _program():
 
 MAKERS = {
     "zip": lambda: saved(small()),
+    "altered": lambda: zipped(base("resnet")[0]),
     "legacy": lambda: saved(small(), _use_new_zipfile_serialization=False),
     "plain": lambda: pickle.dumps(small()),
     "injected": lambda: saved(_injected()),
@@ -99,8 +101,11 @@ def original(kind):
 def mutated(kind, seed):
     """A damaged copy, the same for the same seed.
 
-    Half of the damaged archives are packed again with right checksums, as someone would who means it.
+    Half of the damaged archives are packed again with right checksums, as someone would who means it. Of the kind "altered"
+    nothing is damaged: the pickle of one of several networks says something else.
     """
+    if kind == "altered":
+        return altered(seed)
     rng = random.Random(f"{kind} {seed}")
     data = original(kind)
     if data[:4] == b"PK\x03\x04" and rng.random() < 0.5:

@@ -13,6 +13,8 @@ import copy
 import multiprocessing
 import os
 import platform
+import random
+import resource
 import sys
 import tempfile
 import time
@@ -29,10 +31,45 @@ import se_inject as si  # noqa: E402
 from se_inject.errors import InjectError, LoadError  # noqa: E402
 from se_inject.loading.models import load, load_program, load_weights_  # noqa: E402
 from tests.fuzz.mutations import MAKERS, TARGET, mutated, original  # noqa: E402
+from tests.fuzz.pickled import SIDE  # noqa: E402
 
 SECONDS = 10
 SLACK_MEGABYTES = 256
+RUNNING_MEGABYTES = 2048
+"""For networks that are run as well: what they make of small images."""
 PATIENCE = 300
+MOST_BYTES = 16 * 2**30
+"""Of addresses, for networks that are run: beyond, the system says no."""
+
+
+def works(path):
+    """Read a network, and do with it what the command does: look for places, put blocks in, verify, write it now and then."""
+    model, rng = si.load(path), random.Random(path.read_bytes()[-200:])
+    images = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    inputs = None if rng.random() < 0.1 else ([*images],) if type(model).__name__ == "FasterRCNN" else images
+    for _ in range(2):
+        with contextlib.suppress(InjectError):
+            si.find_sites(model, inputs)
+            if rng.random() < 0.6:
+                return
+            plan = si.plan(model, inputs, at="*", attended=True)
+            plan.cost()
+            injected = plan.apply(model)
+            si.verify(model, injected, inputs)
+            si.eject_(si.load(written(injected, path)))
+            if rng.random() < 0.05:
+                suffix = rng.choice((".pt", ".torchscript", ".pt2", ".onnx"))
+                si.export(injected, path.with_suffix(suffix), inputs, force=True)
+        if not any("fused" in type(module).__name__.lower() for module in model.modules()):
+            return
+        si.unfuse_(model)
+
+
+def written(model, path):
+    """The file of a network beside another one."""
+    place = path.with_name("again.pt")
+    torch.save(model, place)
+    return place
 
 
 def through_the_door(kind, path):
@@ -42,6 +79,7 @@ def through_the_door(kind, path):
         "pt2": ([load, load_program], LoadError),
         "torchscript": ([load, load_program], LoadError),
         "adapter": ([load, lambda p: si.load_adapter(target, p)], InjectError),
+        "altered": ([works, lambda p: load_weights_(target, p)], InjectError),
         "plan": ([load, lambda p: si.Plan.load(p).apply(target)], InjectError),
     }.get(kind, ([load, lambda p: load_weights_(target, p)], LoadError))
     for door in doors:
@@ -77,7 +115,7 @@ def examine(kind, seed, path):
     seconds, taken = time.process_time() - start, peak_bytes() - before
     if seconds > SECONDS:
         outcome = f"took {seconds:.0f} s"
-    elif taken > 2 * len(data) + SLACK_MEGABYTES * 2**20:
+    elif taken > 2 * len(data) + (RUNNING_MEGABYTES if kind == "altered" else SLACK_MEGABYTES) * 2**20:
         outcome = f"took {taken / 2**20:.0f} MiB"
     return outcome, seconds, taken
 
@@ -85,6 +123,8 @@ def examine(kind, seed, path):
 def _work(kind, seeds, results):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    if kind == "altered":
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch's readers write warnings of their own
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:

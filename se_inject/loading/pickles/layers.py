@@ -177,15 +177,23 @@ def _is_hooks(name: str) -> bool:
 
 def _tensor_fault(module: nn.Module, name: str, shape: tuple[int, ...], *, needed: bool = False) -> str | None:
     """Describe what is wrong with a parameter or buffer of this expected shape; one that was reparametrised is elsewhere."""
-    tables = (module._parameters, module._buffers)
-    if not any(name in table for table in tables):
-        return None
-    value = next(table[name] for table in tables if name in table)
+    tables = (module._parameters, module._buffers, vars(module))
+    holders = [table for table in tables if name in table]
+    if not holders:
+        is_elsewhere = any(f"{name}{ending}" in table for table in tables for ending in _REPARAMETRISED)
+        return None if is_elsewhere else f"it has no `{name}`"
+    value = holders[0][name]
     if value is None:
         return f"it has no `{name}`" if needed else None
+    if not isinstance(value, Tensor):
+        return f"its `{name}` is {value!r:.80}"
     if tuple(value.shape) != shape:
         return f"its `{name}` has the shape {tuple(value.shape)}, and {shape} would fit its numbers"
     return f"its `{name}` is not on a device" if value.layout is not torch.strided else None
+
+
+_REPARAMETRISED = ("_g", "_v", "_orig", "_mask")
+"""Endings of what weight_norm, spectral_norm and pruning keep in place of a tensor."""
 
 
 def _first(*faults: str | None) -> str | None:

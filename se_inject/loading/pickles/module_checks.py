@@ -55,7 +55,7 @@ def check_modules(reading: Reading) -> None:
             if (name, id(values), is_inert) in seen:
                 continue
             if not isinstance(values, dict) or not all(v is None or isinstance(v, kind) for v in values.values()):
-                raise pickle.UnpicklingError(f"a module whose {name} are none")
+                raise pickle.UnpicklingError(f"a {type(module).__name__} whose {name} are none")
             _check_names(values, _QUOTES | {"."})
             seen.add((name, id(values), is_inert))
         if not is_inert:
@@ -77,6 +77,7 @@ def _check_one(module: nn.Module, trust: Sequence[str], values: ValueChecks, che
     kind, state = type(module), vars(module)
     if kind is not Inert and not within(kind.__module__, trust):
         _check_attributes(module, state)
+        _check_twice(kind, state)
         for table in (state[name] for name in _TABLES):
             if (kind, id(table)) not in checked:
                 checked.add((kind, id(table)))
@@ -172,6 +173,15 @@ def _check_parts(kind: type, table: dict[str, Any]) -> None:
     for name in table:
         if name.startswith("__") or getattr(kind, name, None) is not None:
             raise LoadError(f"a {kind.__name__} in this file has a part called `{name}`", seen="its class defines that")
+
+
+def _check_twice(kind: type, state: dict[str, Any]) -> None:
+    """Refuse a part that has the name of an attribute, or of another part: Python would find the one, torch the other."""
+    known = set(state)
+    for table in (state[name] for name in _TABLES):
+        if both := known & table.keys():
+            raise LoadError(f"a {kind.__name__} in this file has two parts called `{min(both)}`")
+        known |= table.keys()
 
 
 def _is_bound(value: Any, module: nn.Module) -> bool:

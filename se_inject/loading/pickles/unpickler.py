@@ -271,7 +271,14 @@ class Unpickler(pickle._Unpickler):
             return self._refuse_call(function)
         for arg in args:
             self._reading.copies(arg)
-        return self._made(function(*args))
+        try:
+            return self._made(function(*args))
+        except (TypeError, AttributeError) as error:
+            if self._reading.trust:
+                raise
+            raise Malformed(
+                f"arguments that `{getattr(function, '__name__', 'it').strip('_')}` doesn't take"
+            ) from error
 
     def _newobj(self) -> None:
         args, kind = self.stack.pop(), self.stack.pop()
