@@ -162,7 +162,35 @@ def commit(staged: Mapping[Path, Path], force: bool = False) -> None:
 def discard(staged: Mapping[Path, Path]) -> None:
     """Remove the temporary directories, and what is left in them."""
     for path in staged.values():
-        shutil.rmtree(path.parent, ignore_errors=True)
+        remove_tree(path.parent)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and all in it, however deep it is and whatever modes it has, as far as the system lets us.
+
+    A process that did harm may have filled it. Folders within are moved to its top, so that no path grows too long.
+    Links are not followed.
+    """
+    todo, number = [folder], 0
+    for current in todo:
+        with contextlib.suppress(OSError):
+            current.chmod(0o700)
+            for entry in list(os.scandir(current)):
+                with contextlib.suppress(OSError):
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.path)
+                        continue
+                    os.chmod(entry.path, 0o700)
+                    if current is folder:
+                        todo.append(folder / entry.name)
+                        continue
+                    while os.path.lexists(moved := folder / f".{number}"):
+                        number += 1
+                    os.rename(entry.path, moved)
+                    todo.append(moved)
+    for current in reversed(todo):
+        with contextlib.suppress(OSError):
+            current.rmdir()
 
 
 @contextlib.contextmanager

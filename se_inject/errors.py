@@ -25,7 +25,9 @@ fits, so that ``except LookupError`` works for a caller who doesn't want to know
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 _door = "python"
 
@@ -62,6 +64,43 @@ def printable(text: str, most: int | None = 300, keep: str = "") -> str:
     return "".join(letter if letter.isprintable() or letter in keep else repr(letter)[1:-1] for letter in text[:most])
 
 
+def quoted(value: Any, most: int = 80) -> str:
+    """Quote a value out of a file for an error: as Python writes it, of large or nested ones the beginning.
+
+    ``repr`` would write all of it: that of a list in a list in a list, each twice, has no end.
+
+    Args:
+        value: any value; of what is not plain data, only the class is named.
+        most: letters of the result.
+    """
+    return _quoted(value, 2)[:most]
+
+
+def _quoted(value: Any, levels: int) -> str:
+    kind = type(value)
+    if kind is int:
+        return repr(value) if value.bit_length() < 300 else f"a number of {value.bit_length():,} bits"
+    if kind in (str, bytes, bytearray):
+        return repr(value[:100])
+    if kind in (bool, float, complex, type(None)):
+        return repr(value)
+    if kind in (list, tuple, set, frozenset, dict):
+        items = list(itertools.islice(value.items() if kind is dict else value, 4))
+        if not levels:
+            return f"a {kind.__name__} of {len(value)}"
+        inside = [
+            ": ".join(_quoted(part, levels - 1) for part in item) if kind is dict else _quoted(item, levels - 1)
+            for item in items
+        ]
+        text = ", ".join(inside) + ", …" * (len(value) > len(items)) + "," * (kind is tuple and len(value) == 1)
+        brackets = "[]" if kind is list else "()" if kind is tuple else "{}"
+        return f"{brackets[0]}{text}{brackets[1]}"
+    return f"a {kind.__name__}"[:100]
+
+
+_MOST_LETTERS = 10_000
+
+
 class InjectError(Exception):
     """What was asked and could not be done.
 
@@ -78,11 +117,11 @@ class InjectError(Exception):
     """What the command line returns for it: 1 could not be done, 2 was asked wrongly."""
 
     def __init__(self, message: str, *, seen: str | None = None, hint: str | None = None) -> None:
-        self.message = printable(message, None)
-        self.seen = seen and printable(seen, None, keep="\n")
+        self.message = printable(message, _MOST_LETTERS)
+        self.seen = seen and printable(seen, _MOST_LETTERS, keep="\n")
         general = self.general_hint
         hint = hint or (either(*general) if isinstance(general, tuple) else general)
-        self.hint = hint and printable(hint, None, keep="\n")
+        self.hint = hint and printable(hint, _MOST_LETTERS, keep="\n")
         super().__init__(self.message)
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from se_inject.errors import LoadError
+from se_inject.errors import LoadError, quoted
 from se_inject.forwards.lines import names_in
 from se_inject.forwards.signatures import head_of, passed_on
 from se_inject.forwards.source import BUILTINS, compiled
@@ -207,7 +207,7 @@ class Writer:
         elif what == "setting" and is_plain_name(name) and not name.startswith("__"):
             subject = f"{self._myself}.{name}"
         else:
-            raise LoadError("a forward in this file expects something of what has no name", seen=repr(name)[:80])
+            raise LoadError("a forward in this file expects something of what has no name", seen=quoted(name))
         if isinstance(value, dict) and "form" in value:
             constant = repr(decoded(value["form"], {}))
             call = self._builtin("len" if isinstance(value["form"], int) else "tuple")
@@ -301,7 +301,7 @@ class Writer:
         if isinstance(value, list):
             return f"[{', '.join(map(self._value, value))}]"
         if not isinstance(value, dict) or len(value) != 1:
-            raise LoadError("a forward in this file holds a value of an unknown form", seen=repr(value)[:80])
+            raise LoadError("a forward in this file holds a value of an unknown form", seen=quoted(value))
         ((kind, content),) = value.items()
         if kind == "node":
             return self._reading(content)
@@ -357,7 +357,7 @@ class Writer:
 
 def _checked(name: Any) -> str:
     if not is_name(name):
-        raise LoadError("a forward in this file uses a name that is none", seen=repr(name)[:80])
+        raise LoadError("a forward in this file uses a name that is none", seen=quoted(name))
     return str(name)
 
 

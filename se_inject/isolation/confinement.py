@@ -191,13 +191,14 @@ def _set_limits(confinement: Confinement) -> None:
 
 def _clean_environment(confinement: Confinement) -> None:
     """Keep what Python and torch are set up with, and overwrite the rest where the process got it."""
-    kept = {name: value for name, value in os.environ.items() if _may_stay(name)}
+    kept = {name: os.environ[name] for name in os.environ if _may_stay(name)}  # others' values aren't even decoded
     if confinement.writable:
         home = str(confinement.writable[0])
         kept |= dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), home)
         tempfile.tempdir = None  # what it had found before
     if not confinement.gpu:
         kept["CUDA_VISIBLE_DEVICES"] = ""
+    _wipe_environment()
     os.environ.clear()
     os.environ.update(kept)
     sys.dont_write_bytecode = True
@@ -207,6 +208,22 @@ def _clean_environment(confinement: Confinement) -> None:
             start, end = int(fields[47]), int(fields[48])  # env_start, env_end
             if 0 < start < end:
                 ctypes.memset(start, 0, end - start)
+
+
+def _wipe_environment() -> None:
+    """Overwrite every variable where Python and the C library keep it: what is only freed can still be found."""
+    if not sys.platform.startswith("linux"):
+        return
+    for value in getattr(os.environ, "_data", {}).values():
+        if type(value) is bytes and len(value) > 1:  # shorter ones are shared by the whole process
+            ctypes.memset(id(value) + bytes.__basicsize__ - 1, 0, len(value))
+    library = ctypes.CDLL(None)
+    entries = ctypes.POINTER(ctypes.c_void_p).in_dll(library, "environ")
+    place = 0
+    while entries and entries[place]:
+        ctypes.memset(entries[place], 0, len(ctypes.string_at(entries[place])))
+        place += 1
+    library.clearenv()
 
 
 def _may_stay(name: str) -> bool:

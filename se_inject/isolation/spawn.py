@@ -5,9 +5,11 @@ The new process imports no torch either before it forks its worker; see ``run_in
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import selectors
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,10 @@ from se_inject.atomic_files import atomic
 from se_inject.errors import InjectError, WorkerError, out_of_memory
 from se_inject.isolation.confinement import Confinement
 from se_inject.isolation.worker import Interrupted, can_fork, run_in_worker
+
+_LAST_BYTES = 1 << 16
+_MOST_BYTES = 64 << 20
+"""Of what a process may print, and how much of its end is kept."""
 
 
 def call_isolated(
@@ -41,7 +47,7 @@ def call_isolated(
         seconds: most seconds of processor time.
 
     Returns:
-        what it printed.
+        the end of what it printed.
 
     Raises:
         InjectError: what the function raised, or WorkerError if its process died.
@@ -57,14 +63,45 @@ def call_isolated(
         "seconds": seconds,
     }
     paths = [entry or os.getcwd() for entry in sys.path]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-c", "from se_inject.isolation.spawn import main; main()"],
-        input=json.dumps(request), capture_output=True, text=True, check=False,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
-    if done.returncode:
-        raise _error(done.stdout, done.stderr)
-    return done.stdout
+    with process:
+        try:
+            out, err = _talk(process, json.dumps(request).encode())
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise _error(out, err)
+    return out
+
+
+def _talk(process: subprocess.Popen[bytes], request: bytes) -> tuple[str, str]:
+    """Hand a process its request, and return the end of what it prints: no more than a bit of it is kept here."""
+    assert process.stdin and process.stdout and process.stderr
+    with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+        stdin.write(request)
+    said: dict[Any, bytes] = {process.stdout: b"", process.stderr: b""}
+    amount = 0
+    with selectors.DefaultSelector() as selector:
+        for pipe in said:
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select():
+                data = os.read(key.fd, 1 << 16)
+                said[key.fileobj] = (said[key.fileobj] + data)[-_LAST_BYTES:]
+                amount += len(data)
+                if not data:
+                    selector.unregister(key.fileobj)
+            if amount > _MOST_BYTES:
+                raise WorkerError(
+                    "the process that was to do the work prints without end", seen=f"more than {_MOST_BYTES >> 20} MiB"
+                )
+    out, err = (each.decode(errors="replace") for each in said.values())
+    return out, err
 
 
 def _error(out: str, err: str) -> InjectError:
@@ -72,9 +109,14 @@ def _error(out: str, err: str) -> InjectError:
     try:
         said = json.loads(out.splitlines()[-1])
         kind = getattr(errors, said["kind"], InjectError)
-        if issubclass(kind, InjectError):
-            return kind(said["message"], seen=said["seen"], hint=said["hint"])
-    except (ValueError, LookupError, TypeError):
+        message, *others = (said[name] for name in ("message", "seen", "hint"))
+        if (
+            issubclass(kind, InjectError)
+            and isinstance(message, str)
+            and all(isinstance(o, str | None) for o in others)
+        ):
+            return kind(message, seen=others[0], hint=others[1])
+    except (ValueError, LookupError, TypeError, RecursionError):
         pass
     return WorkerError("the process that was to do the work failed", seen=(err or out)[-300:].strip() or None)
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
-from se_inject.atomic_files import commit, delegate_to, discard, stage
+from se_inject.atomic_files import commit, delegate_to, discard, remove_tree, stage
 from se_inject.errors import ExportError, InjectError, WorkerError, printable
 from se_inject.isolation.confinement import Confinement, confine
 from se_inject.progress import listening
@@ -102,7 +102,7 @@ def run_in_worker(
                     confinement = replace(confinement, writable=(*folders, *confinement.writable))
                 return _Parent(work, confinement, staged, force, display).run()
             finally:
-                shutil.rmtree(private, ignore_errors=True)
+                remove_tree(private)
         finally:
             discard(staged)
 
@@ -238,7 +238,7 @@ class _Parent:
                 kind, value = message["kind"], message["value"]
                 if not isinstance(kind, str):
                     raise TypeError(kind)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise WorkerError("the process that did the work said something that can't be understood") from error
             if kind == "step":
                 self.step = printable(str(value))
@@ -327,7 +327,7 @@ def _inspect(path: Path) -> None:
         raise ExportError(f"the process that did the work did not write `{path.name}`")
     for entry in found:
         status = entry.lstat()
-        if entry.name not in (path.name, f"{path.name}.data"):
+        if entry.name not in (path.name, f"{path.name}.data" if path.suffix.lower() == ".onnx" else ""):
             raise ExportError(f"the process that did the work wrote another file: `{printable(entry.name)}`")
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             raise ExportError(f"what the process wrote as `{entry.name}` is not a regular file of its own")

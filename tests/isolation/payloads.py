@@ -97,6 +97,56 @@ def calls():
     }
 
 
+def objects():
+    """Reach what processes share: queues, semaphores and memory by number, and how the parent runs."""
+    parent, buffer = os.getppid(), ctypes.create_string_buffer(100)
+    on_intel = {
+        "a message": (70, 0, buffer, 50, 0, 0o4000), "a queue removed": (71, 2**30, 0, 0), "semaphores": (66, 2**30, 0, 0, 0),
+        "shared memory": (31, 2**30, 0, 0), "a queue by name": (241, b"no-such-queue"), "a message sent": (69, 2**30, buffer, 1, 0),
+        "priority": (141, 0, parent, 15), "processors": (203, parent, 8, buffer), "schedule": (144, parent, 5, buffer),
+        "input and output": (251, 1, parent, 3 << 13), "what happens in folders": (294, 0),
+    }  # fmt: skip
+    return {what: tried(syscall, *call) for what, call in on_intel.items()}
+
+
+def secrets():
+    """Look for the value of a variable in all memory; it is here in two pieces, so that this code is not what is found."""
+    first, second, hits = b"\x5aQ7k", b"Wq93xPvN", 0
+    for line in open("/proc/self/maps"):  # noqa: SIM115
+        parts = line.split()
+        if "r" in parts[1] and not (len(parts) > 5 and parts[5].startswith(("/", "[v"))):
+            low, high = (int(number, 16) for number in parts[0].split("-"))
+            data = ctypes.string_at(low, high - low)
+            at = data.find(first)
+            while at >= 0:
+                hits += data[at + 4 : at + 12] == second
+                at = data.find(first, at + 1)
+    return {"hits": hits}
+
+
+def deep():
+    os.chdir(os.environ["HOME"])
+    for _ in range(3000):
+        os.mkdir("d")
+        os.chdir("d")
+    return {}
+
+
+def closed():
+    """Leave folders behind that nobody may list."""
+    (Path(os.environ["HOME"]) / "x").mkdir()
+    os.mkdir(Path(os.environ["HOME"]) / "x" / "y", 0)
+    for path in atomic_files.delegate.staged.values():
+        os.mkdir(path.parent / "y", 0)
+    return {}
+
+
+def nested():
+    os.write(atomic_files.delegate.control, b"[" * 200_000 + b"\n")
+    time.sleep(20)
+    return {}
+
+
 def tcp():
     server = FOLDER / "port"
     with socket.socket() as one:
@@ -156,6 +206,11 @@ def folder(path):
 
 def privileged(path):
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o6777))
+
+
+def with_data(path):
+    path.write_text("x")
+    path.with_name(f"{path.name}.data").write_text("x")
 
 
 def another_target():
@@ -232,8 +287,9 @@ def sleeps():
 
 PAYLOADS = {
     **{f.__name__: f for f in (files, may, calls, tcp, environment, output, crashes_in_the_middle, another_target)},
+    **{f.__name__: f for f in (objects, secrets, deep, closed, nested)},
     **{f.__name__: f for f in (nonsense, memory, native_memory, disk, spins, segfault, aborts, prints, sleeps)},
-    **{f.__name__: strange_output(f) for f in (linked, more, absent, folder, privileged)},
+    **{f.__name__: strange_output(f) for f in (linked, more, absent, folder, privileged, with_data)},
 }
 
 

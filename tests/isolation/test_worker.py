@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import socket
 import stat
@@ -77,6 +78,33 @@ def test_the_network_and_other_processes_are_out_of_reach(home, walls):
     assert not [what for what, result in tried.items() if result.startswith("DONE")], tried
 
 
+@needs_seccomp
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers of system calls are those of x86-64")
+def test_what_processes_share_is_out_of_reach(home):
+    tried = run(home, "objects")
+    assert set(tried.values()) == {"PermissionError"}, tried
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is looked at in /proc")
+@pytest.mark.parametrize("letters", [20, 412, 612, 912, 3012])
+def test_no_secret_stays_in_memory(home, monkeypatch, letters):
+    monkeypatch.setenv("MY_TOKEN", "ZQ7kWq93xPvN" + "r" * letters)
+    assert run(home, "secrets") == {"hits": 0}
+
+
+@pytest.mark.parametrize("name", ["deep", "closed"])
+def test_whatever_a_child_leaves_is_removed(home, name):
+    assert run(home, name) == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("name", ["deep", "closed"])
+def test_a_user_without_rights_removes_it_as_well(home, name):
+    assert as_nobody(home, name).returncode == 0
+    assert list((home / "tmp").iterdir()) == []
+    assert {path.name for path in home.iterdir()} == {"secret", "named", "tmp"}
+
+
 @pytest.mark.skipif(landlock_version() < 4, reason="Landlock knows TCP since ABI 4")
 def test_landlock_alone_refuses_tcp(home):
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -128,6 +156,7 @@ def test_an_output_is_moved_into_place(home):
         ("absent", "did not write `out.txt`"),
         ("another_target", "could not move the files into place"),
         ("disk", "File too large"),
+        ("with_data", "wrote another file: `out.txt.data`"),
     ],
 )
 def test_what_is_no_output_is_not_moved(home, name, message):
@@ -149,12 +178,13 @@ def test_a_file_with_rights_of_its_own_loses_them(home):
         ("aborts", ("died while verifying", "SIGABRT: memory ran out (limit: 0.5 GiB)", "--max-memory")),
         ("spins", ("died while finding sites", "more than 1 s of processor time", "--max-time")),
         ("nonsense", ("can't be understood",)),
+        ("nested", ("can't be understood",)),
     ],
 )
 def test_a_death_is_a_refusal_that_names_the_step(home, name, parts):
     said = run(home, name, code=1)["died"]
     assert all(part in said for part in parts), said
-    assert "hint: nothing was written" in said or name == "nonsense"
+    assert "hint: nothing was written" in said or name in ("nonsense", "nested")
     assert not (home / "out.txt").exists()
 
 
@@ -183,24 +213,28 @@ def test_a_signal_leaves_nothing(home, number, code):
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
 @needs_landlock
 def test_a_user_without_rights_is_confined_as_well(home):
-    """The process becomes another user before it starts the worker."""
+    done = as_nobody(home, "files")
+    assert done.returncode == 0, done.stderr
+    tried = json.loads(done.stdout.splitlines()[-1])
+    assert not [what for what, result in tried.items() if result.startswith("DONE")], tried
+    assert list((home / "tmp").iterdir()) == []
+
+
+def as_nobody(home, name):
+    """Run a payload in a process that becomes another user before it starts the worker."""
     for path in (home, home / "secret", home / "named", home / "tmp"):
         path.chmod(0o777)
     for folder in [*home.parents][:3]:
         folder.chmod(folder.stat().st_mode | 0o055)
     (home / "secret" / "id_rsa").chmod(0o666)
     script = (
-        f"import os, sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', 'files', {str(home)!r}, *{WALLS!r}]\n"
+        f"import os, sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', {name!r}, {str(home)!r}, *{WALLS!r}]\n"
         "import tests.isolation.payloads as payloads\n"
         "os.setgid(65534); os.setuid(65534); payloads.main()"
     )
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment(home), capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    tried = json.loads(done.stdout.splitlines()[-1])
-    assert not [what for what, result in tried.items() if result.startswith("DONE")], tried
-    assert list((home / "tmp").iterdir()) == []
 
 
 def test_the_system_says_what_it_offers():

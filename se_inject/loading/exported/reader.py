@@ -28,7 +28,7 @@ from typing import IO, Any
 import torch
 from torch.export import ExportedProgram
 
-from se_inject.errors import LoadError
+from se_inject.errors import LoadError, quoted
 from se_inject.forwards import checked_path, function_named
 from se_inject.loading.operators import is_allowed_check, is_allowed_function
 from se_inject.loading.pickles.constructors import check_view
@@ -261,24 +261,24 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
     if stack is None:
         return {}
     if not isinstance(stack, str) or not stack.isprintable():
-        raise LoadError("an exported program with a module path that can't be read", seen=repr(stack)[:80])
+        raise LoadError("an exported program with a module path that can't be read", seen=quoted(stack))
     for entry in stack.split(";"):
         place, _, kind = entry.rpartition(",")
         if re.search(r"[\"'\\]|\b__", place) or not _CLASS.fullmatch(kind):
-            raise LoadError("an exported program with a module path that can't be read", seen=repr(entry)[:80])
+            raise LoadError("an exported program with a module path that can't be read", seen=quoted(entry))
     return {"nn_module_stack": stack}
 
 
 def _on_the_cpu(device: Any) -> Any:
     """Return the device that a program names, or the CPU if it is one that computes: its numbers are read onto that."""
     if not isinstance(device, dict) or not re.fullmatch(r"[a-z]{2,20}", str(device.get("type"))):
-        raise LoadError("an exported program for a device that has no name", seen=repr(device)[:80])
+        raise LoadError("an exported program for a device that has no name", seen=quoted(device))
     return device if device["type"] == "meta" else {"type": "cpu", "index": None}
 
 
 def _check_name(name: Any) -> None:
     if name is not None and name != "" and not (isinstance(name, str) and name.isidentifier()):
-        raise LoadError("an exported program with a name that is none", seen=repr(name)[:80])
+        raise LoadError("an exported program with a name that is none", seen=quoted(name))
 
 
 def _check_name_of_path(path: Any) -> None:
@@ -301,7 +301,7 @@ def is_allowed_target(target: str) -> bool:
 
 def _check_target(target: Any) -> None:
     if not isinstance(target, str):
-        raise LoadError("an exported program with an operator that has no name", seen=repr(target)[:80])
+        raise LoadError("an exported program with an operator that has no name", seen=quoted(target))
     if not is_allowed_target(target):
         raise LoadError(f"an exported program calls `{target[:80]}`, which a file may not")
     if target.startswith("torch.ops.aten."):
@@ -331,7 +331,7 @@ def _check_expression(text: Any) -> None:
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise LoadError("an exported program with a size that is no expression") from error
     if len(nodes) > _MOST_EXPRESSION_NODES or not all(map(_may_be_evaluated, nodes)):
-        raise LoadError("an exported program with a size that is no expression of sizes", seen=repr(text)[:80])
+        raise LoadError("an exported program with a size that is no expression of sizes", seen=quoted(text))
 
 
 def _may_be_evaluated(node: ast.AST) -> bool:

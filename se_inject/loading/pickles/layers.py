@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _LPPoolNd, _MaxPoolNd
 
-from se_inject.errors import LoadError
+from se_inject.errors import LoadError, quoted
 
 _LARGEST = 2**31
 _MODES = ("nearest", "linear", "bilinear", "bicubic", "trilinear", "area", "nearest-exact")
@@ -138,7 +138,7 @@ def layer_fault(module: nn.Module) -> str | None:
                 if value is _NONE:
                     return f"it has no `{name}`"
                 if not fits(value):
-                    return f"its `{name}` is {value!r:.80}"
+                    return f"its `{name}` is {quoted(value)}"
     for kind, fault_of in _FITTING.items():
         if isinstance(module, kind) and (fault := fault_of(module)):
             return fault
@@ -163,7 +163,7 @@ def _fault_of_any(module: nn.Module) -> str | None:
         return "it has no `_non_persistent_buffers_set`"
     return next(
         (
-            f"its `{name}` is {value!r:.80}"
+            f"its `{name}` is {quoted(value)}"
             for name, value in state.items()
             if _is_hooks(name) and not isinstance(value, dict)
         ),
@@ -186,7 +186,7 @@ def _tensor_fault(module: nn.Module, name: str, shape: tuple[int, ...], *, neede
     if value is None:
         return f"it has no `{name}`" if needed else None
     if not isinstance(value, Tensor):
-        return f"its `{name}` is {value!r:.80}"
+        return f"its `{name}` is {quoted(value)}"
     if tuple(value.shape) != shape:
         return f"its `{name}` has the shape {tuple(value.shape)}, and {shape} would fit its numbers"
     return f"its `{name}` is not on a device" if value.layout is not torch.strided else None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject.errors import LoadError
+from se_inject.errors import LoadError, quoted
 from se_inject.forwards import check_forward
 from se_inject.loading.operators import check_vocabulary
 from se_inject.loading.pickles.allowlist import within
@@ -112,7 +112,7 @@ def _check_config(module: nn.Module, state: dict[str, Any]) -> None:
             and all(type(n) is int and 0 < n <= _LARGEST_INPUT for n in size)
         )
         if not (config is None or isinstance(config, dict)) or not (size is None or is_size):
-            shown = f"{config!r:.80}" if size is None else f"an input of size {size!r:.80}"
+            shown = f"{quoted(config)}" if size is None else f"an input of size {quoted(size)}"
             raise LoadError(f"a {type(module).__name__} in this file has a `{name}` that can't be right", seen=shown)
 
 
@@ -144,7 +144,7 @@ def _check_names(names: Any, forbidden: frozenset[str] = _QUOTES) -> None:
     """Check that attributes that torch.fx writes into source text are plain names."""
     for name in names:
         if not isinstance(name, str) or not name or not name.isprintable() or forbidden.intersection(name):
-            raise LoadError("a module in this file has an attribute that is no name", seen=repr(name)[:80])
+            raise LoadError("a module in this file has an attribute that is no name", seen=quoted(name))
 
 
 _OVERWRITTEN = {"type": str}
@@ -158,7 +158,9 @@ def _check_attributes(module: nn.Module, state: dict[str, Any]) -> None:
         is_own = name.startswith("forward") and _is_bound(state[name], module)  # timm's FasterNet chooses between two
         is_own = is_own or type(state[name]) is _OVERWRITTEN.get(name)
         if name.startswith("__") or (callable(of_class) and not is_own) or isinstance(of_class, property):
-            raise LoadError(f"a {kind.__name__} in this file has a `{name}` of its own", seen="its class defines that")
+            raise LoadError(
+                f"a {kind.__name__} in this file has a `{name[:100]}` of its own", seen="its class defines that"
+            )
     if isinstance(module, nn.DataParallel) and not isinstance(state["_modules"].get("module"), nn.Module):
         raise LoadError("a DataParallel in this file has no network")
     for name in _HOOKS:
@@ -172,7 +174,9 @@ def _check_parts(kind: type, table: dict[str, Any]) -> None:
     """Refuse a part that has the name of a class attribute: Python would find that one instead."""
     for name in table:
         if name.startswith("__") or getattr(kind, name, None) is not None:
-            raise LoadError(f"a {kind.__name__} in this file has a part called `{name}`", seen="its class defines that")
+            raise LoadError(
+                f"a {kind.__name__} in this file has a part called `{name[:100]}`", seen="its class defines that"
+            )
 
 
 def _check_twice(kind: type, state: dict[str, Any]) -> None:
@@ -180,7 +184,7 @@ def _check_twice(kind: type, state: dict[str, Any]) -> None:
     known = set(state)
     for table in (state[name] for name in _TABLES):
         if both := known & table.keys():
-            raise LoadError(f"a {kind.__name__} in this file has two parts called `{min(both)}`")
+            raise LoadError(f"a {kind.__name__} in this file has two parts called `{min(both)[:100]}`")
         known |= table.keys()
 
 

@@ -58,7 +58,9 @@ _WIDE = re.compile(rb"[\xc4-\xff]")
 
 _LONG_READ = 1 << 20
 _TABLES = ("_modules", "_parameters", "_buffers")
-_MOST_LAYERS_OF_AN_RNN = 1000
+_MOST_LAYERS_OF_AN_RNN = 100
+_BYTES_OF_AN_RNN_LAYER = 10_000
+"""Of the names and weak references that its ``__setstate__`` makes, and for the time that takes."""
 _OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
 """Protocol 2 writes modules by their names in Python 2; torch before 1.8 had another module."""
 _UNUSED = (
@@ -293,6 +295,7 @@ class Unpickler(pickle._Unpickler):
 
     def _made(self, found: Any) -> Any:
         if isinstance(found, nn.Module):
+            self._reading.takes(_BYTES_OF_A_MODULE)
             self._reading.modules.append(found)
         return found
 
@@ -324,6 +327,8 @@ class Unpickler(pickle._Unpickler):
             layers = state.get("num_layers", 0)
             if isinstance(instance, nn.RNNBase) and not (type(layers) is int and layers <= _MOST_LAYERS_OF_AN_RNN):
                 raise Malformed("a recurrent layer with an absurd number of layers")
+            if isinstance(instance, nn.RNNBase):
+                self._reading.takes(layers * _BYTES_OF_AN_RNN_LAYER)
             kind.__setstate__(instance, state)
         else:
             raise pickle.UnpicklingError(f"a state for a {kind.__name__}")

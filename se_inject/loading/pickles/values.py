@@ -71,17 +71,17 @@ class ValueChecks:
                     if hasattr(kind, part):
                         raise LoadError(
                             f"a {kind.__name__} in this file has the name of a method, `{part[:80]}`, among its data",
-                            seen=f"its `{name}` is a list of submodules",
+                            seen=f"its `{name[:100]}` is a list of submodules",
                         )
                 elif not self._may_stand(module, names, name, part):
                     raise LoadError(
-                        f"a {kind.__name__} in this file holds {_described(part)} as its `{name}`",
+                        f"a {kind.__name__} in this file holds {_described(part)} as its `{name[:100]}`",
                         seen="no network of torch, torchvision or timm has that there; data is what a file may hold",
                     )
 
     def _check_number(self, kind: type, name: str, value: Any) -> None:
         if type(value) is int and abs(value) > _LARGEST:
-            raise LoadError(f"a {kind.__name__} in this file has a `{name}` of {value.bit_length()} bits")
+            raise LoadError(f"a {kind.__name__} in this file has a `{name[:100]}` of {value.bit_length()} bits")
 
     def _parts(self, value: Any, with_text: bool) -> Iterator[Any]:
         """Iterate over the parts of a value that are not plain data; text too, if its class looks things up by text."""

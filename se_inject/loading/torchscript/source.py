@@ -73,6 +73,8 @@ def _checked_source(name: str, archive: Archive) -> ast.Module:
     """Parse TorchScript's source as Python, whose grammar includes it, and check it."""
     if archive.size(name) > _LARGEST_SOURCE or sum(1 for _ in _TOKEN.finditer(archive.read(name))) > _MOST_TOKENS:
         raise LoadError("a TorchScript archive with too much source text", seen=name[:80])
+    if b"# type:" in archive.read(name):  # to Python a comment, to TorchScript a declaration
+        raise LoadError("a TorchScript archive that declares types in comments", seen=name[:80])
     try:
         tree = ast.parse(archive.read(name).decode("ascii"))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -183,12 +185,17 @@ def _dotted(node: ast.AST) -> str | None:
 
 
 def _tree_depth(tree: ast.AST) -> tuple[int, int]:
-    """Compute the depth of a tree, and the depth of nested subscripts in it."""
+    """Compute the depth of a tree, and the depth of nested subscripts in it.
+
+    Python's tree holds a chain, ``a < b < c`` or ``a and b and c``, as one list; TorchScript's holds it nested.
+    """
     deepest = deepest_type = 0
     todo = [(tree, 1, 0)]
     while todo:
         node, depth, types = todo.pop()
         types = types + 1 if isinstance(node, ast.Subscript) else types if isinstance(node, ast.Tuple | ast.Load) else 0
+        depth += len(node.ops) if isinstance(node, ast.Compare) else 0
+        depth += len(node.values) if isinstance(node, ast.BoolOp) else 0
         deepest, deepest_type = max(deepest, depth), max(deepest_type, types)
         todo += [(child, depth + 1, types) for child in ast.iter_child_nodes(node)]
     return deepest, deepest_type
