@@ -1,12 +1,13 @@
 """What torch and Python do with networks, each thing in a process of its own, an injected network first and alone.
 
-A fresh interpreter imports torch and se_inject, and nothing else happens in it: for every facility it forks a child,
-which prepares the network and uses the facility. What that gives must be what the original gives, to the bit. The
+A fresh interpreter imports what planning and the facilities import, and nothing else happens in it: for every facility
+it forks a child, which prepares the network and uses the facility. What that gives must be what the original gives, to the bit. The
 tests run most of them; ``python -m tests.surgery.facilities injected`` (or ``program``) all, inductor too (2 minutes).
 """
 
 import contextlib
 import copy
+import importlib
 import io
 import os
 import pickle
@@ -476,9 +477,26 @@ def same(one, other):
     return one == other
 
 
+MODULES = (
+    "cloudpickle",
+    "se_inject.plans",
+    "se_inject.verification",
+    "torch._dynamo",
+    "torch._dynamo.backends.debugging",
+    "torch._functorch.aot_autograd",
+    "torch.export",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.package",
+    "torch.utils.flop_counter",
+)
+"""What the children would each import: a second and a half."""
+
+
 def main(kind, *names):
     """Compare a kind of network with the original under these facilities, or all; print those in which they differ."""
     torch.set_num_threads(1)
+    for name in MODULES:
+        importlib.import_module(name)
     names = names or tuple(FACILITIES)
     got = {name: in_a_child(lambda name=name: answer(PREPARED[kind], name)) for name in names}
     expected = in_a_child(lambda: {name: answer(network, name) for name in names})
