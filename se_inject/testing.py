@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from se_inject.blocks import Factory, find_block, has_gate, has_identity_start
 from se_inject.errors import InjectError, OptionError
-from se_inject.exporting import BATCHES, export
+from se_inject.exporting import BATCHES, export, scripted
 from se_inject.verification import TOLERANCES
 
 SIZES = {1: (12,), 2: (9, 8), 3: (5, 6, 4)}
@@ -375,9 +375,9 @@ def _meta(subject: _Subject) -> None:
 
 def _script(subject: _Subject) -> None:
     block = subject.stirred()
-    scripted = torch.jit.script(block)
+    compiled = scripted(block)
     for batch in BATCHES:
-        _close(scripted(subject.value(batch)), block(subject.value(batch)), f"scripted at batch {batch}, the result")
+        _close(compiled(subject.value(batch)), block(subject.value(batch)), f"scripted at batch {batch}, the result")
 
 
 def _pt2(subject: _Subject) -> None:

@@ -1,10 +1,30 @@
 """One thread, so that sums are taken in one order and the suite's time says something; how many networks are drawn."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start, too
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)
+
+_operators = []
+_register = torch.jit._builtins._register_builtin
+
+
+def _register_and_keep(operator, name):
+    """List an operator for TorchScript, as torch does, and keep it.
+
+    torch frees operators that get another overload, as when inductor is imported, and leaves their addresses listed:
+    `torch.jit.script` then fails in whichever test has something at such an address.
+    """
+    _operators.append(operator)
+    _register(operator, name)
+
+
+torch.jit._builtins._register_builtin = _register_and_keep
 
 settings.register_profile(
     "short",

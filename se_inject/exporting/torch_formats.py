@@ -12,13 +12,14 @@ from se_inject.atomic_files import write_through
 from se_inject.exporting.capture import captured
 from se_inject.exporting.dimensions import Free
 from se_inject.exporting.reference import Reference, Written
+from se_inject.exporting.scripting import scripted
 from se_inject.forwards import Program, original_class
 from se_inject.verification import Rejected, same_value
 
 
 def write_scripted(reference: Reference, path: Path, free: Free) -> Written:
     """Write TorchScript compiled from the source: every branch is in it."""
-    return _write_torchscript(torch.jit.script(reference.model.eval()), path, "scripted")
+    return _write_torchscript(scripted(reference.model.eval()), path, "scripted")
 
 
 def write_traced(reference: Reference, path: Path, free: Free) -> Written:

@@ -114,30 +114,30 @@ def test_equal_blocks_share_one_class_and_show_their_source(injected):
     assert "self.se(" in inspect.getsource(type(second).forward)
 
 
-def worker(rank, port, kind, results):
+def worker(rank, port, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    network = si.inject(randomise(build("torchvision:resnet18")), stages=[4]).eval()
-    if kind == "ddp":
-        wrapped = nn.parallel.DistributedDataParallel(network)
-    else:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+    for kind in ("ddp", "fsdp2"):
+        torch.manual_seed(0)
+        network = si.inject(randomise(build("torchvision:resnet18")), stages=[4]).eval()
+        if kind == "ddp":
+            wrapped = nn.parallel.DistributedDataParallel(network)
+        else:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
 
-        wrapped = fully_shard(network, mesh=init_device_mesh("cpu", (2,)))
-    wrapped(X + rank).sum().backward()
-    reached = all(p.grad is not None for name, p in wrapped.named_parameters() if ".se." in name)
-    results[rank] = reached and isinstance(network.layer4[0], torch.nn.Module)
+            wrapped = fully_shard(network, mesh=init_device_mesh("cpu", (2,)))
+        wrapped(X + rank).sum().backward()
+        reached = all(p.grad is not None for name, p in wrapped.named_parameters() if ".se." in name)
+        results[kind, rank] = reached and isinstance(network.layer4[0], torch.nn.Module)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_train_it(kind):
+def test_two_processes_train_it():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(worker, (port, kind, results), nprocs=2)
-        assert dict(results) == {0: True, 1: True}
+        mp.spawn(worker, (port, results), nprocs=2)
+        assert dict(results) == {(kind, rank): True for kind in ("ddp", "fsdp2") for rank in (0, 1)}
