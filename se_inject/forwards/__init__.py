@@ -21,6 +21,7 @@ from se_inject.forwards.marks import (
     original_class,
     steps_data,
 )
+from se_inject.forwards.named_classes import Unlike, field, is_container
 from se_inject.forwards.programs import (
     ATTRIBUTES,
     FixedBatchNorm,
@@ -49,6 +50,7 @@ __all__ = [
     "FixedBatchNorm",
     "Form",
     "Program",
+    "Unlike",
     "addressed",
     "all_lines",
     "body_of",
@@ -63,6 +65,7 @@ __all__ = [
     "edited_graph",
     "encoded",
     "expectations",
+    "field",
     "function_called",
     "function_name",
     "function_named",
@@ -72,6 +75,7 @@ __all__ = [
     "has_changed_class",
     "in_modes",
     "is_at_output",
+    "is_container",
     "is_edited",
     "is_frozen",
     "is_name",

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from se_inject.errors import LoadError, SurgeryError
+from se_inject.forwards.named_classes import APPLY, MAKE, Unlike, class_name, class_named, field, is_container
 
 LONGEST = 8_000_000
 """Letters of the JSON text of one forward."""
@@ -45,6 +46,7 @@ _BUILTINS: dict[str, Callable[..., Any]] = {
     "getattr": getattr,
     "round": round,
     "assert": torch._assert,
+    "field": field,
 }
 _FORBIDDEN = frozenset(
     {
@@ -101,8 +103,13 @@ def function_name(function: Any) -> str:
         for name in (short, short.removeprefix(f"{space.rpartition('.')[2]}_")):  # `torch.fft.rfft2` is `fft_rfft2`
             if _function_in(space, name) is function:
                 return f"{space}:{name}"
-    if isinstance(function, type):
-        raise SurgeryError(f"its forward makes a `{short}`, which a stored forward can't make")
+    if isinstance(function, Unlike):
+        raise SurgeryError(f"its forward makes a `{short}`, which can't be made from its contents alone")
+    if is_container(function):
+        return class_name(MAKE, function)
+    holder = getattr(function, "__self__", None)
+    if short == "apply" and isinstance(holder, type) and issubclass(holder, torch.autograd.Function):
+        return class_name(APPLY, holder)
     raise SurgeryError(f"its forward calls `{short or function}`, which is no tensor operation of torch")
 
 
@@ -120,6 +127,8 @@ def function_named(name: str) -> Callable[..., Any]:
         found = _operator(short)
     elif space in _NAMESPACES:
         found = _function_in(space, short)
+    else:
+        found = class_named(name)
     if found is None:
         raise LoadError(f"a forward in this file calls `{name}`, which is no tensor operation of torch")
     return found  # type: ignore[no-any-return]

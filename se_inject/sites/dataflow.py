@@ -54,6 +54,8 @@ _BUFFERS = frozenset(
 ) | {"clone"}
 """What makes a tensor that is filled afterwards."""
 
+_TAKES = ("getitem", "field")
+"""What takes an item out of a container."""
 _VIEWS = frozenset({"getitem", "narrow", "select", "view", "transpose", "permute", "unflatten"})
 
 
@@ -88,7 +90,7 @@ def reaches_output(trace: Trace, owner: OwnerGraph, value: fx.Node) -> bool:
         return False
     if not owner.path:
         return True
-    items = _items(result.args[0], reached)
+    items = _items(_contents(result.args[0]), reached)
     for path in reversed(prefixes(parent(owner.path))):
         caller = trace.graphs.get(path)
         if caller is None:
@@ -141,7 +143,7 @@ def _items(result: object, reached: set[fx.Node]) -> list[object] | None:
 
 def _readers(call: fx.Node, items: list[object] | None) -> list[fx.Node]:
     """Find the call, or of the values that are taken out of its result those with these indices."""
-    if items is None or any(getattr(user.target, "__name__", "") != "getitem" for user in call.users):
+    if items is None or any(getattr(user.target, "__name__", "") not in _TAKES for user in call.users):
         return [call]
     return [user for user in call.users if user.args[1] in items]
 
@@ -197,11 +199,11 @@ class Depths:
 
     def _depth_of_item(self, source: fx.Node, reader: fx.Node) -> float:
         """Return the convolutions behind the item that a reader takes out of what a module returned; 0 for any other value."""
-        takes = function_name_of(reader) == "getitem"
+        takes = function_name_of(reader) in _TAKES
         if not is_bundle(source) or (takes and is_bundle(reader)):
             return 0
         keys = [reader.args[1]] if takes else []
-        while function_name_of(source) == "getitem" and isinstance(source.args[0], fx.Node):
+        while function_name_of(source) in _TAKES and isinstance(source.args[0], fx.Node):
             keys.insert(0, source.args[1])
             source = source.args[0]
         return self._depth_of(path_of(source), tuple(keys)) if source.op == "call_module" and convolves(source) else 0
@@ -228,12 +230,22 @@ class Depths:
 
 def _taken(result: object, keys: tuple[Any, ...]) -> tuple[object, tuple[Any, ...]]:
     """Follow keys into a returned structure, as far as it is one in this graph; return what is there, and the keys left."""
-    while keys and isinstance(result, tuple | list | dict):
+    while keys:
+        result = _contents(result)
+        if not isinstance(result, tuple | list | dict):
+            break
         try:
             result, keys = result[keys[0]], keys[1:]
         except (LookupError, TypeError):
             break
     return result, keys
+
+
+def _contents(result: object) -> object:
+    """Return what a container of an author's class is made of; any other value as it is."""
+    if not isinstance(result, fx.Node) or not isinstance(result.target, type):
+        return result
+    return result.kwargs or (result.args[0] if len(result.args) == 1 else result.args)
 
 
 def _nodes_in(result: object) -> list[fx.Node]:

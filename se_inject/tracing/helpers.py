@@ -22,6 +22,9 @@ class Helper(NamedTuple):
 def helper_for(error: Exception) -> Helper | None:
     """Find a remedy for a forward that failed with this error; None if nothing is known."""
     text = str(error)
+    if text.startswith("part of it runs under another grad"):
+        applied = _function_around(error)
+        return None if applied is None else Helper(applied, "apply", _applied)
     found = re.match(r"(\w+)\(\) (takes 1 positional argument|received an invalid combination of arguments)", text)
     if found and found[1] in ("zeros", "ones", "empty", "rand", "randn"):
         return Helper(torch, found[1], _sizes_in_a_tuple)
@@ -38,6 +41,26 @@ def helper_for(error: Exception) -> Helper | None:
     if text.startswith("Variable data has to be a tensor, but got ValueProxy"):
         return Helper(torch.autograd.Variable, "__new__", _variable)
     return None
+
+
+def _function_around(error: Exception) -> Any:
+    """Return the autograd function in whose forward an error was raised; None: in none."""
+    step = error.__traceback__
+    while step is not None:
+        code, held = step.tb_frame.f_code, step.tb_frame.f_locals
+        context = held.get(code.co_varnames[0]) if code.co_varnames else None
+        if isinstance(context, torch.autograd.function.FunctionCtx):
+            return getattr(type(context), "_forward_cls", None)
+        step = step.tb_next
+    return None
+
+
+def _applied(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Record the application of an autograd function as one call."""
+    found = next((arg for arg in args if is_proxy(arg)), None)
+    if found is None:
+        return original(*args, **kwargs)
+    return found.tracer.create_proxy("call_function", original, args, kwargs)
 
 
 def _sizes_in_a_tuple(original: Any, *sizes: Any, **kwargs: Any) -> Any:

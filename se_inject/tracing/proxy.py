@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
+from se_inject.forwards import field
+from se_inject.tracing.containers import contents, form_of, holds, is_special, made
+
 if TYPE_CHECKING:
     from se_inject.tracing.tracer import OwnerTracer
 
@@ -71,7 +74,8 @@ class ValueProxy(fx.Proxy):
             if isinstance(self.value, dict) and name in ("items", "values", "get"):
                 return getattr({key: self[key] for key in self.value}, name)
             return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        read = field if is_special(self.value) else getattr
+        return self.tracer.create_proxy("call_function", read, (self, name), {})
 
     def keys(self) -> Any:
         return self.value.keys()
@@ -232,6 +236,10 @@ def values_of(argument: Any) -> Any:
     """Replace every proxy in the arguments by its value."""
     if type(argument) is ValueProxy:
         return argument.value
+    if is_special(argument) and holds(argument, is_proxy):
+        form = form_of(argument)
+        if form is not None:
+            return made(type(argument), form, {key: values_of(item) for key, item in contents(argument).items()})
     if isinstance(argument, tuple):
         items = [values_of(item) for item in argument]
         if type(argument) is tuple:

@@ -9,8 +9,8 @@ checks it instead of assuming it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Scope, TracerBase
 
-from se_inject.forwards import Form
+from se_inject.forwards import Form, Unlike, field
+from se_inject.tracing.containers import contents, form_of, holds, is_special, made
 from se_inject.tracing.operations import operation_of
 from se_inject.tracing.proxy import (
     Changed,
@@ -30,6 +31,7 @@ from se_inject.tracing.proxy import (
     holds_proxy,
     holds_tensor,
     is_numbers,
+    is_proxy,
     reflect,
     values_of,
 )
@@ -282,7 +284,7 @@ class OwnerTracer(TracerBase):
         node.meta["path"] = self.observer.result.paths[id(module)]
         original = self.observer.result.model.get_submodule(node.meta["path"])
         node.meta["class"], node.meta["operation"] = type(original), operation_of(node, original)
-        return self._wrap(node, value)
+        return self._opened(self._wrap(node, value))
 
     def _run_child(
         self, module: nn.Module, path: str, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -320,9 +322,7 @@ class OwnerTracer(TracerBase):
                 if value is a:
                     return self.attribute(self.owner, name, a).node
             raise Untraceable("uses a tensor that is neither an input nor an attribute of the module")
-        if type(a) not in (tuple, list, dict, torch.Size) and (
-            isinstance(a, tuple | list | dict) or (dataclasses.is_dataclass(a) and not isinstance(a, type))
-        ):
+        if is_special(a) and (isinstance(a, tuple | list | dict) or holds(a, is_proxy)):
             return self._container(a)
         try:
             return super().create_arg(a)
@@ -331,20 +331,33 @@ class OwnerTracer(TracerBase):
 
     def _container(self, container: Any) -> fx.Node:
         """Record a container of a class of its own as a node: the call of that class."""
-        kind = type(container)
-        args: tuple[Any, ...] = ()
-        kwargs: dict[str, Any] = {}
-        if isinstance(container, dict):
-            args = ({key: self.create_arg(dict.__getitem__(container, key)) for key in dict.keys(container)},)
-        elif isinstance(container, list | tuple):
-            items = [self.create_arg(item) for item in container]
-            args = tuple(items) if hasattr(kind, "_fields") else (items,)
-        else:
-            kwargs = {
-                each.name: self.create_arg(getattr(container, each.name)) for each in dataclasses.fields(container)
-            }
-        node = self.create_node("call_function", kind, args, kwargs)
+        held, form = contents(container), form_of(container)
+        args, kwargs = ((held,), {}) if form is None else form(held)
+        target = Unlike(type(container)) if form is None else type(container)
+        node = self.create_node("call_function", target, self.create_arg(args), self.create_arg(kwargs))
         return self._wrap(node, values_of(container)).node
+
+    def _opened(self, proxy: ValueProxy) -> Any:
+        """Return a container of an author's class as such, with proxies in it; any other value as its proxy.
+
+        So the author's own methods, ``len`` and comparisons with ``None`` work on it.
+        """
+        value = proxy.value
+        form = form_of(value) if is_special(value) and holds(value, _is_tensor) else None
+        if form is None:
+            return proxy
+        is_field = not isinstance(value, dict | list | tuple)
+        return made(
+            type(value),
+            form,
+            {key: self._part(proxy, key, item, is_field=is_field) for key, item in contents(value).items()},
+        )
+
+    def _part(self, proxy: ValueProxy, key: Any, item: Any, *, is_field: bool) -> Any:
+        if item is None or isinstance(item, bool | str):
+            return item
+        read: Any = field if is_field else operator.getitem
+        return self._opened(self.create_proxy("call_function", read, (proxy, key), {}))
 
     def guard(self, proxy: ValueProxy, answer: bool) -> None:
         """Remember that the graph holds only while this condition has this answer."""
@@ -356,6 +369,10 @@ class OwnerTracer(TracerBase):
             pending += [source for source in node.all_input_nodes if source not in seen]
             seen.update(node.all_input_nodes)
         self.guards.append((proxy.node, answer))
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _modes() -> tuple[bool, bool, bool]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from typing import NamedTuple
 
 from torch import nn
 
-from se_inject.sites import HeldBack, Site, sites_in
+from se_inject.sites import HeldBack, sites_in
 from se_inject.surgery import steps_of
 from se_inject.tables import counted
 from se_inject.tracing import Trace
@@ -14,8 +14,63 @@ from se_inject.tracing import Trace
 _NOUNS = {"residual": "residual units", "conv": "runs of convolutions"}
 
 
+class Coverage(NamedTuple):
+    """How many of a network's units have a block.
+
+    Args:
+        gated: the units that have one.
+        unchosen: those that could have one and have none.
+        attended: of ``unchosen`` those with attention of their own.
+        missed: those that can take none.
+        elsewhere: blocks that are not at a unit.
+        noun: the units in words.
+        reason: the commonest reason why units can take none.
+    """
+
+    gated: int
+    unchosen: int
+    attended: int
+    missed: int
+    elsewhere: int
+    noun: str
+    reason: str
+
+    def text(self) -> str:
+        """Format it as a line: ``16 of 16 residual units``."""
+        parts = [f"{self.gated} of {self.gated + self.unchosen + self.missed} {self.noun}"]
+        parts += [f"{self.attended} with attention already"] * bool(self.attended)
+        parts += [f"{self.unchosen - self.attended} not chosen"] * (self.unchosen > self.attended)
+        parts += [f"{self.missed} can take none, most often: {self.reason}"] * bool(self.missed)
+        parts += [f"{counted(self.elsewhere, 'block')} elsewhere"] * bool(self.elsewhere)
+        return "; ".join(parts)
+
+
+def coverage(trace: Trace, after: nn.Module) -> Coverage:
+    """Count the units of a network that have a block, and those that have none.
+
+    Args:
+        trace: an observed call of the network before injection.
+        after: the injected network.
+    """
+    found = sites_in(trace)
+    inside = [site for site in found.all_sites if site.stage is not None and site.held_back is not HeldBack.NECK]
+    units = [site for site in inside if site.kind != "conv"] or inside
+    gated = {step.site for step in steps_of(after)}
+    without = [site for site in units if site.address not in gated and not site.blocks]
+    kinds = {site.kind for site in units}
+    return Coverage(
+        gated=len(units) - len(without),
+        unchosen=len(without),
+        attended=sum(site.held_back is HeldBack.ATTENTION for site in without),
+        missed=len(found.missed),
+        elsewhere=len(gated - {site.address for site in units}),
+        noun=_NOUNS.get(next(iter(kinds)), "units") if len(kinds) == 1 else "units",
+        reason=found.commonest_reason(),
+    )
+
+
 def units_with_blocks(trace: Trace, after: nn.Module) -> tuple[bool | None, str]:
-    """Count the units of a network that have a block, and say why others have none.
+    """Say how many units of a network have a block, and why others have none.
 
     Args:
         trace: an observed call of the network before injection.
@@ -24,30 +79,5 @@ def units_with_blocks(trace: Trace, after: nn.Module) -> tuple[bool | None, str]
     Returns:
         True, or None if no unit has a block or more were refused than have one; and a line such as ``16 of 16 residual units``.
     """
-    found = sites_in(trace)
-    inside = [site for site in found.all_sites if site.stage is not None and site.held_back is not HeldBack.NECK]
-    units = [site for site in inside if site.kind != "conv"] or inside
-    gated = {step.site for step in steps_of(after)}
-    without = [site for site in units if site.address not in gated and not site.blocks]
-    gets = len(units) - len(without)
-    total = len(units) + len(found.missed)
-    kinds = {site.kind for site in units}
-    noun = _NOUNS.get(next(iter(kinds)), "units") if len(kinds) == 1 else "units"
-    text = f"{gets} of {total} {noun}"
-    reasons = [*_reasons(without)]
-    if found.missed:
-        reasons.append(f"{len(found.missed)} can take none, most often: {found.commonest_reason()}")
-    elsewhere = len(gated - {site.address for site in units})
-    if elsewhere:
-        reasons.append(f"{counted(elsewhere, 'block')} elsewhere")
-    return None if gets < len(found.missed) or not gets else True, "; ".join([text, *reasons])
-
-
-def _reasons(without: list[Site]) -> list[str]:
-    """Return why units have no block: attention of their own, or nobody chose them."""
-    counts = Counter(site.held_back is HeldBack.ATTENTION for site in without)
-    return [
-        f"{counts[attended]} {text}"
-        for attended, text in ((True, "with attention already"), (False, "not chosen"))
-        if counts[attended]
-    ]
+    seen = coverage(trace, after)
+    return None if seen.gated < seen.missed or not seen.gated else True, seen.text()
