@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from se_inject.errors import InjectError, printable
+from se_inject.errors import InjectError, LoadError, printable
 from se_inject.loading.formats import PICKLES, PROGRAMS, described, form_of, safetensors_metadata
 from se_inject.loading.opened import opened
 from se_inject.loading.operators import (
@@ -24,11 +24,13 @@ from se_inject.loading.operators import (
 )
 from se_inject.loading.pickles.allowlist import may_be_called, who_allows, within
 from se_inject.loading.pickles.names import every_name, names_in
+from se_inject.loading.torchscript.source import parsed_source
 from se_inject.loading.zip_archive import Archive
 from se_inject.user_code import fact
 
 _LONGEST = 100
 _MOST_NAMES = 5_000
+_MOST_OF_A_PLAN = 4 << 20
 _DOORS = {
     "safetensors": "weights alone: tensors by name, read by the safetensors library; it can name no code",
     "adapter": "the weights of injected blocks, and a plan: text that names blocks and options",
@@ -216,7 +218,11 @@ def _in_a_script(archive: Archive) -> Iterator[Named]:
     found: Counter[str] = Counter()
     for name in archive.records:
         if name.startswith("code/") and name.endswith(".py"):
-            tree = ast.parse(archive.read(name).decode("ascii"))
+            try:
+                tree = parsed_source(name, archive)
+            except LoadError as error:
+                yield Named(_shown(name), "record", "referred", "refused", error.message)
+                continue
             for node in ast.walk(tree):
                 if isinstance(node, ast.ClassDef):
                     yield Named(
@@ -246,8 +252,14 @@ def _in_a_program(archive: Archive) -> Iterator[Named]:
         if record.startswith("data/aotinductor/"):
             yield Named(_shown(record), "record", "referred", "refused", "compiled code, which can't be checked")
     found: Counter[str] = Counter()
+    from se_inject.loading.exported.reader import bounded_json
+
     for record in (record for record in archive.records if record.startswith("models/")):
-        todo: list[Any] = [json.loads(archive.read(record))]
+        try:
+            todo: list[Any] = [bounded_json(archive, record)]
+        except LoadError as error:
+            yield Named(_shown(record), "record", "referred", "refused", error.message)
+            continue
         while todo:
             part = todo.pop()
             if isinstance(part, list):
@@ -271,7 +283,9 @@ def _allows_target(target: str) -> bool:
 def _in_a_plan(file: IO[bytes], form: str) -> Iterator[Named]:
     file.seek(0)
     is_adapter = form == "adapter"
-    texts = list(safetensors_metadata(file).values()) if is_adapter else [file.read(8 << 20).decode("utf-8-sig")]
+    texts = (
+        list(safetensors_metadata(file).values()) if is_adapter else [file.read(_MOST_OF_A_PLAN).decode("utf-8-sig")]
+    )
     blocks: Counter[str] = Counter()
     for text in texts:
         todo: list[Any] = [json.loads(text)]

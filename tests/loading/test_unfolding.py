@@ -1,6 +1,7 @@
 """Small files that unfold: in error texts, in what libraries make of a state, in TorchScript's parser."""
 
 import struct
+import zipfile
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 import se_inject as si
 from se_inject.errors import InjectError, LoadError, WorkerError, quoted
 from se_inject.isolation import call_isolated
+from se_inject.loading import inspect_file
 from tests.files.hostile import archived, records, saved, scripted, text, zipped
 from tests.fuzz.run import peak_bytes
 
@@ -151,3 +153,22 @@ def test_nonsense_in_place_of_an_error(said, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InjectError):
         call_isolated("payload:say", {"text": said}, tmp_path / "x.pt", readable=[tmp_path])
+
+
+BOMBS = {
+    "script": {
+        "a/constants.pkl": b"\x80\x02).", "a/data.pkl": b"\x80\x02).", "a/code/__torch__.py": b"x=1\n" * 500_000,
+        "a/version": "3",
+    },
+    "program": {"a/archive_format": "pt2", "a/models/model.json": b"[" + b'{"a":1},' * 1_000_000 + b"1]"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_looking_into_a_file_is_bounded_too(name, tmp_path):
+    (tmp_path / "net.pt").write_bytes(zipped(BOMBS[name], compression=zipfile.ZIP_DEFLATED))
+    peak_bytes()
+    before = peak_bytes()
+    found = inspect_file(tmp_path / "net.pt")
+    assert peak_bytes() - before < 64 << 20
+    assert found.damaged or found.refused

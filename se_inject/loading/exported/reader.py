@@ -138,7 +138,7 @@ def exported_program(file: IO[bytes]) -> ExportedProgram:
     if len(models) != 1:
         raise LoadError("an archive of several exported programs", seen=f"{len(models)}")
     name = models[0].removeprefix("models/").removesuffix(".json")
-    program = _checked_program(_json(archive, models[0]))
+    program = _checked_program(bounded_json(archive, models[0]))
     weights = _tensors(archive, "data/weights/", f"{name}_weights_config.json")
     constants = _tensors(archive, "data/constants/", f"{name}_constants_config.json")
     samples = _samples(archive, f"data/sample_inputs/{name}.pt")
@@ -151,11 +151,16 @@ def torch_version(file: IO[bytes]) -> str | None:
     """Read the version of torch that wrote a ``.pt2`` archive, if it is stored."""
     archive = Archive(file)
     models = [name for name in archive.records if name.startswith("models/")]
-    version = _json(archive, models[0]).get("torch_version") if models else None
+    version = bounded_json(archive, models[0]).get("torch_version") if models else None
     return version if isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,40}", version) else None
 
 
-def _json(archive: Archive, name: str) -> Any:
+def bounded_json(archive: Archive, name: str) -> Any:
+    """Read a record of JSON, if it takes no more memory than it may.
+
+    Raises:
+        LoadError: it is far larger than a network's.
+    """
     if archive.size(name) > _LARGEST_JSON + len(archive) // _SHARE_OF_JSON:
         raise LoadError("an exported program whose graph is far larger than any network's", seen=name[:80])
     return json.loads(archive.read(name))
@@ -181,7 +186,7 @@ def _tensors(archive: Archive, folder: str, config: str) -> dict[str, Any]:
 
     records: dict[str, torch.Tensor] = {}
     found: dict[str, Any] = {}
-    for name, entry in _json(archive, folder + config)["config"].items():
+    for name, entry in bounded_json(archive, folder + config)["config"].items():
         checked_path(name)
         meta, record = entry["tensor_meta"], entry["path_name"]
         if entry["use_pickle"] or meta is None or not str(record).startswith(("weight_", "tensor_")):

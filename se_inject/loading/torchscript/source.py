@@ -69,16 +69,29 @@ def checked_sources(archive: Archive) -> Declared:
     return declared
 
 
-def _checked_source(name: str, archive: Archive) -> ast.Module:
-    """Parse TorchScript's source as Python, whose grammar includes it, and check it."""
+def parsed_source(name: str, archive: Archive) -> ast.Module:
+    """Parse TorchScript's source as Python, whose grammar includes it, if that takes no more memory than it may.
+
+    Args:
+        name: of the record.
+        archive: that it is in.
+
+    Raises:
+        LoadError: there is too much of it, it is no source, or to TorchScript it is another one.
+    """
     if archive.size(name) > _LARGEST_SOURCE or sum(1 for _ in _TOKEN.finditer(archive.read(name))) > _MOST_TOKENS:
         raise LoadError("a TorchScript archive with too much source text", seen=name[:80])
     if b"# type:" in archive.read(name):  # to Python a comment, to TorchScript a declaration
         raise LoadError("a TorchScript archive that declares types in comments", seen=name[:80])
     try:
-        tree = ast.parse(archive.read(name).decode("ascii"))
+        return ast.parse(archive.read(name).decode("ascii"))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise LoadError("a TorchScript archive with source text that is none", seen=name[:80]) from error
+
+
+def _checked_source(name: str, archive: Archive) -> ast.Module:
+    """Parse source text, and look at every word of it."""
+    tree = parsed_source(name, archive)
     depth, depth_of_types = _tree_depth(tree)
     if depth > _DEEPEST_TREE or depth_of_types > _DEEPEST_TYPE:
         raise LoadError("a TorchScript archive whose source text goes too deep", seen=name[:80])
