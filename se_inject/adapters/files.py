@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.atomic_files import atomic, write_through
-from se_inject.blocks import build_block
+from se_inject.blocks import build_block, has_class_at, is_at_hand
 from se_inject.errors import ExportError, InjectError, LoadError, OptionError, SurgeryError, printable
 from se_inject.loading import described, form_of, opened
 from se_inject.plans import Plan, plan_of
@@ -156,7 +156,9 @@ def write_adapter(model: nn.Module, plan: Plan, path: Path) -> None:
             tensors[name] = tensor.detach().cpu().contiguous().clone()
     content = {"version": VERSION, "plan": json.loads(plan.to_json()), "backbone": fingerprint(model)}
     write_through(path, lambda buffer: buffer.write(save(tensors, {_KEY: json.dumps(content)})))
-    again = read_adapter(path, trust=[step.block.rpartition(":")[0] for step in plan.steps])
+    known = [step.block for step in plan.steps if is_at_hand(step.block)]
+    known += [step.block for step in plan.steps if has_class_at(model.get_submodule(step.path), step.block)]
+    again = read_adapter(path, trust=[block.rpartition(":")[0] for block in known])
     again._check_tensors()
     if any(not _same_bits(tensor, again.tensors[name]) for name, tensor in tensors.items()):
         raise ExportError(f"the adapter `{path.name}` does not give back what was written")

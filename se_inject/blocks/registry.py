@@ -74,13 +74,40 @@ def find_block(name: str) -> Factory:
         return _announced(name)
     key = _place(name)
     if key not in _imported:
-        _imported[key] = named(*key)
+        if key[0].partition(".")[0] in sys.stdlib_module_names:
+            raise OptionError(f"`{name}` is no block", seen=f"`{key[0]}` is a part of Python")
+        found = named(*key)
+        if not callable(found) or inspect.isbuiltin(found):
+            raise OptionError(
+                f"`{name}` is no block",
+                seen=f"a {type(found).__name__}",
+                hint="a block is a class of modules, or a function that makes one",
+            )
+        _imported[key] = found
     return _imported[key]
 
 
 def is_at_hand(name: str) -> bool:
-    """Return whether a block is available without importing third-party code."""
-    return ":" not in name or _place(name) in _imported or _place(name)[0] in sys.modules
+    """Return whether a block is one by name, or was taken from somebody's code in this process before."""
+    return ":" not in name or _place(name) in _imported
+
+
+def has_class_at(block: nn.Module, name: str) -> bool:
+    """Return whether a module is of the class, or out of the file or package, that a block's name says, which was imported so.
+
+    Python's own modules, and those of torch and the zoos, hold no blocks.
+    """
+    place, attribute = _place(name)
+    kind = type(block)
+    home = sys.modules.get(kind.__module__)
+    is_theirs = kind.__module__.partition(".")[0] in sys.stdlib_module_names | _NO_BLOCKS
+    at_home = kind.__module__ == place or os.path.abspath(getattr(home, "__file__", None) or "") == place
+    made = getattr(home, attribute, None)
+    is_block = made is kind or (inspect.isfunction(made) and made.__module__ == kind.__module__)
+    return at_home and is_block and not is_theirs
+
+
+_NO_BLOCKS = frozenset({"torch", "torchvision", "timm", "numpy", "se_inject"})
 
 
 def _place(name: str) -> tuple[str, str]:

@@ -33,6 +33,7 @@ from se_inject.forwards.programs import (
     program_module,
     recorded_inputs,
 )
+from se_inject.forwards.steps import check_blocks, is_block_name, is_code, is_trusted
 from se_inject.forwards.vocabulary import (
     Form,
     checked_path,
@@ -54,6 +55,7 @@ __all__ = [
     "addressed",
     "all_lines",
     "body_of",
+    "check_blocks",
     "check_forward",
     "check_lines",
     "checked_class",
@@ -75,12 +77,15 @@ __all__ = [
     "has_changed_class",
     "in_modes",
     "is_at_output",
+    "is_block_name",
+    "is_code",
     "is_container",
     "is_edited",
     "is_frozen",
     "is_name",
     "is_of_training",
     "is_plain_name",
+    "is_trusted",
     "lines_of",
     "made",
     "made_from",

@@ -20,7 +20,8 @@ from se_inject.forwards.classes import addressed, made, reduction, shared, sourc
 from se_inject.forwards.lasting import UNGATED, lasting
 from se_inject.forwards.lines import is_at_output
 from se_inject.forwards.marks import BODY, ORIGINAL
-from se_inject.forwards.vocabulary import LONGEST, is_plain_name
+from se_inject.forwards.steps import check_steps
+from se_inject.forwards.vocabulary import LONGEST
 from se_inject.forwards.writer import Writer
 
 KEYS = {"steps", "was_none", "lines"}
@@ -117,10 +118,9 @@ def checked_class(original: Any, body: Any) -> Any:
         raise LoadError("an edited forward is too long", seen=f"{len(body):,} characters")
     try:
         data = json.loads(body)
-        well_formed = set(data) - {"fused"} == KEYS and isinstance(data["lines"], list)
-        well_formed = well_formed and isinstance(data["was_none"], dict)
-        well_formed = well_formed and all(is_plain_name(step["block_name"]) for step in data["steps"])
-        well_formed = well_formed and ("fused" not in data or _is_fused(data["fused"]))
+        well_formed = _has_form(data)
+    except LoadError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LoadError("a damaged file: an edited forward that is no JSON", seen=str(error)) from error
     if not well_formed:
@@ -133,11 +133,25 @@ def checked_class(original: Any, body: Any) -> Any:
         raise LoadError("a forward in this file is damaged", seen=f"{type(error).__name__}: {error}") from error
 
 
+def _has_form(data: dict[str, Any]) -> bool:
+    """Return whether this is the data of an edited forward, fused or not.
+
+    Raises:
+        LoadError: its steps are none.
+    """
+    well_formed = set(data) - {"fused"} == KEYS and isinstance(data["lines"], list)
+    if not well_formed or not isinstance(data["was_none"], dict):
+        return False
+    check_steps(data)
+    return "fused" not in data or _is_fused(data["fused"])
+
+
 def _is_fused(data: Any) -> bool:
     tails = data["tails"].values()
     return (
         set(data) == {"before", "tails"}
         and isinstance(data["before"], dict)
+        and _has_form(data["before"])
         and all(isinstance(words, str) for words in tails)
     )
 

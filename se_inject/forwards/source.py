@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import linecache
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ from se_inject.errors import LoadError
 BUILTINS = frozenset({"Ellipsis", "RuntimeError", "getattr", "len", "range", "slice", "tuple"})
 """The names of Python's that a generated forward may use."""
 
+MOST_TOKENS = 200_000
+"""Words and signs in the text of a forward: to Python's parser, each may take half a kilobyte."""
+
+_TOKEN = re.compile(r"\w+|[^\w\s]")
 _KINDS = (
     ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return,
     ast.If, ast.For, ast.Break, ast.Pass, ast.Raise, ast.Call, ast.keyword, ast.Starred, ast.Name, ast.Load, ast.Store,
@@ -36,6 +41,10 @@ def compiled(source: str, filename: str, scope: dict[str, Any]) -> Callable[...,
     Raises:
         LoadError: the text uses another name, or a kind of statement that no forward needs.
     """
+    if sum(1 for _ in _TOKEN.finditer(source)) > MOST_TOKENS:
+        raise LoadError(
+            "a forward in this file is longer than any network's", seen=f"over {MOST_TOKENS:,} words and signs"
+        )
     tree = ast.parse(source, filename)
     check_text(tree, scope)
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from se_inject.errors import InjectError, LoadError, printable
+from se_inject.forwards import is_code, is_trusted
 from se_inject.loading.formats import PICKLES, PROGRAMS, described, form_of, safetensors_metadata
 from se_inject.loading.opened import opened
 from se_inject.loading.operators import (
+    blocks_in_text,
     is_allowed_attribute,
     is_allowed_function,
     is_allowed_instruction,
@@ -189,6 +191,7 @@ def _in_a_pickle(file: IO[bytes], form: str, trust: Sequence[str]) -> Iterator[N
     for (kind, name), count in stored.items():
         allows = {"function": is_allowed_function, "method": is_allowed_method, "attribute": is_allowed_attribute}[kind]
         yield _operator(str(name), "operator" if kind == "function" else kind, allows(name), count)
+    yield from _blocks(Counter(block for text in names.texts for block in blocks_in_text(text)), trust)
 
 
 def _judged(module: str, short: str, use: str, trust: Sequence[str]) -> tuple[str, str, str]:
@@ -297,7 +300,14 @@ def _in_a_plan(file: IO[bytes], form: str) -> Iterator[Named]:
                     blocks[part["block"]] += 1
             elif isinstance(part, list):
                 todo += part
+    yield from _blocks(blocks, ())
+
+
+def _blocks(blocks: Counter[str], trust: Sequence[str]) -> Iterator[Named]:
     for block, count in blocks.items():
-        is_code = ":" in block
-        by = "the user's own code: needs --trust" if is_code else "a block's name, looked up among those installed"
-        yield Named(_shown(block), "block", "made", "refused" if is_code else "allowed", by, count)
+        verdict, by = "allowed", "a block's name, looked up among those installed"
+        if is_code(block):
+            verdict, by = "refused", "the user's own code: needs --trust"
+            if is_trusted(block, trust):
+                verdict, by = "trusted", "its package was named with --trust"
+        yield Named(_shown(block), "block", "made", verdict, by, count)

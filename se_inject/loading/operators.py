@@ -120,6 +120,17 @@ def named_in_text(text: str) -> Iterator[tuple[str, Any]]:
         return  # it is none
 
 
+def blocks_in_text(text: str) -> Iterator[str]:
+    """List the blocks in the JSON text of a stored forward."""
+    try:
+        data = json.loads(text)
+        while data:
+            yield from [str(step["block"]) for step in data.get("steps", [])]
+            data = data.get("fused", {}).get("before")
+    except (AttributeError, ValueError, TypeError, LookupError, RecursionError):
+        return  # it is none
+
+
 def _unfused_lines(body: dict[str, Any] | None) -> Iterator[Any]:
     """Yield the lines of what a fused forward was before, which ``si.unfuse_`` would make of it again."""
     while body and body.get("fused"):

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject.blocks import LEAST_WIDTH, build_block, check_block, check_values, has_identity_start, is_at_hand
+from se_inject.blocks import (
+    LEAST_WIDTH,
+    build_block,
+    check_block,
+    check_values,
+    has_class_at,
+    has_identity_start,
+    is_at_hand,
+)
 from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError, either
 from se_inject.forwards import is_plain_name, original_class
 from se_inject.plans.budget import Search, parsed_budget, plan_within
@@ -156,7 +164,7 @@ def plan_of(model: nn.Module, example_inputs: Any = None, *, trust: Sequence[str
     """
     steps = own_steps(model)
     for step in steps:
-        if not is_at_hand(step.block):
+        if not is_at_hand(step.block) and not has_class_at(model.get_submodule(step.path), step.block):
             check_trust(step.block, trust)
     try:
         called = list(observe_model(model, example_inputs).calls)

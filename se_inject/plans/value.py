@@ -28,7 +28,7 @@ from se_inject.errors import (
     either,
     printable,
 )
-from se_inject.forwards import is_plain_name, original_class
+from se_inject.forwards import is_block_name, is_plain_name, is_trusted, original_class
 from se_inject.pictures import Picture, picture
 from se_inject.plans.text import plan_text
 from se_inject.sites import place_of, sites_in
@@ -354,8 +354,7 @@ def _check_name(name: str) -> None:
     Raises:
         LoadError: it may not.
     """
-    is_ours = name.startswith(("__", "_se_inject")) or name == "_ungated_forward"
-    if not is_plain_name(name) or is_ours:
+    if not is_block_name(name):
         seen = "a name that Python or se-inject has a use for" if is_plain_name(name) else None
         raise LoadError(f"`{name}` can't be the name of an attribute", seen=seen)
 
@@ -433,8 +432,7 @@ def _described(place: Sequence[str | int], wrong: str) -> str:
 def check_trust(block: str, trust: Sequence[str]) -> None:
     """Check that a stored plan may use this block: one with a colon in its name is code to be imported."""
     place = block.rpartition(":")[0]
-    inside = place.split(".") if not place.endswith(".py") else [place]
-    if place and not any(name in (place, inside[0]) for name in trust):
+    if place and not is_trusted(block, trust):
         hint = f"if you trust it: `{either(f'--trust {place}', f'trust=[{place!r}]')}`; its code is imported and run"
         is_plain = re.fullmatch(r"[\w./-]+", place, re.ASCII) is not None  # what one may copy into a shell
         raise UntrustedGlobals(f"block `{block}` is code that a file may not name", hint=hint if is_plain else None)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from se_inject.errors import LoadError, quoted
-from se_inject.forwards import check_forward
+from se_inject.forwards import check_blocks, check_forward
 from se_inject.loading.operators import check_vocabulary
 from se_inject.loading.pickles.allowlist import within
 from se_inject.loading.pickles.layers import check_layer
@@ -68,7 +68,7 @@ def check_modules(reading: Reading) -> None:
             _check_one(module, reading.trust, values, checked)
         except LoadError as error:
             place = _place_of(module, reading.modules)
-            raise LoadError(
+            raise type(error)(
                 error.message, seen=f"{error.seen}; {place}" if error.seen else place, hint=error.hint
             ) from error
 
@@ -86,6 +86,7 @@ def _check_one(module: nn.Module, trust: Sequence[str], values: ValueChecks, che
         check_layer(module)
         _check_config(module, state)
     check_forward(module)
+    check_blocks(module, trust)
     if not trust:
         check_vocabulary(module)
 
