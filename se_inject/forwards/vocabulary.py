@@ -173,13 +173,14 @@ def is_plain_name(name: Any) -> bool:
     return plain and unicodedata.normalize("NFKC", name) == name
 
 
-def checked_keywords(kwargs: Any, method: str | None = None) -> None:
-    """Look at the keywords of a call.
+def checked_keywords(kwargs: Any, kind: str, name: str) -> None:
+    """Look at the keywords of a call: of a submodule (``call``), a method, or a function.
 
     Raises:
         LoadError: one is no name, or makes a call of what is passed.
     """
-    if not all(map(is_plain_name, kwargs)) or "key" in kwargs or (method == "new" and kwargs):
+    calls_what_is_passed = kind != "call" and "key" in kwargs  # `sort(key=…)`; attention has a `key` too
+    if not all(map(is_plain_name, kwargs)) or calls_what_is_passed or (kind == "method" and name == "new" and kwargs):
         raise LoadError("a forward in this file passes keywords that no operation has")
 
 

@@ -233,7 +233,7 @@ class Writer:
                 raise LoadError(f"a forward in this file reads the attribute `{name}`, which tensors don't have")
             return f"{self._operand(value)}.{name}"
         name, args, kwargs = parts
-        checked_keywords(kwargs, name if kind == "method" else None)
+        checked_keywords(kwargs, kind, name)
         arguments = [self._value(argument) for argument in args]
         arguments += [f"{key}={self._value(value)}" for key, value in kwargs.items()]
         if kind == "set":

@@ -19,13 +19,22 @@ from se_inject.tracing import OwnerGraph, is_data, kind
 def plain_convolutions(ledger: Ledger, owners: list[OwnerGraph]) -> None:
     """Find where the runs of convolutions outside of all units end."""
     stageless = (HeldBack.NESTED, HeldBack.OUTPUT)
-    units = ledger.missed or ledger.attending or any(site.held_back not in stageless for site in ledger.found.values())
     runs = _Runs(ledger)
-    for owner in owners:
-        if not ledger.is_in_unit(owner):
-            for value, activated in runs.ends(owner, ledger.inside.get(owner.path, set())):
-                held = HeldBack.OUTSIDE if units else None if activated else HeldBack.HEAD
-                ledger.add(owner, value, "conv", _readers(value), held)
+    ends = [
+        (owner, value, activated)
+        for owner in owners
+        if not ledger.is_in_unit(owner)
+        for value, activated in runs.ends(owner, ledger.inside.get(owner.path, set()))
+    ]
+    missed = ledger.missed.keys() - (ledger.alone if len(ends) >= _MANY else set())
+    units = missed or ledger.attending or any(site.held_back not in stageless for site in ledger.found.values())
+    for owner, value, activated in ends:
+        held = HeldBack.OUTSIDE if units else None if activated else HeldBack.HEAD
+        ledger.add(owner, value, "conv", _readers(value), held)
+
+
+_MANY = 3
+"""With so many runs of convolutions a network is made of them, and a module that can't be traced, alone of its class, is no unit of it."""
 
 
 def _readers(value: fx.Node) -> Iterator[fx.Node]:

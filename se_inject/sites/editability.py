@@ -93,7 +93,25 @@ class Values:
             and self._returns_one(owner)
         ):
             return path, None
+        if module is owner.module and self._why_not_edited(owner) is not None:
+            return self._where_it_is_made(value) or (path, label)
         return path, label
+
+    def _where_it_is_made(self, value: fx.Node) -> tuple[str, None] | None:
+        """Find the module whose output a value is: it can be gated there where its caller's forward can't be edited."""
+        while value.op == "call_module" and self.trace.calls.get(path_of(value)) == 1:
+            path, module = path_of(value), self.module(value)
+            inner = self.trace.graphs.get(path)
+            last = returned(inner.graph) if inner is not None else None
+            if isinstance(module, nn.Sequential):
+                if last is None:
+                    return None
+                value = last
+                continue
+            if is_leaf(module) or (inner is not None and last is not None and self._returns_one(inner)):
+                return path, None
+            return None
+        return None
 
     def _returns_one(self, owner: OwnerGraph) -> bool:
         """Return whether the forward returns one tensor in training too, as far as that is known."""
@@ -128,14 +146,8 @@ class Values:
         """Explain why the value can't be gated in this forward; None if it can."""
         if written is None:
             return None
-        if owner.path not in self.editable:
-            try:
-                check_editable(self.trace, owner)
-                self.editable[owner.path] = None
-            except SurgeryError as error:
-                self.editable[owner.path] = error.message
-        if self.editable[owner.path]:
-            return self.editable[owner.path]
+        if (why := self._why_not_edited(owner)) is not None:
+            return why
         if owner.reads_training:
             training, _ = training_graph(self.trace, owner)
             if not means_the_same(owner.graph, training, written):
@@ -152,6 +164,16 @@ class Values:
                 return "its value is read by another name as well"
             alias = source
         return None
+
+    def _why_not_edited(self, owner: OwnerGraph) -> str | None:
+        """Explain why an owner's forward can't be written down; None if it can."""
+        if owner.path not in self.editable:
+            try:
+                check_editable(self.trace, owner)
+                self.editable[owner.path] = None
+            except SurgeryError as error:
+                self.editable[owner.path] = error.message
+        return self.editable[owner.path]
 
     def _overwritten(self, node: fx.Node) -> fx.Node | None:
         """Find the value that a node writes its result into; None if it makes a new one."""

@@ -102,6 +102,8 @@ def miss_untraced_units(ledger: Ledger) -> None:
         within = any_prefix(path, ledger.units) or any(any_prefix(path, {other}) for other in failed if other != path)
         if like_unit and not within and path not in ledger.around:
             ledger.missed[path] = Refusal(path, ledger.trace.failures[path])
+            if classes[type(module)] == 1:
+                ledger.alone.add(path)
 
 
 _SMALL = 4

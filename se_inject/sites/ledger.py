@@ -33,6 +33,8 @@ class Ledger:
         self.refused: list[Refusal] = []
         self.missed: dict[str, Refusal] = {}
         """Units that were seen and can take no block, each once."""
+        self.alone: set[str] = set()
+        """Of these the modules that can't be traced and are the only ones of their class."""
         self.attending: set[str] = set()
         """Addresses of the units that are attention between positions."""
         self.postponed: list[tuple[OwnerGraph, fx.Node, str]] = []

@@ -39,17 +39,13 @@ def edited_lines(
         lines = lines_of(_edited(owner.graph, owner.guards, earlier, steps))
         if training and owner.reads_training:
             other, guards = training_graph(trace, owner)
-            if _text(other) != _text(owner.graph):
+            if lines_of(other) != lines_of(owner.graph):
                 trained = lines_of(_edited(other, guards, earlier, steps))
                 lines = [["if", {"training": True}, trained, lines]]
         return [*expectations(owner.constants, owner.settings), *lines]
     except (SurgeryError, Untraceable) as error:
         message = error.message if isinstance(error, SurgeryError) else str(error)
         raise SurgeryError(f"the forward of `{path}` can't be edited", seen=message) from error
-
-
-def _text(graph: fx.Graph) -> list[str]:
-    return [node.format_node() or "" for node in graph.nodes]
 
 
 def _edited(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 
-from se_inject.tracing.proxy import Untraceable, is_proxy
+from se_inject.tracing.proxy import Untraceable, is_numbers, is_proxy
 
 
 class Helper(NamedTuple):
@@ -23,8 +25,7 @@ def helper_for(error: Exception) -> Helper | None:
     """Find a remedy for a forward that failed with this error; None if nothing is known."""
     text = str(error)
     if text.startswith("part of it runs under another grad"):
-        applied = _function_around(error)
-        return None if applied is None else Helper(applied, "apply", _applied)
+        return _apply_around(error)
     found = re.match(r"(\w+)\(\) (takes 1 positional argument|received an invalid combination of arguments)", text)
     if found and found[1] in ("zeros", "ones", "empty", "rand", "randn"):
         return Helper(torch, found[1], _sizes_in_a_tuple)
@@ -43,16 +44,38 @@ def helper_for(error: Exception) -> Helper | None:
     return None
 
 
-def _function_around(error: Exception) -> Any:
-    """Return the autograd function in whose forward an error was raised; None: in none."""
-    step = error.__traceback__
+def _apply_around(error: Exception) -> Helper | None:
+    """Find the autograd function in whose forward an error was raised, and by which name the author's code applies it."""
+    step, caller = error.__traceback__, None
     while step is not None:
-        code, held = step.tb_frame.f_code, step.tb_frame.f_locals
-        context = held.get(code.co_varnames[0]) if code.co_varnames else None
-        if isinstance(context, torch.autograd.function.FunctionCtx):
-            return getattr(type(context), "_forward_cls", None)
-        step = step.tb_next
+        frame = step.tb_frame
+        context = _first_argument(frame)
+        function = getattr(type(context), "_forward_cls", None)
+        if isinstance(context, torch.autograd.function.FunctionCtx) and function is not None:
+            for holder, names in _holders(caller):
+                for name, value in names.items():
+                    if type(value) is type(function.apply) and value == function.apply:
+                        return Helper(holder, name, _applied)
+            return Helper(function, "apply", _applied)
+        step, caller = step.tb_next, frame
     return None
+
+
+def _holders(frame: FrameType | None) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield what may hold a function for the code in a frame: its module's attributes, and its globals."""
+    if frame is None:
+        return
+    owner = _first_argument(frame)
+    if isinstance(owner, torch.nn.Module):
+        yield owner, dict(vars(owner))
+    module = sys.modules.get(frame.f_globals.get("__name__", ""))
+    if module is not None:
+        yield module, dict(vars(module))
+
+
+def _first_argument(frame: FrameType) -> Any:
+    names = frame.f_code.co_varnames
+    return frame.f_locals.get(names[0]) if names else None
 
 
 def _applied(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +91,7 @@ def _sizes_in_a_tuple(original: Any, *sizes: Any, **kwargs: Any) -> Any:
 
 
 def _tensor_of_number(original: Any, data: Any, **kwargs: Any) -> Any:
-    if not is_proxy(data) or not isinstance(data.value, int | float):
+    if not is_proxy(data) or not (isinstance(data.value, int | float) or is_numbers(data.value)):
         return original(data, **kwargs)
     return data.tracer.create_proxy("call_function", original, (data,), kwargs)
 

@@ -109,6 +109,11 @@ class ValueProxy(fx.Proxy):
     def __contains__(self, item: Any) -> bool:
         if isinstance(self.value, dict):
             return item in self.value
+        if isinstance(self.value, str) and isinstance(item, str):
+            self.tracer.guard(
+                self.tracer.create_proxy("call_function", operator.contains, (self, item), {}), item in self.value
+            )
+            return item in self.value
         raise Untraceable("asks whether a value holds another")
 
     def __int__(self) -> int:

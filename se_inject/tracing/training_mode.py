@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from se_inject.guarding import guarded
 from se_inject.tracing.failures import reason_of
+from se_inject.tracing.helpers import Helper, helper_for
 from se_inject.tracing.observer import Observer, Record
 from se_inject.tracing.outlines import filled
 from se_inject.tracing.patches import quiet
@@ -56,13 +57,26 @@ def _observed(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
     twin, watch = _twin(trace)
     module = twin.get_submodule(owner.path)
 
+    helpers = list(owner.helpers)
+
     def traced() -> OwnerTracer:
+        """Trace it, with the helpers that it turns out to need."""
+        while True:
+            try:
+                return traced_with(helpers)
+            except Exception as error:
+                helper = helper_for(error)
+                if helper is None or helper[:2] in [each[:2] for each in helpers]:
+                    raise
+                helpers.append(helper)
+
+    def traced_with(helpers: list[Helper]) -> OwnerTracer:
         how = "real" if trace.how == "real" else "meta"
         observer = Observer(Record(trace.model, twin, how, dict(trace.graphs), dict(trace.failures)))
         replay = {path: list(values) for path, values in outputs.items()}
         tracer = OwnerTracer(observer, module, owner.path, training=True, replay=replay)
         with preserved(module), quiet(), torch.enable_grad(), observing(watch, observer):
-            observer.trace(tracer, inputs, owner.helpers)
+            observer.trace(tracer, inputs, helpers)
         return tracer
 
     state = random_state()

@@ -378,3 +378,71 @@ class Recurrent(Unit):
         for _ in range(2):
             x = x + self.branch(x)
         return x
+
+
+class Noisy(torch.autograd.Function):
+    """Another gradient than its output tells."""
+
+    @staticmethod
+    def forward(ctx, x, rate):
+        ctx.rate = rate
+        return x * rate
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.rate * 0.5, None
+
+
+@units("body")
+class NoisyInTraining(nn.Module):
+    """An autograd function that only training applies, by a name of the module's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = branch()
+        self.noisy = Noisy.apply
+
+    def forward(self, x):
+        y = self.body(x)
+        return F.relu(x + (self.noisy(y, 0.75) if self.training else y))
+
+
+@units("norm")
+class DroppedInPython(nn.Module):
+    """Stochastic depth that is drawn in Python: the forward of training can't be written down, and the norm's output is gated."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C)
+
+    def forward(self, x):
+        if self.training and torch.rand(1).item() < 0.25:
+            return F.relu(x)
+        return F.relu(x + self.norm(self.conv(x)))
+
+
+@units(missed="turns a size or a tensor into a Python number")
+class DroppedAndScaled(nn.Module):
+    """The same where the branch is no module's output: there is nothing to gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(C, C, 3, padding=1)
+
+    def forward(self, x):
+        if self.training and int(x.shape[0] * 0.5) > 3:
+            return F.relu(x)
+        return F.relu(x + torch.tanh(self.conv(x)))
+
+
+@units("body", missed="")
+class AsksItsDtype(nn.Module):
+    """Text that is searched."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = branch()
+
+    def forward(self, x):
+        y = self.body(x)
+        return F.relu(x + (y.float() if "Half" in x.type() else y))

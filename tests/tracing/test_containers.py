@@ -43,13 +43,25 @@ def test_the_class_and_all_that_it_holds_are_kept(how, kind):
 
 
 @pytest.mark.parametrize("how", UNLIKE)
-def test_a_container_that_its_contents_do_not_make_is_refused(how):
+def test_a_container_that_its_contents_do_not_make_is_left_to_its_author(how):
+    """The forward can't be written; the unit's branch is gated where it is made, and a place of the forward itself is refused."""
     network = built(Returns, how)
-    with pytest.raises(si.InjectError) as refused:
-        si.plan(network, X)
+    (site,) = si.find_sites(network, X)
+    assert (site.owner, site.value) == ("norm", None)
+    injected = si.inject(network, X)
+    for training in (False, True):
+        assert unlike(called(network, training=training), called(injected, training=training)) == ""
+    assert si.verify(network, injected, X).passed
+
+    class Inside(Returns):
+        def forward(self, x):
+            x = self.stem(x)
+            x = torch.relu(x + torch.tanh(self.conv(x)))
+            return UNLIKE[how](x, x.mean((2, 3)))
+
+    (missed,) = si.find_sites(built(Inside, how), X).missed
     name = type(called(network)).__name__
-    assert f"makes a `{name}`, which can't be made from its contents alone" in str(refused.value)
-    assert len(si.plan(network, X, at="stem.*").steps) == 1
+    assert missed.reason == f"its forward makes a `{name}`, which can't be made from its contents alone"
 
 
 def test_classes_within_a_function_are_kept_in_this_process():
