@@ -115,7 +115,7 @@ def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
 
 # data, classes, steps, batch
 TASKS = {
-    "digits": (digits, 10, 350, 32),
+    "digits": (digits, 10, 250, 32),
     "GunPoint": (lambda: series("gunpoint", kept=20), 2, 120, 32),
     "PigCVP": (lambda: series("pig_central_venous_pressure", every=8), 52, 250, 32),
 }

@@ -5,8 +5,8 @@
 
 A small ResNet (four units, 32×32, random statistics and strong random blocks) is exported once with the opset that is the
 default and once at opset 17; each consumer reads the file and is compared with eager at batch 2 (ncnn: 1). A number is
-max|error| / max|output|. Every consumer runs in a process of its own: some end it. Outside of CI; the results are
-committed as ``results.jsonl`` and ``table.md``, made by this script.
+max|error| / max|output|. Every consumer runs in a process of its own, since some end it. Some minutes of a core, outside
+of CI; the results are committed as ``results.jsonl`` and ``table.md``, made by this script.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ CONSUMERS = {
 }
 
 
-# -- one comparison, in a process of its own ------------------------------------------------------------------
+# -- comparisons: the files are made in one process, each consumer reads them in another ---------------------
 
 
 def network(block):
@@ -168,36 +168,43 @@ def export(block, opset, folder):
 
     model = network(block)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    folder.mkdir()
     si.export(model, folder / "net.onnx", x, opset=opset)
     with torch.no_grad():
         np.savez(folder / "net.npz", x=x.numpy(), one=model(x[:1]).numpy(), two=model(x).numpy())
 
 
 def compare(consumer, folder):
-    """The relative error of one consumer on the file."""
+    """The relative error of one consumer on the file, or the reason why there is none."""
     warnings.simplefilter("ignore")
     data = np.load(folder / "net.npz")
     batch, want = (1, data["one"]) if "batch 1" in consumer else (2, data["two"])
-    got = CONSUMERS[consumer](folder / "net.onnx", data["x"][:batch].copy())
-    assert got.shape == want.shape, f"{got.shape}, not {want.shape}"
+    try:
+        got = CONSUMERS[consumer](folder / "net.onnx", data["x"][:batch].copy())
+        assert got.shape == want.shape, f"{got.shape}, not {want.shape}"
+    except ModuleNotFoundError as error:
+        return f"not installed: {error.name}"
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:100]}"
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
-def alone(consumer, folder):
-    """The same in another process: the error, or the reason why there is none."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--one", consumer, str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    except subprocess.TimeoutExpired:
-        return "not done in two minutes"
-    if done.returncode < 0:
-        return f"the process dies (signal {-done.returncode})"
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return (
-        json.loads(lines[-1].removeprefix("RESULT "))
-        if lines
-        else (done.stderr.strip().splitlines() or ["?"])[-1][:120]
-    )
+def alone(consumer, folders):
+    """The results of all files by one consumer, in a process of its own; where it dies a new one goes on with the next file."""
+    results = []
+    while len(results) < len(folders):
+        rest = folders[len(results) :]
+        command = [sys.executable, str(Path(__file__).resolve()), "--one", consumer, *map(str, rest)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120 + 20 * len(rest))
+            printed, ended = done.stdout, f"the process dies (signal {-done.returncode})"
+        except subprocess.TimeoutExpired as error:
+            printed, ended = (error.stdout or b"").decode(), "not done in time"
+        lines = [line.removeprefix("RESULT ") for line in printed.splitlines() if line.startswith("RESULT ")]
+        results += [json.loads(line) for line in lines]
+        if len(lines) < len(rest):
+            results.append(ended)
+    return results
 
 
 def table(rows):
@@ -253,31 +260,32 @@ def _bad(cell):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--one", nargs=2, metavar=("CONSUMER", "FOLDER"))
+    parser.add_argument("--one", nargs="+", metavar=("CONSUMER", "FOLDER"))
     parser.add_argument("--only", help="consumers, by the beginnings of their names")
     parser.add_argument("--blocks", help="blocks")
     options = parser.parse_args()
     if options.one:
-        try:
-            result = compare(options.one[0], Path(options.one[1]))
-        except ModuleNotFoundError as error:
-            result = f"not installed: {error.name}"
-        except Exception as error:
-            result = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:100]}"
-        print("RESULT " + json.dumps(result))
+        for folder in options.one[1:]:
+            print("RESULT " + json.dumps(compare(options.one[0], Path(folder))), flush=True)
         return
     only = [] if options.only is None else options.only.lower().split(",")
     consumers = [name for name in CONSUMERS if not only or any(name.lower().startswith(o) for o in only)]
-    rows = []
-    for block in options.blocks.split(",") if options.blocks else BLOCKS:
-        for opset in OPSETS:
-            with tempfile.TemporaryDirectory() as folder:
-                export(block, opset, Path(folder))
-                for consumer in consumers:
-                    result = alone(consumer, Path(folder))
-                    rows.append({"block": block, "opset": opset, "consumer": consumer, "result": result})
-                    print(rows[-1], flush=True)
-        keep(rows)
+    with tempfile.TemporaryDirectory() as place:
+        cases = [
+            (block, opset) for block in (options.blocks.split(",") if options.blocks else BLOCKS) for opset in OPSETS
+        ]
+        made = {}
+        for case in cases:
+            try:
+                export(*case, folder := Path(place, str(len(made))))
+                made[case] = folder
+            except Exception as error:  # a file that isn't written, with the reason
+                print(*case, f"{type(error).__name__}: {error}", flush=True)
+        for consumer in consumers:
+            for (block, opset), result in zip(made, alone(consumer, list(made.values())), strict=True):
+                row = {"block": block, "opset": opset, "consumer": consumer, "result": result}
+                print(row, flush=True)
+                keep([row])
 
 
 def keep(rows):
