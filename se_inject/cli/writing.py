@@ -19,7 +19,7 @@ from se_inject.plans import Plan, plan_of
 from se_inject.progress import step
 from se_inject.surgery import eject_, own_steps, steps_of
 from se_inject.tables import counted
-from se_inject.tracing import example_of
+from se_inject.tracing import describe, example_of
 
 
 def export(
@@ -35,8 +35,11 @@ def export(
     network = _network(model, weights, arch, entry, trust, stored)
     blocks = len(steps_of(network))
     held = f", with {counted(blocks, 'block')} in it" if blocks else ""
-    say(f"{original_class(network).__name__} from {model}{held}\n")
-    args, kwargs = example_of(network, example(inputs, network))
+    planned = stored.plan if isinstance(stored, Adapter) else stored
+    given = example(inputs, network) or (planned.stored_inputs() if planned is not None else None)
+    args, kwargs = example_of(network, given)
+    assumed = f"note: input inferred: {describe(args, kwargs)}; --input takes another\n" if given is None else ""
+    say(f"{original_class(network).__name__} from {model}{held}\n{assumed}")
     plan = plan_of(network) if blocks else None
     if options["for_inference"]:
         step("making a copy for inference")

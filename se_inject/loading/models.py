@@ -246,7 +246,7 @@ def _put_weights_(model: nn.Module, state: Mapping[str, Any], path: Path, say: C
         raise LoadError(
             f"the weights in `{path}` are not those of a {type(model).__name__}",
             seen=differences(before, state) or fact(error),
-            hint=_other_network_hint(state, path),
+            hint=_other_network_hint(state, path, blocks=state.keys() > current.keys()),
         ) from error
     if fit.beside:
         say(_left_out(fit, path))
@@ -263,9 +263,14 @@ def _left_out(fit: Fitted, path: Path) -> str:
     )
 
 
-def _other_network_hint(state: Mapping[str, Any], path: Path) -> str:
-    """Which network the weights are of, or how one of one's own is named."""
+def _other_network_hint(state: Mapping[str, Any], path: Path, *, blocks: bool = False) -> str:
+    """Which network the weights are of, or how one of one's own is named; ``blocks``: they have keys more, and all others."""
     names = architectures_of(state)
+    if blocks and not names:
+        plan = either(
+            f"`se-inject export MODEL --weights {path} --plan plan.json`", "`si.Plan.load('plan.json').apply_(model)`"
+        )
+        return f"if what is too much are blocks, the plan puts them in first: {plan}"
     if names:
         arch = names[0]
         return "they are of " + either(f"`--arch {arch}`, or MODEL `{arch}`", f"`si.load({arch!r}, weights=…)`")

@@ -149,10 +149,11 @@ class Plan:
             return self._fitted_to(observe_model(model, example_inputs), resized=True)
         if self.trace is not None and self.trace.model is model and not self._stale(model):
             return self
-        inputs = self.trace.inputs if self.trace is not None else (self._stored_inputs(),)
+        inputs = self.trace.inputs if self.trace is not None else (self.stored_inputs(),)
         return self._fitted_to(observe_model(model, *inputs))
 
-    def _stored_inputs(self) -> tuple[Tensor, ...] | None:
+    def stored_inputs(self) -> tuple[Tensor, ...] | None:
+        """Make inputs of the shapes that the plan was made with, on the meta device; None if they are not in it."""
         if self.inputs is None:
             return None
         return inputs_from(self.inputs)
@@ -233,7 +234,7 @@ class Plan:
         if model is not None:
             held = {step.path for step in steps_of(model)}
             is_in = bool(held) and all(step.path in held for step in self.steps)
-            inputs = self._stored_inputs() if example_inputs is None else example_inputs
+            inputs = self.stored_inputs() if example_inputs is None else example_inputs
             trace = observe_model(model, inputs) if is_in else self.fitted(model, example_inputs).trace
         if trace is None:
             raise OptionError("a stored plan needs the network to be drawn", hint="plan.draw(model)")

@@ -69,6 +69,22 @@ def test_a_plan_is_applied_before_trained_weights_are_loaded(se_inject, tiny):
     right("a.onnx", network)
 
 
+def test_the_inputs_are_the_plan_s_and_inferred_ones_are_said(se_inject, tiny):
+    plan = si.plan(tiny, torch.rand(2, 3, 24, 16))
+    plan.save("plan.json")
+    network = trained(plan.apply(tiny))
+    torch.save(network.state_dict(), "trained.pth")
+    weights = ("export", "nets.py:tiny", "--weights", "trained.pth")
+    done = se_inject(*weights, "--plan", "plan.json", "-o", "a.onnx")
+    assert "input batch×3×24×16" in done.out and "inferred" not in done.out
+    done = se_inject(*weights, "--plan", "plan.json", "--input", "3x16x16", "-o", "b.onnx")
+    assert "input batch×3×16×16" in done.out and "inferred" not in done.out
+    done = se_inject("export", "nets.py:tiny", "-o", "c.onnx")
+    assert "note: input inferred: 1 input of 2×3×224×224; --input takes another" in done.out
+    done = se_inject(*weights, "-o", "d.onnx", code=1)
+    assert "se-inject export MODEL --weights trained.pth --plan plan.json" in done.err
+
+
 def test_a_zoo_network_takes_the_classes_of_trained_weights(se_inject):
     torch.manual_seed(0)
     plain = resnet18(num_classes=7)
