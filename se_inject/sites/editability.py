@@ -37,7 +37,8 @@ class Values:
 
     def module(self, node: fx.Node) -> nn.Module:
         """Return the module that a ``call_module`` node calls."""
-        return self.trace.model.get_submodule(path_of(node))
+        found: nn.Module = node.meta["module"]
+        return found
 
     def unscaled(self, owner: OwnerGraph, value: fx.Node) -> fx.Node:
         """Find a value before dropout, stochastic depth, layer scale and injected blocks, as far as its shape lasts."""

@@ -56,7 +56,7 @@ def _searched(trace: Trace) -> tuple[Ledger, Sites]:
     """Return the results for a trace: they are worked out once."""
     if sites_in not in trace.known:
         ledger = _search(trace)
-        sites = staged(trace, named(trace, ledger.values, sorted(ledger.found.values(), key=lambda site: site.order)))
+        sites = staged(trace, named(trace, sorted(ledger.found.values(), key=lambda site: site.order)))
         untraced = (Refusal(path or "(the network)", reason) for path, reason in trace.failures.items())
         chosen = tuple(site for site in sites if site.stage is not None and site.held_back is None)
         refused = (*untraced, *ledger.refused)

@@ -8,21 +8,21 @@ from dataclasses import replace
 
 from torch import nn
 
-from se_inject.sites.editability import Values
+from se_inject.forwards import steps_data
 from se_inject.sites.operations import child_path
 from se_inject.sites.site import HeldBack, Site
 from se_inject.tracing import Trace
 
 
-def named(trace: Trace, values: Values, sites: list[Site]) -> list[Site]:
+def named(trace: Trace, sites: list[Site]) -> list[Site]:
     """Give each site a block name that depends on the network alone, not on what is selected.
 
     Sites that hold blocks already get the paths of these.
     """
     owners = Counter(site.owner for site in sites)
     injected: dict[str, list[str]] = {}
-    for path, _ in trace.model.named_modules():
-        for step in values.steps(path):
+    for path, module in trace.model.named_modules():
+        for step in steps_data(module):
             address = path + step["site"] if step["site"].startswith(".") else step["site"]
             injected.setdefault(address.lstrip("."), []).append(child_path(path, step["block_name"]))
     result: list[Site] = []

@@ -67,13 +67,13 @@ def _computes(trace: Trace, node: fx.Node) -> bool:
     if convolves(node) or kind(node) in ("cat", "norm") or _name(trace, node) in _WEIGHTED:
         return True
     if node.op == "call_module":
-        return any(True for _ in trace.model.get_submodule(path_of(node)).parameters())
+        return any(True for _ in node.meta["module"].parameters())
     return sum(is_data(source) for source in node.all_input_nodes) > 1
 
 
 def _name(trace: Trace, node: fx.Node) -> str:
     if node.op == "call_module":
-        return type(trace.model.get_submodule(path_of(node))).__name__
+        return type(node.meta["module"]).__name__
     return function_name_of(node)
 
 

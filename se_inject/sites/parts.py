@@ -163,7 +163,7 @@ def _operations(trace: Trace, owner: OwnerGraph, nodes: list[fx.Node], blocks: f
 
 
 def _text(trace: Trace, node: fx.Node, what: str) -> str:
-    module = trace.model.get_submodule(path_of(node)) if node.op == "call_module" else None
+    module = node.meta.get("module")
     if what == "add":
         return "+"
     if what == "mul":

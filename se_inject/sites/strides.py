@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from se_inject.sites.operations import path_of
 from se_inject.tracing import Trace, function_name_of, kind
 
 Stride = tuple[float, ...]
@@ -116,8 +115,8 @@ class Strides:
             return tuple(a / b for a, b in zip(before, after, strict=True))
         if kind(node) not in ("conv", "pool"):
             return None
-        module = self.trace.model.get_submodule(path_of(node)) if node.op == "call_module" else None
-        stride = getattr(module, "stride", None) if module is not None else _stride_argument(node, name)
+        module = node.meta.get("module")
+        stride = _stride_argument(node, name) if module is None else getattr(module, "stride", None)
         stride = (stride,) * len(before) if isinstance(stride, int) else stride
         if not isinstance(stride, tuple | list) or not all(isinstance(each, int) and each > 0 for each in stride):
             return tuple(_rounded(a, b) for a, b in zip(before, after, strict=True))

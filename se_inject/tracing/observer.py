@@ -9,8 +9,7 @@ of the model: the model itself, which other threads may be using, is only read.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +22,7 @@ from se_inject.guarding import under_guard
 from se_inject.tracing.failures import describe, location, reason_of
 from se_inject.tracing.foreign import leaf_kind
 from se_inject.tracing.helpers import Helper, helper_for
+from se_inject.tracing.known_results import AnyNumbers, result_of_module
 from se_inject.tracing.nodes import CONVOLUTIONS, attention_in, function_name_of, gates_in
 from se_inject.tracing.operations import is_leaf
 from se_inject.tracing.outlines import Outlines
@@ -30,7 +30,7 @@ from se_inject.tracing.patches import patched
 from se_inject.tracing.proxy import Untraceable
 from se_inject.tracing.snapshots import containers_in, drawing, preserved, random_state, refill
 from se_inject.tracing.substitutes import standing_in
-from se_inject.tracing.trace import Counts, OwnerGraph, Trace
+from se_inject.tracing.trace import NOTHING, Counts, OwnerGraph, Trace
 from se_inject.tracing.tracer import OwnerTracer
 from se_inject.tracing.watching import Watch, observing, plain_call, watched
 
@@ -90,19 +90,19 @@ class Observer:
     def __init__(self, record: Record) -> None:
         self.result = record
         self.tracer: OwnerTracer | None = None
-        self._time = self._convs = self._macs = self._gates = self._attention = 0
+        self.counts = NOTHING
+        """What has run so far."""
+        self._time = 0
         self._closed = 0
-        self._numbers: Tensor | None = None
+        self._numbers = AnyNumbers()
 
     def tick(self) -> int:
         self._time += 1
         return self._time
 
-    def counts(self) -> Counts:
-        return Counts(self._convs, self._macs, self._gates, self._attention)
-
-    def counts_since(self, before: Counts) -> Counts:
-        return Counts(*(now - then for now, then in zip(self.counts(), before, strict=True)))
+    def _count(self, convolutions: int = 0, macs: int = 0, gates: int = 0, attention: int = 0) -> None:
+        if convolutions or macs or gates or attention:
+            self.counts = Counts(*map(int.__add__, self.counts, (convolutions, macs, gates, attention)))
 
     def relative_path(self, module: nn.Module, root: str) -> str | None:
         path = self.result.paths.get(id(module))
@@ -117,22 +117,21 @@ class Observer:
 
     def count_function(self, node: fx.Node, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = function_name_of(node)
-        before = self.counts()
-        self._attention += name == "scaled_dot_product_attention"
+        before = self.counts
+        self._count(attention=int(name == "scaled_dot_product_attention"))
         if name in CONVOLUTIONS and isinstance(value, Tensor):
             weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
             if isinstance(weight, Tensor):
                 transposed = "transpose" in name or (name in ("convolution", "_convolution") and bool(args[6]))
                 self._count_convolution(value, weight, transposed=transposed, x=args[0] if args else value)
-        node.meta["counts"] = self.counts_since(before)
+        node.meta["counts"] = self.counts.since(before)
 
     def _count_convolution(self, output: Tensor, weight: Tensor, *, transposed: bool, x: Tensor) -> None:
         if all(extent == 1 for extent in (*output.shape[2:], *x.shape[2:], *weight.shape[2:])):
             return  # a fully connected layer in other words: attention's bottlenecks, classifiers
-        self._convs += 1
         self.result.size = self.result.size or tuple(x.shape[2:])
         positions = x.numel() if transposed else output.numel()
-        self._macs += positions * weight[0].numel()
+        self._count(convolutions=1, macs=positions * weight[0].numel())
 
     def run(
         self,
@@ -152,7 +151,7 @@ class Observer:
             try:
                 output = self._run_known(module, path, args, kwargs, symbolic)
                 if outer is None:  # else the caller's graph tells what becomes of the matrix
-                    self._attention += isinstance(module, nn.Softmax) and _is_matrix(output)
+                    self._count(attention=int(isinstance(module, nn.Softmax) and _is_matrix(output)))
             except BaseException:
                 calls[path] -= 1  # the caller may go on without it
                 if not calls[path]:
@@ -206,39 +205,17 @@ class Observer:
         output = self._known_result(module, args[0]) if len(args) == 1 and not kwargs else None
         if output is None:
             output = plain_call(module, args, kwargs)
-        self._attention += isinstance(module, nn.MultiheadAttention)
+        self._count(attention=int(isinstance(module, nn.MultiheadAttention)))
         if isinstance(module, nn.modules.conv._ConvNd) and isinstance(output, Tensor):
             self._count_convolution(output, module.weight, transposed=module.transposed, x=args[0] if args else output)
         return output
 
     def _known_result(self, module: nn.Module, x: Any) -> Tensor | None:
-        """Return a result that needs no call; None if the module has to be called.
-
-        That is batch norm's on the meta device, and for real tensors what convolutions and linear layers return: numbers are
-        drawn, for any will do.
-        """
-        if type(x) is not Tensor or module._forward_hooks or module._forward_pre_hooks:
+        if module._forward_hooks or module._forward_pre_hooks:
             return None
-        if self.result.how == "meta" and type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            if x.dim() < 2 or x.shape[1] != module.num_features:
-                return None
-            module._check_input_dim(x)  # type: ignore[operator]
-            return torch.empty_like(x)
-        if self.result.how != "real":
-            return None
-        if type(module) is nn.Linear and x.shape[-1] == module.in_features:
-            return self._drawn((*x.shape[:-1], module.out_features), x)
-        if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            weight, bias = (None if t is None else t.to("meta") for t in (module.weight, module.bias))
-            return self._drawn(module._conv_forward(x.to("meta"), weight, bias).shape, x)  # type: ignore[operator]
-        return None
-
-    def _drawn(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Make random numbers, the same ones repeated: drawing millions takes longer than what is saved."""
-        if self._numbers is None:
-            self._numbers = torch.randn(65_521, generator=torch.Generator().manual_seed(0), device="cpu")
-        count = math.prod(shape)
-        return self._numbers.repeat(-(-count // len(self._numbers)))[:count].view(*shape).to(like)
+        if self.result.how == "meta":
+            return result_of_module(module, x)
+        return self._numbers.result_of_module(module, x) if self.result.how == "real" else None
 
     def _run_traced(
         self,
@@ -253,7 +230,7 @@ class Observer:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             _put_back(module, own)
-            before = (dict(self.result.calls), self.counts(), containers_in((args, kwargs)))
+            before = (dict(self.result.calls), self.counts, containers_in((args, kwargs)))
             helpers: list[Helper] = []
             while True:
                 tracer = OwnerTracer(self, module, path)
@@ -265,7 +242,7 @@ class Observer:
                 except Exception as error:
                     self.result.calls.clear()
                     self.result.calls.update(before[0])
-                    self._convs, self._macs, self._gates, self._attention = before[1]
+                    self.counts = before[1]
                     refill(before[2])
                     helper = helper_for(error)
                     if helper is not None and helper[:2] not in [each[:2] for each in helpers]:
@@ -287,8 +264,7 @@ class Observer:
                 inputs=(*self.result.kept((args, kwargs)), symbolic),
                 helpers=tuple(helpers),
             )
-            self._gates += gates_in(tracer.graph)
-            self._attention += attention_in(tracer.graph)
+            self._count(gates=gates_in(tracer.graph), attention=attention_in(tracer.graph))
             return output
 
         module.__dict__["forward"] = forward
@@ -370,7 +346,7 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h
             watch = watched(twin)
             with preserved(twin), observing(watch, observer):
                 outputs = observer.run(twin, matching(args), matching(kwargs))
-            return record.frozen((args, kwargs), outputs, observer.counts().macs, watch)
+            return record.frozen((args, kwargs), outputs, observer.counts.macs, watch)
 
     state = random_state()
     try:

@@ -104,6 +104,9 @@ def is_data(argument: object) -> bool:
 
 def is_constant(node: fx.Node) -> bool:
     """Return whether a node's value depends on parameters and plain numbers only."""
+    known: bool | None = node.meta.get("constant")
+    if known is not None:
+        return known
     pending = [node]  # no recursion: a network may be a thousand modules in a row
     while pending:
         current = pending[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def standing_in(model: nn.Module, how: str) -> Iterator[tuple[nn.Module, Callabl
         twin = substituted(model, how, mode)
         for module in twin.modules():
             module.training = False
-        like = next((each.device for each in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        like = next((each.device for each in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
         def matching(tensor: Tensor) -> Tensor:
             if how == "meta":

@@ -28,6 +28,13 @@ class Counts(NamedTuple):
     gates: int = 0
     attention: int = 0
 
+    def since(self, before: Counts) -> Counts:
+        """Return what ran since there were ``before``."""
+        return NOTHING if self is before else Counts(*map(int.__sub__, self, before))
+
+
+NOTHING = Counts()
+
 
 @dataclass(frozen=True, eq=False)
 class OwnerGraph:
@@ -35,7 +42,7 @@ class OwnerGraph:
 
     Each node has ``node.meta["val"]``, its value in the observed call, ``node.meta["time"]``, when that came to be, and
     ``node.meta["counts"]``, a ``Counts``. The call of a child has ``node.meta["path"]``, the child's path in the model,
-    and ``node.meta["class"]``. ``node.meta["operation"]`` says what a node computes.
+    ``node.meta["module"]``, and ``node.meta["class"]``, its class then. ``node.meta["operation"]`` says what a node computes.
 
     Attributes:
         path: of the module in the model.

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Scope, TracerBase
 
 from se_inject.forwards import Form, Unlike, field
 from se_inject.tracing.containers import contents, form_of, holds, is_special, made
+from se_inject.tracing.known_results import result_of_function
 from se_inject.tracing.operations import operation_of
 from se_inject.tracing.proxy import (
     Changed,
@@ -41,15 +41,8 @@ if TYPE_CHECKING:
     from se_inject.tracing.observer import Observer
 
 
-def _concatenated(*args: Any, **kwargs: Any) -> Any:
-    """Compute the result of ``torch.cat`` on the meta device, where torch is slow in plain cases too."""
-    tensors: Any
-    tensors, dim = args if len(args) == 2 and not kwargs else ([], 0)
-    kinds = {(type(each), each.dtype, *each.shape[:1], *each.shape[2:]) for each in tensors if isinstance(each, Tensor)}
-    if dim != 1 or len(kinds) != 1 or any(not isinstance(each, Tensor) or each.dim() < 2 for each in tensors):
-        return torch.cat(*args, **kwargs)
-    first = tensors[0]
-    return first.new_empty((first.shape[0], sum(each.shape[1] for each in tensors), *first.shape[2:]))
+_PLAIN = (Tensor, int, float, str, type(None))
+"""What is no container that a child could change in place."""
 
 
 class _WatchedChildren(dict[str, Any]):
@@ -256,12 +249,10 @@ class OwnerTracer(TracerBase):
         try:
             if kind == "call_method":
                 value = getattr(args[0], target)(*args[1:], **kwargs)
-            elif target is F.batch_norm and on_meta:
-                value = torch.empty_like(args[0])  # as `Observer._known_result` has it
-            elif target is torch.cat and on_meta:
-                value = _concatenated(*args, **kwargs)
             else:
-                value = target(*args, **kwargs)
+                value = result_of_function(target, args, kwargs) if on_meta else None
+                if value is None:
+                    value = target(*args, **kwargs)
         finally:
             self.observer.tracer = tracer
             if drawing:
@@ -277,12 +268,12 @@ class OwnerTracer(TracerBase):
         if _modes() != self._modes:
             raise Untraceable(f"calls `{path}` under another grad or autocast mode")
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))  # type: ignore[arg-type]
-        before = self.observer.counts()
+        before = self.observer.counts
         outputs = (self.replay or {}).get(path)
         value = outputs.pop(0) if outputs else self._run_child(module, path, node, args, kwargs)
-        node.meta["counts"] = self.observer.counts_since(before)
+        node.meta["counts"] = self.observer.counts.since(before)
         node.meta["path"] = self.observer.result.paths[id(module)]
-        original = self.observer.result.model.get_submodule(node.meta["path"])
+        original = node.meta["module"] = self.observer.result.originals[node.meta["path"]]
         node.meta["class"], node.meta["operation"] = type(original), operation_of(node, original)
         return self._opened(self._wrap(node, value))
 
@@ -293,13 +284,15 @@ class OwnerTracer(TracerBase):
         given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         computed = frozenset(key for key, argument in given.items() if holds_proxy(argument))
         values, keywords = values_of(args), values_of(kwargs)
-        before = contents_of((values, keywords))
+        held = not all(isinstance(value, _PLAIN) for value in (*values, *keywords.values()))
+        before = contents_of((values, keywords)) if held else None
         try:
             value = self.observer.run(module, values, keywords, computed)
         except BaseException:
             self.graph.erase_node(node)  # the forward may go on without it
             raise
-        reflect((args, kwargs), (values, keywords), before, path)
+        if held:
+            reflect((args, kwargs), (values, keywords), before, path)
         return value
 
     def attribute(self, module: nn.Module, name: str, value: Tensor) -> Any:
