@@ -30,6 +30,7 @@ from se_inject.blocks.registry import (
     is_at_hand,
     parsed_options,
     register_block,
+    start_as_identity_,
 )
 from se_inject.blocks.squeeze_excitation import SqueezeExcitation
 
@@ -56,6 +57,7 @@ __all__ = [
     "parsed_options",
     "rebuild_fused",
     "register_block",
+    "start_as_identity_",
     "unfuse_block_",
     "ungated",
 ]

@@ -272,15 +272,29 @@ def build_block(name: str, channels: int, size: Sequence[int], options: dict[str
     if not isinstance(block, nn.Module):
         raise PluginError(f"block `{name}` is no nn.Module", seen=f"it returned a {type(block).__name__}")
     if init == "identity":
-        if not has_identity_start(block):
-            raise OptionError(f"block `{name}` has no identity start", hint="init `paper`: as its authors start it")
-        try:
-            block.identity_init()  # type: ignore[operator]
-        except (Exception, SystemExit) as error:
-            raise PluginError(
-                f"block `{name}` fails in its identity_init", seen=f"{type(error).__name__}: {error}"
-            ) from error
+        start_as_identity_(name, block)
     return block
+
+
+def start_as_identity_(name: str, block: nn.Module) -> None:
+    """Let a new block start as x ↦ x.
+
+    Args:
+        name: of the block.
+        block: as its authors start it.
+
+    Raises:
+        OptionError: it has no such start.
+        PluginError: it fails.
+    """
+    if not has_identity_start(block):
+        raise OptionError(f"block `{name}` has no identity start", hint="init `paper`: as its authors start it")
+    try:
+        block.identity_init()  # type: ignore[operator]
+    except (Exception, SystemExit) as error:
+        raise PluginError(
+            f"block `{name}` fails in its identity_init", seen=f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def check_block(name: str, block: nn.Module, channels: int, size: Sequence[int], dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ from se_inject.blocks import (
     has_class_at,
     has_identity_start,
     is_at_hand,
+    start_as_identity_,
 )
 from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError, either
 from se_inject.forwards import is_plain_name, original_class
@@ -297,11 +298,13 @@ def _probed(
     reduction = options.get("reduction") or 16
     for channels, size in sorted({(place.channels, place.size) for place in places}):
         with torch.device("meta"):
-            built = build_block(block, channels, size, options, "paper")
+            built = build_block(block, channels, size, options, init or "paper")
             if init is None and not has_identity_start(built):
                 start = "paper"
                 notes.append(f"block `{block}` has no identity start: the network's output changes until it is trained")
-            check_block(block, build_block(block, channels, size, options, start), channels, size, dtype)
+            elif init is None:
+                start_as_identity_(block, built)
+            check_block(block, built, channels, size, dtype)
         width = int(getattr(built, "width", 0))  # type: ignore[arg-type]
         if width > channels / reduction and "divisor" not in options and options.get("width") is None:
             narrow.append(channels)

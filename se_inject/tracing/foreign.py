@@ -28,9 +28,9 @@ _REFUSED = {
 """The same for those that refuse a network wherever they are in it."""
 
 
-def leaf_kind(module: nn.Module) -> tuple[str, str] | None:
-    """Describe a compiled, scripted or quantised module, with a hint; None for any other."""
-    return _kind(module, _LEAVES)
+def leaf_kind(kind: type) -> tuple[str, str] | None:
+    """Describe the class of a compiled, scripted or quantised module, with a hint; None for any other."""
+    return _kind(kind, _LEAVES)
 
 
 def is_compiled(module: object) -> bool:
@@ -38,9 +38,9 @@ def is_compiled(module: object) -> bool:
     return isinstance(module, nn.Module) and home(module) == "torch._dynamo.eval_frame.OptimizedModule"
 
 
-def wrapper_kind(module: nn.Module) -> tuple[str, str] | None:
-    """Describe a wrapper that refuses the whole network, with a hint; None for any other module."""
-    return _kind(module, _REFUSED)
+def wrapper_kind(kind: type) -> tuple[str, str] | None:
+    """Describe the class of a wrapper that refuses the whole network, with a hint; None for any other."""
+    return _kind(kind, _REFUSED)
 
 
 def home(module: nn.Module) -> str:
@@ -48,8 +48,7 @@ def home(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _kind(module: nn.Module, table: dict[str, tuple[str, str]]) -> tuple[str, str] | None:
-    kind = type(module)
+def _kind(kind: type, table: dict[str, tuple[str, str]]) -> tuple[str, str] | None:
     if (kind, id(table)) not in _known:
         homes = [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
         found = next((kinds for prefix, kinds in table.items() if any(each.startswith(prefix) for each in homes)), None)
@@ -72,6 +71,6 @@ def outside_of_leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if closed and path.startswith(closed):
             continue
         found.append((path, module))
-        if leaf_kind(module) is not None:
+        if leaf_kind(type(module)) is not None:
             closed = (*closed, f"{path}." if path else "")
     return found

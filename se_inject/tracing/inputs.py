@@ -49,7 +49,7 @@ def observe_model(model: nn.Module, example_inputs: Any = None, example_kwargs: 
     try:
         trace = _observed(model, example_inputs, example_kwargs)
     except TraceError as error:
-        leaves = ((path, module, leaf_kind(module)) for path, module in model.named_modules())
+        leaves = ((path, module, leaf_kind(type(module))) for path, module in model.named_modules())
         for path, module, kind in leaves:
             if kind is not None and kind[0] == "quantised":  # such modules take quantised values alone
                 raise _unsupported(path, module, kind) from error
@@ -75,13 +75,14 @@ def _check_no_shape(example_inputs: Any) -> None:
 
 def _program_notes(model: nn.Module) -> Iterator[str]:
     """Write notes on a network that is a program out of a file."""
-    fixed = sum(isinstance(module, FixedBatchNorm) for module in model.modules())
+    unusual = [module for module in model.modules() if isinstance(module, FixedBatchNorm | Program)]
+    fixed = sum(isinstance(module, FixedBatchNorm) for module in unusual)
     if fixed:
         yield (
             f"the file is a program of eval mode: batch normalisation ({counted(fixed, 'module')}) keeps its statistics "
             "in training, and what only training does is not in it"
         )
-    programs = [module for module in model.modules() if isinstance(module, Program)]
+    programs = [module for module in unusual if isinstance(module, Program)]
     if any(map(is_of_training, programs)):
         yield (
             "the file is a program of training mode: dropout and normalisation by the batch are written down in it, and "
@@ -267,21 +268,26 @@ def check_supported(model: Any) -> None:
         if isinstance(model, torch.export.ExportedProgram):
             hint = "save it with torch.export.save: `se_inject.load` makes modules of the file"
         raise UnsupportedModel(f"no torch.nn.Module, but {type(model).__name__}", hint=hint)
+    if not any(map(_is_special, {type(module) for module in model.modules()})):
+        return
     for path, module in model.named_modules():
-        if (kind := wrapper_kind(module)) is not None:
+        if (kind := wrapper_kind(type(module))) is not None:
             raise _unsupported(path, module, kind)
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise UnsupportedModel(
                 f"a {type(module).__name__} in `{path}` has no shape yet",
                 hint="call the network once on real inputs, then inject",
             )
-
-    if not any(leaf_kind(module) is not None for module in model.modules()):
-        return
     outside = outside_of_leaves(model)
-    leaves = [(path, module, kind) for path, module in outside if (kind := leaf_kind(module)) is not None]
+    leaves = [(path, module, kind) for path, module in outside if (kind := leaf_kind(type(module))) is not None]
     if leaves and not any(isinstance(module, nn.modules.conv._ConvNd) for _, module in outside):
         raise _unsupported(*leaves[0])
+
+
+def _is_special(kind: type) -> bool:
+    """Return whether modules of a class are wrappers, are not to be looked into, or may have no shapes yet."""
+    foreign = wrapper_kind(kind) is not None or leaf_kind(kind) is not None
+    return foreign or issubclass(kind, nn.modules.lazy.LazyModuleMixin)
 
 
 def _unsupported(path: str, module: nn.Module, kind: tuple[str, str]) -> UnsupportedModel:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -25,63 +24,14 @@ from se_inject.tracing.helpers import Helper, helper_for
 from se_inject.tracing.known_results import AnyNumbers, result_of_module
 from se_inject.tracing.nodes import CONVOLUTIONS, attention_in, function_name_of, gates_in
 from se_inject.tracing.operations import is_leaf
-from se_inject.tracing.outlines import Outlines
 from se_inject.tracing.patches import patched
 from se_inject.tracing.proxy import Untraceable
+from se_inject.tracing.record import Record
 from se_inject.tracing.snapshots import containers_in, drawing, preserved, random_state, refill
 from se_inject.tracing.substitutes import standing_in
 from se_inject.tracing.trace import NOTHING, Counts, OwnerGraph, Trace
 from se_inject.tracing.tracer import OwnerTracer
-from se_inject.tracing.watching import Watch, observing, plain_call, watched
-
-
-@dataclass
-class Record:
-    """A trace in the making: of a twin of the model."""
-
-    model: nn.Module
-    twin: nn.Module
-    how: str
-    graphs: dict[str, OwnerGraph] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
-    kinds: dict[str, set[Any]] = field(default_factory=dict)
-    paths: dict[int, str] = field(default_factory=dict)
-    aliases: dict[str, list[str]] = field(default_factory=dict)
-    originals: dict[str, nn.Module] = field(init=False)
-    without_grad: set[str] = field(default_factory=set)
-    size: tuple[int, ...] = ()
-    outlines: Outlines = field(default_factory=Outlines)
-
-    def kept(self, value: Any) -> Any:
-        """Return what a trace keeps of a value: itself, or tensors without numbers if it has some, which take memory."""
-        return self.outlines.of(value) if self.how == "real" else value
-
-    def __post_init__(self) -> None:
-        self.originals = dict(self.model.named_modules())
-        for path, module in self.twin.named_modules(remove_duplicate=False):
-            known = self.paths.setdefault(id(module), path)
-            if known != path:
-                self.aliases.setdefault(known, []).append(path)
-
-    def frozen(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], outputs: Any, macs: int, watch: Watch) -> Trace:
-        """Return the finished trace."""
-        return Trace(
-            model=self.model,
-            inputs=inputs,
-            how=self.how,
-            graphs=MappingProxyType(self.graphs),
-            failures=MappingProxyType(self.failures),
-            calls=MappingProxyType(self.calls),
-            kinds=MappingProxyType({path: frozenset(kinds) for path, kinds in self.kinds.items()}),
-            canonical=MappingProxyType({other: path for path, others in self.aliases.items() for other in others}),
-            without_grad=frozenset(self.without_grad),
-            hooked=frozenset(path for path, module in self.originals.items() if module._forward_hooks),
-            outputs=self.kept(outputs),
-            macs=macs,
-            size=self.size,
-            known={"": (self.twin, watch)} if self.how != "fake" else {},
-        )
+from se_inject.tracing.watching import Watch, observing, plain_call
 
 
 class Observer:
@@ -103,17 +53,6 @@ class Observer:
     def _count(self, convolutions: int = 0, macs: int = 0, gates: int = 0, attention: int = 0) -> None:
         if convolutions or macs or gates or attention:
             self.counts = Counts(*map(int.__add__, self.counts, (convolutions, macs, gates, attention)))
-
-    def relative_path(self, module: nn.Module, root: str) -> str | None:
-        path = self.result.paths.get(id(module))
-        if path is None or path == root:
-            return None if path is None else ""
-        if not root:
-            return path
-        for name in (path, *self.result.aliases.get(path, ())):
-            if name.startswith(root + "."):
-                return str(name[len(root) + 1 :])
-        return None
 
     def count_function(self, node: fx.Node, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = function_name_of(node)
@@ -142,7 +81,7 @@ class Observer:
     ) -> Any:
         """Call a module on values; trace its forward if it has one of its own."""
         outer, self.tracer = self.tracer, None
-        path = self.result.paths.get(id(module))
+        path = self.result.watch.paths.get(id(module))
         try:
             if path is None:
                 return plain_call(module, args, kwargs)
@@ -173,7 +112,7 @@ class Observer:
         symbolic: frozenset[int | str],
     ) -> Any:
         """Call a module of the network: torch's own are counted, others traced the first time."""
-        closed = leaf_kind(module)
+        closed = leaf_kind(type(module))
         if closed is not None or self._closed:
             return self._run_closed(module, path, args, kwargs, closed)
         if not is_leaf(module):
@@ -253,7 +192,7 @@ class Observer:
                     return module.forward(*args, **kwargs)
             self.result.graphs[path] = OwnerGraph(
                 path=path,
-                module=self.result.originals[path],
+                module=self.result.watch.originals[path],
                 kind=type(module),
                 graph=tracer.graph,
                 constants=MappingProxyType(tracer.constants),
@@ -341,12 +280,11 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h
 
     def trace() -> Trace:
         with standing_in(model, how) as (twin, matching):
-            record = Record(model, twin, how)
+            record = Record(Watch(model, twin), how)
             observer = Observer(record)
-            watch = watched(twin)
-            with preserved(twin), observing(watch, observer):
+            with preserved(twin), observing(record.watch, observer):
                 outputs = observer.run(twin, matching(args), matching(kwargs))
-            return record.frozen((args, kwargs), outputs, observer.counts.macs, watch)
+            return record.frozen((args, kwargs), outputs, observer.counts.macs)
 
     state = random_state()
     try:

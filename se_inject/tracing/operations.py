@@ -87,7 +87,7 @@ def _operation_of_module(module: nn.Module) -> str:
 
 def is_leaf(module: nn.Module) -> bool:
     """Return whether a module's forward is torch's own, ``nn.Sequential``'s apart: its operation is known without tracing."""
-    if leaf_kind(module) is not None:
+    if leaf_kind(type(module)) is not None:
         return True
     forward = type(module).forward
     return (

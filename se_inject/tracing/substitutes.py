@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -27,13 +28,22 @@ def substituted(model: nn.Module, how: str, mode: Any = None) -> nn.Module:
             network's own parameters, detached, and copies of all else.
         mode: a ``FakeTensorMode``.
     """
+    tensor: Callable[[Tensor], Tensor]
     if how == "meta":
-        return twin_of(model, outline)
-    if how == "fake":
-        return twin_of(model, lambda tensor: mode.from_tensor(tensor.detach(), static_shapes=True))
-    return twin_of(
-        model, lambda tensor: tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
-    )
+        tensor = outline
+    elif how == "fake":
+        tensor = partial(_fake, mode)
+    else:
+        tensor = _alias
+    return twin_of(model, tensor, takes_hooks=False)
+
+
+def _fake(mode: Any, tensor: Tensor) -> Tensor:
+    return mode.from_tensor(tensor.detach(), static_shapes=True)  # type: ignore[no-any-return]
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
 
 def rehearsed(model: nn.Module, parameters: dict[int, Tensor] | None = None) -> nn.Module:

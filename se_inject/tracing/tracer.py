@@ -262,7 +262,7 @@ class OwnerTracer(TracerBase):
 
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the call of a child and run it on the values."""
-        path = self.observer.relative_path(module, self.path)
+        path = self.observer.result.watch.relative_path(module, self.path)
         if path is None:
             raise Untraceable(f"calls a {type(module).__name__} that is not one of its submodules")
         if _modes() != self._modes:
@@ -272,8 +272,8 @@ class OwnerTracer(TracerBase):
         outputs = (self.replay or {}).get(path)
         value = outputs.pop(0) if outputs else self._run_child(module, path, node, args, kwargs)
         node.meta["counts"] = self.observer.counts.since(before)
-        node.meta["path"] = self.observer.result.paths[id(module)]
-        original = node.meta["module"] = self.observer.result.originals[node.meta["path"]]
+        node.meta["path"] = self.observer.result.watch.paths[id(module)]
+        original = node.meta["module"] = self.observer.result.watch.originals[node.meta["path"]]
         node.meta["class"], node.meta["operation"] = type(original), operation_of(node, original)
         return self._opened(self._wrap(node, value))
 
@@ -297,7 +297,7 @@ class OwnerTracer(TracerBase):
 
     def attribute(self, module: nn.Module, name: str, value: Tensor) -> Any:
         """Record a parameter or buffer that the forward reads as a ``get_attr`` node."""
-        prefix = self.observer.relative_path(module, self.path)
+        prefix = self.observer.result.watch.relative_path(module, self.path)
         if prefix is None:
             raise Untraceable(f"reads `{name}` of a module that is not one of its submodules")
         target = f"{prefix}.{name}" if prefix else name

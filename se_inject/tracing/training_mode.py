@@ -7,22 +7,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
 from se_inject.guarding import guarded
 from se_inject.tracing.failures import reason_of
 from se_inject.tracing.helpers import Helper, helper_for
-from se_inject.tracing.observer import Observer, Record
+from se_inject.tracing.observer import Observer
 from se_inject.tracing.outlines import filled
 from se_inject.tracing.patches import quiet
 from se_inject.tracing.proxy import Untraceable
+from se_inject.tracing.record import Record
 from se_inject.tracing.snapshots import drawing, preserved, random_state
 from se_inject.tracing.substitutes import shapes_only, substituted
 from se_inject.tracing.trace import Guards, OwnerGraph, Trace, float_like
 from se_inject.tracing.tracer import OwnerTracer
-from se_inject.tracing.watching import Watch, observing, watched
+from se_inject.tracing.watching import Watch, observing
 
 
 def training_graph(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
@@ -54,8 +55,8 @@ def _observed(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
         outputs, inputs = tree_map_only(
             Tensor, partial(filled, device=float_like(trace.model).device), (outputs, inputs)
         )
-    twin, watch = _twin(trace)
-    module = twin.get_submodule(owner.path)
+    watch = _watch(trace)
+    module = watch.twin.get_submodule(owner.path)
 
     helpers = list(owner.helpers)
 
@@ -72,7 +73,7 @@ def _observed(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
 
     def traced_with(helpers: list[Helper]) -> OwnerTracer:
         how = "real" if trace.how == "real" else "meta"
-        observer = Observer(Record(trace.model, twin, how, dict(trace.graphs), dict(trace.failures)))
+        observer = Observer(Record(watch, how, dict(trace.graphs), dict(trace.failures)))
         replay = {path: list(values) for path, values in outputs.items()}
         tracer = OwnerTracer(observer, module, owner.path, training=True, replay=replay)
         with preserved(module), quiet(), torch.enable_grad(), observing(watch, observer):
@@ -139,10 +140,9 @@ def _children_outputs(trace: Trace, owner: OwnerGraph) -> dict[str, list[Any]]:
     return outputs
 
 
-def _twin(trace: Trace) -> tuple[nn.Module, Watch]:
+def _watch(trace: Trace) -> Watch:
     """Return the twin that was observed, or a new one on the meta device."""
     if "" not in trace.known:
-        twin = substituted(trace.model, "meta")
-        trace.known[""] = (twin, watched(twin))
-    found: tuple[nn.Module, Watch] = trace.known[""]
+        trace.known[""] = Watch(trace.model, substituted(trace.model, "meta"))
+    found: Watch = trace.known[""]
     return found

@@ -24,15 +24,60 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """Where the calls and reads of one twin go: to its observer, or nowhere while there is none."""
+    """A twin that tells its observer of calls and reads, and whose modules are those of which path.
 
-    observer: Observer | None = None
+    Args:
+        model: the network.
+        twin: of it, in eval mode, and nobody else's; its modules' mode, parameters and buffers are hidden behind the watch.
 
-    def call(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    Attributes:
+        observer: who is told; None: nobody, and the twin is called like any network.
+        paths: id of a module of the twin → its path, the first one of several.
+        aliases: path of a module → its other paths.
+        originals: path of a module → the network's own.
+    """
+
+    def __init__(self, model: nn.Module, twin: nn.Module) -> None:
+        self.model = model
+        self.twin = twin
+        self.observer: Observer | None = None
+        self.originals = dict(model.named_modules())
+        self.paths: dict[int, str] = {}
+        self.aliases: dict[str, list[str]] = {}
+        call = self._call
+        for path, module in twin.named_modules(remove_duplicate=False):
+            known = self.paths.setdefault(id(module), path)
+            if known != path:
+                self.aliases.setdefault(known, []).append(path)
+            else:
+                module.__dict__["_compiled_call_impl"] = functools.partial(call, module)
+                self._hide(module)
+
+    def _hide(self, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            return
+        attributes = module.__dict__
+        hidden = {} if attributes.pop("training", None) is None else {"training": False}
+        attributes["_parameters"] = WatchedTensors(module._parameters, module, self, hidden)
+        attributes["_buffers"] = WatchedTensors(module._buffers, module, self, {})
+
+    def _call(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         """Run when a module is called, in place of its call."""
         if self.observer is None:
             return plain_call(module, args, kwargs)
         return self.observer.called(module, args, kwargs)
+
+    def relative_path(self, module: nn.Module, root: str) -> str | None:
+        """Return the path of one of the twin's modules from another, which is at ``root``; None if it is not within that."""
+        path = self.paths.get(id(module))
+        if path is None or path == root:
+            return None if path is None else ""
+        if not root:
+            return path
+        for name in (path, *self.aliases.get(path, ())):
+            if name.startswith(root + "."):
+                return str(name[len(root) + 1 :])
+        return None
 
 
 def plain_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -41,14 +86,22 @@ def plain_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 class WatchedTensors(dict[str, Any]):
-    """A module's parameters or buffers. The former also answer for attributes that are hidden from ``__dict__``."""
+    """A module's parameters or buffers. The former also answer for attributes that are hidden from ``__dict__``.
 
-    def __init__(self, tensors: dict[str, Any], module: nn.Module, watch: Watch) -> None:
+    Args:
+        tensors: by name.
+        module: whose.
+        watch: where reads go.
+        hidden: attributes of which every read is to be noticed, and their values.
+    """
+
+    __slots__ = ("hidden", "module", "watch")
+
+    def __init__(self, tensors: dict[str, Any], module: nn.Module, watch: Watch, hidden: dict[str, Any]) -> None:
         super().__init__(tensors)
         self.module = module
         self.watch = watch
-        self.hidden: dict[str, Any] = {}
-        """Attributes of which every read is to be noticed, and their values."""
+        self.hidden = hidden
 
     def __contains__(self, name: object) -> bool:
         if dict.__contains__(self, name):
@@ -77,25 +130,6 @@ class WatchedTensors(dict[str, Any]):
 
 _READS = nn.Module.__getattr__.__code__
 _STORES = nn.Module.__setattr__.__code__
-
-
-def watched(twin: nn.Module) -> Watch:
-    """Let a twin in eval mode tell of its calls and reads.
-
-    Args:
-        twin: nobody else's; its modules' mode, parameters and buffers are hidden behind the watch.
-    """
-    watch = Watch()
-    for module in twin.modules():
-        attributes = module.__dict__
-        attributes["_compiled_call_impl"] = functools.partial(watch.call, module)
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        attributes["_parameters"] = WatchedTensors(module._parameters, module, watch)
-        attributes["_buffers"] = WatchedTensors(module._buffers, module, watch)
-        if attributes.pop("training", None) is not None:
-            attributes["_parameters"].hidden["training"] = False
-    return watch
 
 
 @contextlib.contextmanager
