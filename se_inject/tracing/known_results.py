@@ -101,10 +101,15 @@ def _concatenated(*args: Any, **kwargs: Any) -> Tensor | None:
     tensors: Any
     tensors, dim = args if len(args) == 2 and not kwargs else ([], 0)
     kinds = {(type(each), each.dtype, *each.shape[:1], *each.shape[2:]) for each in tensors if isinstance(each, Tensor)}
-    if dim != 1 or len(kinds) != 1 or any(not isinstance(each, Tensor) or each.dim() < 2 for each in tensors):
+    if dim != 1 or len(kinds) != 1 or not all(_is_plain(each) for each in tensors):
         return None
     first = tensors[0]
-    return first.new_empty((first.shape[0], sum(each.shape[1] for each in tensors), *first.shape[2:]))  # type: ignore[no-any-return]
+    shape = (first.shape[0], sum(each.shape[1] for each in tensors), *first.shape[2:])
+    return torch.empty(shape, dtype=first.dtype, device="meta")
+
+
+def _is_plain(each: Any) -> bool:
+    return type(each) is Tensor and each.is_meta and each.dim() > 1 and each.is_contiguous()
 
 
 _RULES: dict[Any, Callable[..., Tensor | None]] = {

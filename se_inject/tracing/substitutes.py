@@ -35,7 +35,7 @@ def substituted(model: nn.Module, how: str, mode: Any = None) -> nn.Module:
         tensor = partial(_fake, mode)
     else:
         tensor = _alias
-    return twin_of(model, tensor, takes_hooks=False)
+    return twin_of(model, tensor)
 
 
 def _fake(mode: Any, tensor: Tensor) -> Tensor:

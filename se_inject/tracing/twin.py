@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from se_inject.guarding import mark_like
 from se_inject.tracing.foreign import is_compiled
-from se_inject.tracing.proxy import Untraceable
 
 _ATOMIC = frozenset(
     {
@@ -28,17 +27,7 @@ _MOST_OBJECTS = 20_000
 """Python objects that are copied; what lies beyond is shared: a module may hold on to its trainer and all that knows."""
 
 
-class _NoHooks(OrderedDict[Any, Any]):
-    """The table of all modules without hooks: one of a dozen in each module, which would be most of what a twin is."""
-
-    def __setitem__(self, key: Any, hook: Any) -> None:
-        raise Untraceable("registers a hook")
-
-
-_NO_HOOKS = _NoHooks()
-
-
-def twin_of(model: nn.Module, tensor: Callable[[Tensor], Tensor], *, takes_hooks: bool = True) -> nn.Module:
+def twin_of(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
     """Make a network's twin; no weight is copied unless ``tensor`` does.
 
     Modules, containers, bound methods, and functions that close over such are made anew, at any depth; other objects as
@@ -47,9 +36,8 @@ def twin_of(model: nn.Module, tensor: Callable[[Tensor], Tensor], *, takes_hooks
     Args:
         model: the network. It is only read.
         tensor: gives the twin's tensor for one of the network's, asked once for each.
-        takes_hooks: whether hooks may be registered on the twin: False for one that is only looked at.
     """
-    twin: nn.Module = _Copier(model, tensor, takes_hooks).memo[id(model)]
+    twin: nn.Module = _Copier(model, tensor).memo[id(model)]
     mark_like(twin, model)
     return twin
 
@@ -57,9 +45,8 @@ def twin_of(model: nn.Module, tensor: Callable[[Tensor], Tensor], *, takes_hooks
 class _Copier:
     """One twin in the making: ``memo`` maps the id of an object to its copy, as ``copy.deepcopy`` keeps it."""
 
-    def __init__(self, model: nn.Module, tensor: Callable[[Tensor], Tensor], takes_hooks: bool) -> None:
+    def __init__(self, model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> None:
         self.tensor = tensor
-        self.shared = frozenset[str]() if takes_hooks else _HOOKS
         self.memo: dict[int, Any] = {}
         self.objects = 0
         self.kept: list[Any] = []
@@ -92,9 +79,7 @@ class _Copier:
         attributes = twin.__dict__
         compiled = is_compiled(original)
         for name, value in original.__dict__.items():
-            if name in self.shared and not value:
-                attributes[name] = _NO_HOOKS
-            elif name in _OF_EVERY_MODULE and not value:
+            if name in _OF_EVERY_MODULE and not value:  # tables of hooks, as a rule
                 attributes[name] = value if type(value) in _ATOMIC else type(value)()
             elif not compiled or name in _OF_EVERY_MODULE:  # and nothing of the compiler's
                 attributes[name] = value if type(value) in _ATOMIC else self.copied(value)
@@ -197,9 +182,6 @@ class _Copier:
 
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-_HOOKS = frozenset(
-    name for name, value in nn.Module().__dict__.items() if "hook" in name and type(value) is OrderedDict
-)
 
 
 def _call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
