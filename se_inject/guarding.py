@@ -14,6 +14,7 @@ import contextlib
 import functools
 import os
 import sys
+import sysconfig
 import threading
 import types
 import weakref
@@ -202,7 +203,7 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
     try:
         what = _forbidden(event, args)
         if what is not None:
-            _refuse(guard, what, event)
+            _refuse(guard, what, event, args)
     finally:
         guard.is_looking = False
 
@@ -225,8 +226,8 @@ def _starting(event: str) -> str | None:
     return next((what for start, what in _ACTS.items() if event.startswith(start) and "." in start), None)
 
 
-def _refuse(guard: _Guard, what: str, event: str) -> None:
-    module = _running(guard, event in ("compile", "exec"))
+def _refuse(guard: _Guard, what: str, event: str, args: tuple[Any, ...] = ()) -> None:
+    module = _running(guard, event, args)
     if module is None:
         return
     place = next((path for model in guard.models for path, each in model.named_modules() if each is module), "")
@@ -236,21 +237,63 @@ def _refuse(guard: _Guard, what: str, event: str) -> None:
     raise guard.refusal
 
 
-def _running(guard: _Guard, is_code: bool) -> Any:
+def _running(guard: _Guard, event: str, args: tuple[Any, ...]) -> Any:
     """Return the module whose forward is at work; None if none is, or if what happens is an import or torch's own."""
     frame: types.FrameType | None = sys._getframe(3)
-    if is_code and frame is not None and any(part in frame.f_code.co_filename for part in _OF_TORCH_ITSELF):
+    if event in ("compile", "exec") and _is_of_torch_itself(frame):
         return None
+    may_import = event in _OF_AN_IMPORT and _is_installed_code(event, args)
     while frame is not None and frame is not guard.frame:
         code = frame.f_code
-        if code.co_filename.startswith(_IMPORTING):
+        if may_import and code.co_filename.startswith(_IMPORTING):
             return None
+        may_import |= code.co_name == "<module>" and code.co_filename.startswith(_folders())
         if code.co_argcount and (code.co_name.startswith("forward") or code.co_name == "_call_impl"):
             found = frame.f_locals.get(code.co_varnames[0])
             if _is_of_a_network(found):
                 return found
         frame = frame.f_back
     return None
+
+
+def _is_of_torch_itself(frame: types.FrameType | None) -> bool:
+    """Return whether code is made by one of ``_OF_TORCH_ITSELF`` for torch, or for a module that is being imported."""
+    if frame is None or not _is_among(frame, _OF_TORCH_ITSELF):
+        return False
+    while frame is not None and _is_among(frame, _OF_TORCH_ITSELF):
+        frame = frame.f_back
+    if frame is None:
+        return False
+    name = frame.f_code.co_filename
+    return name.startswith(_folders()[0]) or (frame.f_code.co_name == "<module>" and name.startswith(_folders()))
+
+
+def _is_among(frame: types.FrameType, parts: tuple[str, ...]) -> bool:
+    return any(part in frame.f_code.co_filename for part in parts)
+
+
+def _is_installed_code(event: str, args: tuple[Any, ...]) -> bool:
+    """Return whether the code that an import reads, compiles or executes is Python's or an installed package's."""
+    if event in ("compile", "exec"):
+        name = args[1] if event == "compile" else getattr(args[0], "co_filename", "")
+        name = os.fsdecode(name) if isinstance(name, str | bytes) else ""
+        return name.startswith(("<frozen ", *_folders()))
+    return True
+
+
+_OF_AN_IMPORT = ("compile", "exec", "import", "marshal.loads", "marshal.load", "code.__new__", "os.listdir")
+"""What importing a module does by itself."""
+
+
+@functools.cache
+def _folders() -> tuple[str, ...]:
+    """List the folders where torch, Python and its packages are, torch's first."""
+    import torch
+
+    paths = sysconfig.get_paths()
+    home = os.path.dirname(torch.__file__)
+    found = [home, os.path.dirname(home), *(paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))]
+    return tuple(folder.rstrip(os.sep) + os.sep for folder in dict.fromkeys(found))
 
 
 def _is_of_a_network(found: Any) -> bool:
@@ -262,28 +305,37 @@ def _is_of_a_network(found: Any) -> bool:
 
 # -- modules -----------------------------------------------------------------------------------------------
 
-_original: Any = None
+_originals: list[tuple[Any, str, Any]] = []
 
 
 def _patch() -> None:
-    """While a thread is guarded, making a module is looked at; it acts in that thread alone."""
-    global _original
-    from torch import nn
+    """While a thread is guarded, making a module is looked at, and torch's writing of files, which is done in C++.
 
-    if _guards and _original is None:
-        _original = nn.Module.__init__
-        nn.Module.__init__ = _init  # type: ignore[assignment,method-assign]
-    elif not _guards and _original is not None:
-        nn.Module.__init__, _original = _original, None  # type: ignore[method-assign]
+    It acts in that thread alone.
+    """
+    import torch
+
+    if _guards and not _originals:
+        for owner, name, what in (
+            (torch.nn.Module, "__init__", "makes a module"),
+            (torch, "save", "writes a file"),
+            (torch, "from_file", "opens a file for writing"),
+        ):
+            original = vars(owner)[name]
+            _originals.append((owner, name, original))
+            setattr(owner, name, _looked_at(original, what, f"{owner.__name__}.{name}"))
+    elif not _guards:
+        while _originals:
+            setattr(*_originals.pop())
 
 
-def _init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-    original = _original
-    guard = _guards.get(threading.get_ident())
-    if guard is not None:
-        _refuse(guard, f"makes a module, a {type(self).__name__},", "torch.nn.Module.__init__")
-    if original is None:  # the last guard has just gone
-        from torch import nn
+def _looked_at(original: Callable[P, T], what: str, name: str) -> Callable[P, T]:
+    @functools.wraps(original)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        guard = _guards.get(threading.get_ident())
+        if guard is not None:
+            kind = f", a {type(args[0]).__name__}," if name.endswith("__init__") else ""
+            _refuse(guard, f"{what}{kind}", name)
+        return original(*args, **kwargs)
 
-        original = nn.Module.__init__
-    original(self, *args, **kwargs)
+    return call

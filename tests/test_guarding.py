@@ -2,9 +2,13 @@
 
 import contextlib
 import ctypes
+import dataclasses
+import importlib.machinery
+import importlib.util
 import os
 import socket
 import subprocess
+import sys
 import threading
 from collections import OrderedDict
 from functools import partial
@@ -235,3 +239,65 @@ def test_networks_out_of_files_are_used_as_ever(name, folder):
 def test_what_is_not_a_strangers_is_not_marked(folder):
     assert not guarding.is_marked(build("torchvision:resnet18"))
     assert not guarding.is_marked(si.load("torchvision:resnet18"))
+
+
+def through_the_import_machinery():
+    importlib._bootstrap._call_with_frames_removed(os.mkdir, "hit")
+
+
+def imports_a_file():
+    spec = importlib.util.spec_from_file_location("evil", "evil.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def through_a_function_that_compiles():
+    dataclasses._create_fn("f", [], ["pass"], globals={})
+
+
+def compiles_as_a_loader_does():
+    importlib.machinery.SourceFileLoader("a", "b").source_to_code(b"pass", "z")
+
+
+def saves():
+    torch.save({}, "hit")
+
+
+def maps():
+    torch.from_file("hit", shared=True, size=10, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        through_the_import_machinery,
+        imports_a_file,
+        through_a_function_that_compiles,
+        compiles_as_a_loader_does,
+        saves,
+        maps,
+    ],
+)
+def test_what_is_let_through_for_others_is_not_for_a_network(act, folder):
+    (folder / "evil.py").write_text("import os\nos.mkdir('hit')\n")
+    net = network(act)
+    guarding.mark(net)
+    with pytest.raises(LoadError), guarding.guarded(net):
+        net(torch.rand(1, 3, 8, 8))
+    assert not (folder / "hit").exists()
+    act()
+    assert {path.name for path in folder.iterdir()} & {"hit", "evil.py"}
+
+
+def defines_what_python_makes_of_text():
+    import fractions  # noqa: F401 - of Python
+
+    import torch.utils.bundled_inputs  # noqa: F401 - makes a NamedTuple
+
+
+def test_modules_of_torch_and_python_are_imported_as_ever(folder):
+    for name in ("torch.utils.bundled_inputs", "fractions"):
+        sys.modules.pop(name, None)
+    net = network(defines_what_python_makes_of_text)
+    guarding.mark(net)
+    with guarding.guarded(net):
+        net(torch.rand(1, 3, 8, 8))

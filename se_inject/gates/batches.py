@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from se_inject.errors import DataError
+from se_inject.errors import DataError, either
 from se_inject.guarding import under_guard
 from se_inject.tables import counted
 from se_inject.tracing import batch_of, describe
@@ -149,7 +149,8 @@ def outputs_of(model: nn.Module, batch: Batch) -> Any:
         raise DataError(
             f"this {type(model).__name__} fails on the data",
             seen=f"{describe(batch.args, batch.kwargs)}: {fact(error)}",
-            hint="give data of the shape that the network takes; `--input 3x224x224` says which to make of images",
+            hint="give data of the shape that the network takes"
+            + either("; `--input 3x224x224` says which to make of images", ""),
         ) from error
 
 

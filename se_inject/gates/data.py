@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.errors import DataError, OptionError
+from se_inject.errors import DataError, OptionError, either
 from se_inject.tables import counted
 from se_inject.user_code import NoSuchFile, fact, named
 
@@ -77,7 +77,9 @@ def preprocessing_for(
         raise OptionError(
             "this network takes no images",
             seen=f"its input has the shape {'×'.join(map(str, shape))}",
-            hint="give arrays or file.py:function as data",
+            hint=either(
+                "give arrays or file.py:function as `--data`", "give tensors, or arrays in a file, as the batches"
+            ),
         )
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     own = [config.get(key) for key in ("mean", "std")] if isinstance(config, dict) else [None, None]
@@ -213,7 +215,13 @@ def _read_folder(
 
 def _stacked(images: list[Tensor], labels: list[int]) -> tuple[Tensor, Tensor] | Tensor:
     if len({image.shape for image in images}) > 1:
-        raise DataError("images of different sizes in one batch", hint="give a size: `--input 3x224x224`")
+        raise DataError(
+            "images of different sizes in one batch",
+            hint=either(
+                "give a size: `--input 3x224x224`",
+                "resize them to one size, or give `example_inputs` of the size they are to have",
+            ),
+        )
     return torch.stack(images) if labels[0] < 0 else (torch.stack(images), torch.tensor(labels))
 
 

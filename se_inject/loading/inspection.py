@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from se_inject.errors import InjectError, LoadError, printable
+from se_inject.errors import InjectError, LoadError, either, printable
 from se_inject.forwards import is_code, is_trusted
 from se_inject.loading.formats import PICKLES, PROGRAMS, described, form_of, safetensors_metadata
 from se_inject.loading.opened import opened
@@ -196,7 +196,11 @@ def _in_a_pickle(file: IO[bytes], form: str, trust: Sequence[str]) -> Iterator[N
 
 def _judged(module: str, short: str, use: str, trust: Sequence[str]) -> tuple[str, str, str]:
     if within(module, trust):
-        return "trusted", "class" if short[:1].isupper() else "function", "its package was named with --trust"
+        return (
+            "trusted",
+            "class" if short[:1].isupper() else "function",
+            f"its package was named {either('with --trust', 'as `trust`')}",
+        )
     kind, by = who_allows(module, short)
     if by is None:
         return (
@@ -307,7 +311,7 @@ def _blocks(blocks: Counter[str], trust: Sequence[str]) -> Iterator[Named]:
     for block, count in blocks.items():
         verdict, by = "allowed", "a block's name, looked up among those installed"
         if is_code(block):
-            verdict, by = "refused", "the user's own code: needs --trust"
+            verdict, by = "refused", f"the user's own code: needs {either('--trust', '`trust`')}"
             if is_trusted(block, trust):
-                verdict, by = "trusted", "its package was named with --trust"
+                verdict, by = "trusted", f"its package was named {either('with --trust', 'as `trust`')}"
         yield Named(_shown(block), "block", "made", verdict, by, count)

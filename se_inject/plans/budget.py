@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from se_inject.cost import FIGURES, Cost, Latency, cost_of_steps, measure_latency
-from se_inject.errors import NoSites, OptionError
+from se_inject.errors import NoSites, OptionError, either
 from se_inject.plans.candidates import steps_with
 from se_inject.plans.value import Plan
 from se_inject.tables import counted, percent, short
@@ -93,16 +93,20 @@ def parsed_budget(budget: Mapping[str, Any] | Iterable[str]) -> tuple[Limit, ...
         for text in [budget] if isinstance(budget, str) else budget:
             figure, equals, amount = str(text).partition("=")
             if not equals:
-                raise OptionError(
-                    f"`{text}` is no budget", hint="write it as params=5%, bytes=3%, macs=20M or latency=2%"
-                )
+                raise OptionError(f"`{text}` is no budget", hint=_form())
             pairs.append((figure.strip(), amount))
     if not pairs:
-        raise OptionError("an empty budget", hint="write it as params=5%, bytes=3%, macs=20M or latency=2%")
+        raise OptionError("an empty budget", hint=_form())
     limits = [_limit(figure, amount) for figure, amount in pairs]
     if len({limit.figure for limit in limits}) < len(limits):
         raise OptionError("one figure has two budgets", seen=", ".join(map(str, limits)))
     return tuple(limits)
+
+
+def _form() -> str:
+    """Say how a budget is written."""
+    command = "write it as params=5%, bytes=3%, macs=20M or latency=2%"
+    return either(command, 'write it as {"params": 0.05, "bytes": "3%", "macs": 20e6, "latency": "2%"}')
 
 
 def _limit(figure: str, amount: Any) -> Limit:
@@ -297,7 +301,8 @@ def _impossible(search: Search, least: Choice) -> NoSites:
     return NoSites(
         f"no blocks fit the budget {', '.join(map(str, search.limits))}",
         seen=f"the least is {search.described(least)}",
-        hint="a larger budget, a larger ratio with `--r`, or a smaller block with `--block` (eca has k weights a site)",
+        hint=f"a larger budget, a larger ratio with {either('`--r`', '`reduction=`')}, or a smaller block with "
+        f"{either('`--block`', '`block=`')} (eca has k weights a site)",
     )
 
 

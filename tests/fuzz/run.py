@@ -128,30 +128,26 @@ def _work(kind, seeds, results):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch's readers write warnings of their own
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
-            results.put((seed, None))
-            results.put((seed, examine(kind, seed, Path(folder) / "model.pt")))
+            results.send((seed, None))
+            results.send((seed, examine(kind, seed, Path(folder) / "model.pt")))
 
 
-def fuzz(kind, count):
-    """All outcomes of a kind: (counts, failures, longest seconds, most bytes)."""
+def fuzz(kind, count, start=0):
+    """All outcomes of a kind, from a seed on: (counts, failures, longest seconds, most bytes)."""
     original(kind)
     context, outcomes, failures = multiprocessing.get_context("spawn"), Counter(), {}
-    longest, most, first = 0.0, 0, 0
+    longest, most, first, count = 0.0, 0, start, start + count
     while first < count:
-        results = context.Queue()
-        worker = context.Process(target=_work, args=(kind, range(first, count), results), daemon=True)
+        results, ours = context.Pipe(duplex=False)
+        worker = context.Process(target=_work, args=(kind, range(first, count), ours), daemon=True)
         worker.start()
-        current, since = first, time.monotonic()
-        while True:
+        ours.close()  # so that the death of the worker is the end of what it says
+        current = first
+        while results.poll(PATIENCE):
             try:
-                current, result = results.get(timeout=1)
-                since = time.monotonic()
-            except Exception:
-                if worker.is_alive() and time.monotonic() - since < PATIENCE:
-                    continue
-                if results.empty():
-                    break
-                continue
+                current, result = results.recv()
+            except EOFError:
+                break
             if result is not None:
                 outcome, seconds, taken = result
                 longest, most, first = max(longest, seconds), max(most, taken), current + 1
@@ -161,6 +157,7 @@ def fuzz(kind, count):
                 if first == count:
                     break
         if first < count:
+            worker.join(1)
             failures[current] = "hung" if worker.is_alive() else f"ended the process ({worker.exitcode})"
             outcomes["failed"] += 1
             first = current + 1
@@ -173,7 +170,8 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--only", choices=sorted(MAKERS))
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=int, help="one file again")
+    parser.add_argument("--start", type=int, default=0, help="the first seed")
     options = parser.parse_args()
     if options.seed is not None:
         path = Path(tempfile.mkdtemp()) / "model.pt"
@@ -182,7 +180,7 @@ def main():
         return
     rows, failed = [], {}
     for kind in [options.only] if options.only else MAKERS:
-        outcomes, failures, longest, most = fuzz(kind, options.count)
+        outcomes, failures, longest, most = fuzz(kind, options.count, options.start)
         failed |= {(kind, seed): outcome for seed, outcome in failures.items()}
         rows.append(
             f"| {kind} | {len(original(kind)):,} | {options.count:,} | {outcomes['refused']:,} | {outcomes['taken']:,} "
