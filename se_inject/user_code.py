@@ -229,19 +229,25 @@ def regular_file(path: Path, in_directory: Callable[[Path], str] | None = None) 
         NoSuchFile: nothing is there.
         LoadError: a directory, a device, a pipe or a socket is there, or it can't be opened.
     """
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise LoadError(f"`{os.fspath(path)[:100]}` can't be opened", seen=fact(error)) from error
+    if is_directory:
         raise LoadError(f"`{path}` is a directory", hint=in_directory(path) if in_directory else None)
     try:
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - the errors are about opening alone
     except FileNotFoundError as error:
         raise _missing(path) from error
-    except OSError as error:
-        if path.exists() and not path.is_file():  # a socket can't even be opened
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and path.exists() and not path.is_file():  # a socket can't even be opened
             raise _no_file(path) from error
-        raise LoadError(f"`{path}` can't be opened", seen=str(error)) from error
+        raise LoadError(f"`{os.fspath(path)[:200]}` can't be opened", seen=str(error)) from error
     with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise _no_file(path)
+        if not os.fstat(file.fileno()).st_size and file.name.startswith(("/proc/", "/sys/")):
+            raise _no_file(path)  # what the kernel makes up as it is read, perhaps without end
         yield file
 
 

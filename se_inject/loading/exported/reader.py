@@ -29,7 +29,7 @@ import torch
 from torch.export import ExportedProgram
 
 from se_inject.errors import LoadError, quoted
-from se_inject.forwards import checked_path, function_named
+from se_inject.forwards import checked_path, function_named, is_plain_name
 from se_inject.loading.operators import is_allowed_check, is_allowed_function
 from se_inject.loading.pickles.constructors import check_view
 from se_inject.loading.pickles.containers import unpickle
@@ -233,6 +233,10 @@ def _checked_program(program: Any) -> Any:
     program["graph_module"]["treespec_namedtuple_fields"] = {}
     for entry in program["graph_module"]["module_call_graph"]:
         _check_name_of_path(entry["fqn"])
+        if entry[
+            "fqn"
+        ]:  # how a submodule's arguments were nested: what is made of it is source text, and nobody needs it
+            entry["signature"] = None
         for name in (entry.get("signature") or {}).get("forward_arg_names") or []:
             _check_name(name)
     todo = [program["graph_module"]]
@@ -282,7 +286,8 @@ def _on_the_cpu(device: Any) -> Any:
 
 
 def _check_name(name: Any) -> None:
-    if name is not None and name != "" and not (isinstance(name, str) and name.isidentifier()):
+    is_name = is_plain_name(name) and not (name.startswith("__") and name.endswith("__"))
+    if name is not None and name != "" and not is_name:
         raise LoadError("an exported program with a name that is none", seen=quoted(name))
 
 
@@ -313,6 +318,16 @@ def _check_target(target: Any) -> None:
         function_named(f"ops:{target.removeprefix('torch.ops.')}")
 
 
+def _check_keywords(text: Any) -> None:
+    """Check the structure of a call's arguments: what it passes by keyword becomes the names of parameters in source text."""
+    _check_tree(text)
+    _, tree = json.loads(text)
+    for part in tree["children_spec"][1:2]:
+        context = part["context"]
+        for key in (json.loads(context) if isinstance(context, str) else context) or []:
+            _check_name(key)
+
+
 def _check_tree(text: Any) -> None:
     _, tree = json.loads(text)
     todo = [tree]
@@ -324,9 +339,17 @@ def _check_tree(text: Any) -> None:
             raise LoadError(
                 "an exported program whose inputs or outputs are of another type", seen=str(part["type"])[:80]
             )
-        if any(isinstance(key, dict | list) for key in keys or []):
+        if any(isinstance(key, dict | list) or not _is_key(key) for key in keys or []):
             raise LoadError("an exported program whose inputs or outputs have keys that are no names")
         todo += part["children_spec"]
+
+
+def _is_key(key: Any) -> bool:
+    """Return whether this may be a key of a dict of inputs or outputs: torch writes some of them into source text."""
+    return not isinstance(key, str) or bool(_KEY.fullmatch(key))
+
+
+_KEY = re.compile(r"[\w.:/ -]{0,200}")
 
 
 def _check_expression(text: Any) -> None:
@@ -382,7 +405,7 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "target": _check_target,
     "as_operator": _check_target,
     "expr_str": _check_expression,
-    "in_spec": _check_tree,
+    "in_spec": _check_keywords,
     "out_spec": _check_tree,
     **{
         f"{kind}_name": _check_name_of_path

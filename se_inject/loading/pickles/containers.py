@@ -6,8 +6,10 @@ Three formats: ``zip``, since torch 1.6; ``legacy``, from before; ``plain``, a b
 
 from __future__ import annotations
 
+import ast
 import io
 import pickle
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any, ClassVar
@@ -15,7 +17,7 @@ from typing import IO, Any, ClassVar
 import torch
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION, StorageType
 
-from se_inject.errors import LoadError
+from se_inject.errors import LoadError, printable
 from se_inject.loading.pickles.constructors import Malformed
 from se_inject.loading.pickles.module_checks import check_modules
 from se_inject.loading.pickles.unpickler import Inert, Reading, Unpickler
@@ -130,10 +132,46 @@ class _Kind(Inert):
         self.name = name
 
 
+class _Tag(Inert):
+    """torch's function that says of what type a list or dict is."""
+
+
+_TAG = "torch.jit._pickle.restore_type_tag"
+_BUILDERS_OF_SCRIPTS = frozenset(f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor"))
+_TYPE = re.compile(r"[\w.\[\], ]{1,1000}")
+_DEEPEST_TYPE = 20
+_LEAVES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
+
+
+def _tagged_type(text: Any) -> Any:
+    """Parse the text of a type, which torch's reader would parse by recursion.
+
+    Raises:
+        Malformed: it is none, or goes too deep.
+    """
+    from se_inject.loading.torchscript.source import type_of
+
+    if type(text) is not str or not _TYPE.fullmatch(text) or text.count("[") > _DEEPEST_TYPE:
+        raise Malformed("a type that can't be read")
+    try:
+        return type_of(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError) as error:
+        raise Malformed("a type that can't be read") from error
+
+
+def _is_declared(kind: Any, declared: Any) -> bool:
+    """Return whether a type is the one that is declared for its place."""
+    name, inner = declared
+    is_choice = name in ("Optional", "Union") and any(_is_declared(kind, part) for part in inner)
+    return name == "" or kind == declared or is_choice
+
+
 def _fits(value: Any, declared: Any) -> bool:
     """Return whether every object in a value is of the class that is declared for its place."""
     name, inner = declared
     if isinstance(value, Inert):
+        if (tagged := vars(value).get("tagged")) is not None:
+            return _is_declared(tagged[1], declared) and _fits(*tagged)
         kind = vars(value).get("kind")
         return (
             kind is None
@@ -141,11 +179,12 @@ def _fits(value: Any, declared: Any) -> bool:
             or (name in ("Optional", "Union") and any(_fits(value, part) for part in inner))
         )
     if not isinstance(value, list | tuple | dict):
-        return True
+        return type(value) not in (int, float, bool, str) or type(value) in _LEAVES.get(name, (type(value),))
     if name in ("Optional", "Union"):
         return any(_fits(value, part) for part in inner)
     if isinstance(value, dict):
-        return all(_fits(part, inner[-1] if inner else ("", ())) for part in (*value, *value.values()))
+        of_keys, of_values = inner if len(inner) == 2 else (("", ()), ("", ()))
+        return all(_fits(key, of_keys) and _fits(part, of_values) for key, part in value.items())
     each = inner if name == "Tuple" and len(inner) == len(value) else (inner[:1] or (("", ()),)) * len(value)
     return all(map(_fits, value, each))
 
@@ -167,6 +206,10 @@ class _ScriptUnpickler(Unpickler):
         """Do the same, but keep the name of a class of the archive."""
         found = super().find_class(module, name)
         full = f"{module}.{name}"
+        if full == _TAG:
+            return _Tag()
+        if module == "torch.jit._pickle" and full not in _BUILDERS_OF_SCRIPTS:
+            raise Malformed(f"a call of `{printable(full)}`")
         is_own = full.startswith(_OF_TORCHSCRIPT[0]) and not full.startswith(_OF_CPP) and type(found) is Inert
         return _Kind(full) if is_own else found
 
@@ -206,6 +249,10 @@ class _ScriptUnpickler(Unpickler):
         if isinstance(made, Inert) and not isinstance(function, Inert):
             raise Malformed("a tensor that is made of something unknown")
         self._hold(made, args if type(args) is tuple else (args,))
+        if isinstance(function, _Tag):
+            if type(args) is not tuple or len(args) != 2:
+                raise Malformed("a type that can't be read")
+            vars(made)["tagged"] = args[0], _tagged_type(args[1])
         return made
 
     def _set_state(self, instance: Any, state: Any) -> None:

@@ -221,16 +221,17 @@ def _declared(node: ast.ClassDef) -> dict[str, Type]:
     found = {}
     for part in node.body:
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
-            found[part.target.id] = _type(part.annotation)
+            found[part.target.id] = type_of(part.annotation)
         elif isinstance(part, ast.Assign) and isinstance(part.targets[0], ast.Subscript):
             key = part.targets[0].slice  # `__annotations__["0"] = …`, where a name isn't a Python name
             if _word(part.targets[0].value) == "__annotations__" and isinstance(key, ast.Constant):
-                found[str(key.value)] = _type(part.value)
+                found[str(key.value)] = type_of(part.value)
     return found
 
 
-def _type(annotation: ast.expr) -> Type:
+def type_of(annotation: ast.expr) -> Type:
+    """Return the type that an annotation in TorchScript's source names."""
     if not isinstance(annotation, ast.Subscript):
         return str(_dotted(annotation) or _word(annotation)), ()
     inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-    return str(_word(annotation.value)), tuple(map(_type, inner))
+    return str(_word(annotation.value)), tuple(map(type_of, inner))
