@@ -8,7 +8,19 @@ from typing import Any
 from torch import Tensor, fx
 
 from se_inject.sites.operations import convolves, is_bundle, parent, path_of, prefixes
-from se_inject.tracing import OwnerGraph, Trace, ancestors, function_name_of, is_data, kind, sources
+from se_inject.tracing import (
+    BUFFERS,
+    OwnerGraph,
+    Trace,
+    ancestors,
+    function_name_of,
+    gate_and_gated,
+    inputs_of,
+    is_data,
+    kind,
+    sources,
+    writes_into,
+)
 
 IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "setitem"})
 """Operators that write into their first operand."""
@@ -23,40 +35,16 @@ def lineage(node: fx.Node) -> set[fx.Node]:
 
 
 def last_write(value: fx.Node) -> fx.Node | None:
-    """Return the last node that fills a buffer without returning what is read on: ``out[:, :4] = y``, ``out[0].copy_(y)``.
+    """Return the last node that fills a buffer (``writes_into``).
 
     None if nothing does, and for a value that was computed: what its forward writes into it later (``out.add_(x)``) comes behind the gate.
     """
-    if function_name_of(value).strip("_") not in _BUFFERS:
-        return None
-    writes = [found for user in value.users for found in _writes(user, value)]
+    writes = writes_into(value) if function_name_of(value) in BUFFERS else []
     return max(writes) if writes else None
 
 
-def _writes(node: fx.Node, value: fx.Node) -> list[fx.Node]:
-    """Return the writes into a value that a reader of it does: itself, or those into the view that it takes."""
-    if not node.args or node.args[0] is not value:
-        return []
-    name = function_name_of(node)
-    if name == "setitem" or (name.endswith("_") and not name.endswith("__") and not node.users):
-        return [node]
-    if name not in _VIEWS or not node.users:
-        return []
-    found = [_writes(user, node) for user in node.users]
-    return [write for writes in found for write in writes] if all(found) else []
-
-
-_BUFFERS = frozenset(
-    f"{new}{kind}{like}"
-    for new in ("", "new_")
-    for kind in ("empty", "full", "ones", "zeros")
-    for like in ("", "_like")
-) | {"clone"}
-"""What makes a tensor that is filled afterwards."""
-
 _TAKES = ("getitem", "field")
 """What takes an item out of a container."""
-_VIEWS = frozenset({"getitem", "narrow", "select", "view", "transpose", "permute", "unflatten"})
 
 
 def since(operands: list[fx.Node], common: set[fx.Node]) -> set[fx.Node]:
@@ -155,20 +143,34 @@ class Depths:
         self.trace = trace
         self._known: dict[str, float] = {}
 
-    def between(self, node: fx.Node, common: set[fx.Node]) -> float:
-        """Return the least number of convolutions on a path from one of the common values to this one."""
+    def between(self, node: fx.Node, common: set[fx.Node], *, longest: bool = False) -> float:
+        """Return the number of convolutions on the shortest path from one of the common values to this one.
+
+        Paths through gates do not count.
+
+        Args:
+            node: the later value.
+            common: the earlier ones.
+            longest: take the longest path instead.
+        """
+        choose, none = (max, -math.inf) if longest else (min, math.inf)
         known: dict[fx.Node, float] = dict.fromkeys(common, 0)
-        pending = [node]
+        pending, entered = [node], set()
         while pending:
             current = pending[-1]
-            before = [source for source in current.all_input_nodes if is_data(source) or is_bundle(source)]
-            waiting = [source for source in before if source not in known]
-            if current not in known and waiting:
+            before = [] if current in known else _read(current)
+            waiting = [source for source in before if source not in known and source not in entered]
+            entered.add(current)
+            if waiting:
                 pending += waiting
                 continue
             if current not in known:
-                depths = [known[source] + self._depth_of_item(source, current) for source in before]
-                known[current] = self._own_depth(current) + min(depths) if depths else math.inf
+                depths = [
+                    known[source] + self._depth_of_item(source, current, longest)
+                    for source in before
+                    if source in known  # else a buffer that is read while it is filled
+                ]
+                known[current] = choose(depths, default=none) + self._own_depth(current, longest)
             pending.pop()
         return known[node]
 
@@ -191,13 +193,13 @@ class Depths:
         inner = self.trace.graphs.get(path_of(node))
         return inner is not None and any(self.contains(each, operation) for each in inner.graph.nodes)
 
-    def _own_depth(self, node: fx.Node) -> float:
+    def _own_depth(self, node: fx.Node, longest: bool) -> float:
         """Return the convolutions of a node itself; those of a call that returns several values count where one is taken."""
         if not convolves(node) or _returns_several(node):
             return 0
-        return self._depth_of(path_of(node)) if node.op == "call_module" else 1
+        return self._depth_of(path_of(node), (), longest) if node.op == "call_module" else 1
 
-    def _depth_of_item(self, source: fx.Node, reader: fx.Node) -> float:
+    def _depth_of_item(self, source: fx.Node, reader: fx.Node, longest: bool) -> float:
         """Return the convolutions behind the item that a reader takes out of what a module returned; 0 for any other value."""
         takes = function_name_of(reader) in _TAKES
         if not is_bundle(source) or (takes and is_bundle(reader)):
@@ -206,26 +208,35 @@ class Depths:
         while function_name_of(source) in _TAKES and isinstance(source.args[0], fx.Node):
             keys.insert(0, source.args[1])
             source = source.args[0]
-        return self._depth_of(path_of(source), tuple(keys)) if source.op == "call_module" and convolves(source) else 0
+        if source.op != "call_module" or not convolves(source):
+            return 0
+        return self._depth_of(path_of(source), tuple(keys), longest)
 
-    def _depth_of(self, path: str, keys: tuple[Any, ...] = ()) -> float:
-        """Return the least number of convolutions from a module's input to its output, or to the item under these keys."""
+    def _depth_of(self, path: str, keys: tuple[Any, ...], longest: bool) -> float:
+        """Return the number of convolutions from a module's input to its output, or to the item under these keys."""
         owner = self.trace.graphs.get(path)
         if owner is None:
             return 1
-        name = repr((path, keys))
+        name = repr((path, keys, longest))
         if name not in self._known:
             inputs = {node for node in owner.graph.nodes if node.op == "placeholder"}
             item, rest = _taken(next(iter(reversed(owner.graph.nodes))).args[0], keys)
             values = [node for node in _nodes_in(item) if is_data(node) or is_bundle(node)]
-            depths = [self.between(node, inputs) + self._rest(node, rest) for node in values]
-            depth = min(depths, default=math.inf)
+            depths = [self.between(node, inputs, longest=longest) + self._rest(node, rest, longest) for node in values]
+            depth = max(depths, default=0.0) if longest else min(depths, default=math.inf)
             self._known[name] = 0 if math.isinf(depth) else depth
         return self._known[name]
 
-    def _rest(self, node: fx.Node, keys: tuple[Any, ...]) -> float:
-        """Return the depth of an item of what a node's module returned, or the least depth of all."""
-        return self._depth_of(path_of(node), keys) if _returns_several(node) and convolves(node) else 0
+    def _rest(self, node: fx.Node, keys: tuple[Any, ...], longest: bool) -> float:
+        """Return the depth of an item of what a node's module returned, or the depth of all."""
+        return self._depth_of(path_of(node), keys, longest) if _returns_several(node) and convolves(node) else 0
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """Return the data that a node reads; of a product with a gate only the value that is gated."""
+    pair = gate_and_gated(node)
+    before = inputs_of(node) if pair is None else [source for source in inputs_of(node) if source is not pair[0]]
+    return [source for source in before if is_data(source) or is_bundle(source)]
 
 
 def _taken(result: object, keys: tuple[Any, ...]) -> tuple[object, tuple[Any, ...]]:

@@ -90,7 +90,8 @@ class _Unit:
                 raise self._none("has no shortcut")
             addition = addition_of(self.join)
             reader = self.join if addition is None else addition.reader
-            return self._at(self.owner, self.shortcut, (reader,))
+            between = tuple(user for user in self.shortcut.users if user in reader.all_input_nodes)  # `x[:, None]`
+            return self._at(self.owner, self.shortcut, (reader,) if reader in self.shortcut.users else between)
         found = self._spatial(self.owner, self.inside)
         if found is None:
             raise self._none("has no spatial convolution in its branch")

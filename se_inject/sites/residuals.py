@@ -134,8 +134,11 @@ def is_given(node: fx.Node) -> bool:
 
 
 def _is_handed_on(node: fx.Node) -> bool:
-    """Return whether a sum is one of the streams that the module returns: no convolution of its own reads it alone (Res2Net's does)."""
-    return any(user.op == "output" or kind(user) == "cat" for user in node.users)
+    """Return whether a sum is one of the streams that the module returns, activated or not: no convolution of its own reads it alone (Res2Net's does)."""
+    return any(
+        user.op == "output" or kind(user) == "cat" or (kind(user) in ("act", "norm", "pass") and _is_handed_on(user))
+        for user in node.users
+    )
 
 
 def units_without_shortcut(ledger: Ledger, owners: list[OwnerGraph]) -> None:
@@ -174,9 +177,19 @@ def split(ledger: Ledger, owner: OwnerGraph, join: fx.Node) -> Split:
 
 
 def by_depth(ledger: Ledger, operands: list[fx.Node], common: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """Return the branch and the shortcut: with more convolutions on the shortest path, and with fewer; None if equal."""
+    """Return the branch and the shortcut: with more convolutions on the shortest path, and with fewer; None if equal.
+
+    If a path without convolutions leads to both, the one without any is the shortcut (``x + cat([x1, f(x2)])``), unless the
+    other is linear.
+    """
     one, other = operands
     depths = [ledger.depths.between(operand, common) for operand in operands]
+    if depths == [0, 0]:
+        depths = [ledger.depths.between(operand, common, longest=True) for operand in operands]
+        if min(depths) > 0 or not any(
+            ledger.depths.contains(node, "act") for node in lineage(one) | lineage(other) - common
+        ):
+            return None
     return None if depths[0] == depths[1] else (one, other) if depths[0] > depths[1] else (other, one)
 
 

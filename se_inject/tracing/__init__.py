@@ -4,6 +4,7 @@ In: a network and example inputs. Out: a ``Trace``: calls, shapes, graphs, and t
 Must not know: what a site or a block is, or anything about files. Leaves the network as it was.
 """
 
+from se_inject.tracing.buffers import BUFFERS, inputs_of, writes_into
 from se_inject.tracing.failures import describe
 from se_inject.tracing.inputs import (
     SMALL_SIDE,
@@ -19,7 +20,16 @@ from se_inject.tracing.inputs import (
     real_inputs,
     shapes_of,
 )
-from se_inject.tracing.nodes import CONVOLUTIONS, ancestors, function_name_of, is_attention, is_gating, sources
+from se_inject.tracing.names import function_name_of
+from se_inject.tracing.nodes import (
+    CONVOLUTIONS,
+    ancestors,
+    einsum_terms,
+    gate_and_gated,
+    is_attention,
+    is_gating,
+    sources,
+)
 from se_inject.tracing.operations import is_data, is_leaf, kind
 from se_inject.tracing.proxy import Untraceable, holds_tensor
 from se_inject.tracing.snapshots import preserved, random_state, set_random_state
@@ -29,6 +39,7 @@ from se_inject.tracing.training_mode import returns_alike, training_graph
 from se_inject.tracing.twin import twin_of
 
 __all__ = [
+    "BUFFERS",
     "CONVOLUTIONS",
     "SMALL_SIDE",
     "Counts",
@@ -43,11 +54,14 @@ __all__ = [
     "cropped",
     "describe",
     "duplicate",
+    "einsum_terms",
     "example_of",
     "float_like",
     "function_name_of",
+    "gate_and_gated",
     "holds_tensor",
     "inputs_from",
+    "inputs_of",
     "is_attention",
     "is_data",
     "is_gating",
@@ -66,4 +80,5 @@ __all__ = [
     "standing_in",
     "training_graph",
     "twin_of",
+    "writes_into",
 ]

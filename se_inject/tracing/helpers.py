@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from se_inject.tracing.proxy import Untraceable, is_numbers, is_proxy
+from se_inject.tracing.known_results import FACTORIES
+from se_inject.tracing.patches import patched
+from se_inject.tracing.proxy import FOREIGN_TENSOR, PYTHON_NUMBER, Untraceable, is_numbers, is_proxy
+
+if TYPE_CHECKING:
+    from se_inject.tracing.tracer import OwnerTracer
 
 
 class Helper(NamedTuple):
-    """An attribute, and what takes its place; see ``patches.patched``."""
+    """What makes calls of one name known to proxies while a forward is traced."""
 
-    owner: Any
     name: str
-    replacement: Callable[..., Any]
+    active: Callable[[OwnerTracer], AbstractContextManager[Any]]
 
 
 def helper_for(error: Exception) -> Helper | None:
@@ -26,21 +34,25 @@ def helper_for(error: Exception) -> Helper | None:
     text = str(error)
     if text.startswith("part of it runs under another grad"):
         return _apply_around(error)
+    if isinstance(error, Untraceable):
+        if text == FOREIGN_TENSOR:
+            return Helper("tensors made in the forward", _Factories)
+        return Helper("math", _math) if text == PYTHON_NUMBER else None
     found = re.match(r"(\w+)\(\) (takes 1 positional argument|received an invalid combination of arguments)", text)
     if found and found[1] in ("zeros", "ones", "empty", "rand", "randn"):
-        return Helper(torch, found[1], _sizes_in_a_tuple)
+        return _patch(torch, found[1], _sizes_in_a_tuple)
     found = re.match(
         r"descriptor '(\w+)' for 'torch\._C\.TensorBase' objects doesn't apply to a 'ValueProxy' object", text
     )
     if found:
         name = found[1]
-        return Helper(torch.Tensor, name, lambda original, *args, **kwargs: _method(original, name, args, kwargs))
+        return _patch(torch.Tensor, name, lambda original, *args, **kwargs: _method(original, name, args, kwargs))
     if "instead found type 'ValueProxy'" in text:
-        return Helper(torch.jit.ScriptFunction, "__call__", _scripted)
+        return _patch(torch.jit.ScriptFunction, "__call__", _scripted)
     if re.match(r"Could not infer dtype of ValueProxy|object of type '(int|float)' has no len", text):
-        return Helper(torch, "tensor", _tensor_of_number)
+        return _patch(torch, "tensor", _tensor_of_number)
     if text.startswith("Variable data has to be a tensor, but got ValueProxy"):
-        return Helper(torch.autograd.Variable, "__new__", _variable)
+        return _patch(torch.autograd.Variable, "__new__", _variable)
     return None
 
 
@@ -55,8 +67,8 @@ def _apply_around(error: Exception) -> Helper | None:
             for holder, names in _holders(caller):
                 for name, value in names.items():
                     if type(value) is type(function.apply) and value == function.apply:
-                        return Helper(holder, name, _applied)
-            return Helper(function, "apply", _applied)
+                        return _patch(holder, name, _applied)
+            return _patch(function, "apply", _applied)
         step, caller = step.tb_next, frame
     return None
 
@@ -84,6 +96,38 @@ def _applied(original: Any, *args: Any, **kwargs: Any) -> Any:
     if found is None:
         return original(*args, **kwargs)
     return found.tracer.create_proxy("call_function", original, args, kwargs)
+
+
+def _patch(owner: Any, name: str, replacement: Callable[..., Any]) -> Helper:
+    return Helper(f"{id(owner)}.{name}", lambda tracer: patched(owner, name, replacement))
+
+
+@contextlib.contextmanager
+def _math(tracer: OwnerTracer) -> Any:
+    """Write down functions of ``math`` that are given sizes."""
+    with contextlib.ExitStack() as stack:
+        for name in ("sqrt", "log", "log2", "log10", "exp", "pow", "gcd"):
+            stack.enter_context(patched(math, name, _called_on_sizes))
+        yield
+
+
+def _called_on_sizes(original: Any, *numbers: Any) -> Any:
+    proxies = [number for number in numbers if is_proxy(number)]
+    return proxies[0].tracer.create_proxy("call_function", original, numbers, {}) if proxies else original(*numbers)
+
+
+class _Factories(TorchFunctionMode):
+    """Write down the tensors that a forward makes of plain numbers: ``torch.arange(8)``."""
+
+    def __init__(self, tracer: OwnerTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_own = self.tracer.observer.tracer is self.tracer  # not a child's, nor one within a function of torch
+        if is_own and function in FACTORIES:
+            return self.tracer.create_proxy("call_function", function, args, kwargs or {})
+        return function(*args, **(kwargs or {}))
 
 
 def _sizes_in_a_tuple(original: Any, *sizes: Any, **kwargs: Any) -> Any:

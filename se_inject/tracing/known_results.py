@@ -34,6 +34,16 @@ _BINARY = frozenset(
     [operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div]
 )
 
+FACTORIES = frozenset(
+    getattr(torch, name)
+    for name in (
+        "arange", "as_tensor", "bartlett_window", "blackman_window", "empty", "eye", "full", "hamming_window", "hann_window",
+        "kaiser_window", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor",
+        "tril_indices", "triu_indices", "zeros",
+    )
+)  # fmt: skip
+"""Functions that make a tensor of plain numbers."""
+
 
 def result_of_module(module: nn.Module, x: Any) -> Tensor | None:
     """Return what one of torch's own modules makes of a value on the meta device; None if it has to be called."""
@@ -56,6 +66,9 @@ def result_of_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     """Return what a function makes of values on the meta device; None if it has to be called."""
     if target is torch.cat:
         return _concatenated(*args, **kwargs)
+    if target in FACTORIES and "device" not in kwargs:
+        with torch.device("meta"):
+            return target(*args, **kwargs)  # type: ignore[no-any-return]
     if not args or not _is_known(args[0]):
         return None
     rule = _RULES.get(target)

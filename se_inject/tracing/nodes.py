@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from se_inject.tracing.buffers import inputs_of
+from se_inject.tracing.names import function_name_of
+
 CONVOLUTIONS = frozenset(f"conv{transpose}{rank}d" for transpose in ("", "_transpose") for rank in (1, 2, 3)) | {
     "convolution",
     "_convolution",
@@ -15,24 +18,11 @@ CONVOLUTIONS = frozenset(f"conv{transpose}{rank}d" for transpose in ("", "_trans
 }
 
 
-_IN_PLACE = {"add_": "iadd", "sub_": "isub", "mul_": "imul", "div_": "itruediv"}
 _PRODUCTS = frozenset({"mul", "imul", "mul_", "multiply", "addcmul", "addcmul_"})
 _VIEWS = frozenset(
     {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "unsqueeze", "squeeze", "movedim"}
 )
 _SIZES = (int, float, str, torch.Size, torch.dtype, torch.device)
-
-
-def function_name_of(node: fx.Node) -> str:
-    """Return the name of a node's function or method.
-
-    An operator of torch has no overload here, and is called as Python's operator in place is: ``add``, ``iadd``.
-    """
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return name
-    name = name.partition(".")[0]
-    return _IN_PLACE.get(name, name)
 
 
 def gates_in(graph: fx.Graph) -> int:
@@ -41,18 +31,23 @@ def gates_in(graph: fx.Graph) -> int:
 
 
 def is_gating(node: fx.Node) -> bool:
-    """Return whether a node is ``x * g(x)`` with a gate that has fewer positions or channels than x, also as an einsum or in addcmul."""
-    pair = _gate_and_gated(node)
+    """Return whether a node is ``x * g(x)`` with a gate that has fewer positions or channels than x, also as an einsum or in addcmul.
+
+    A gate of one number for each sample, as mixtures of branches have, does not count.
+    """
+    pair = gate_and_gated(node)
     if pair is None:
         return False
     gate, gated = pair
+    if _volume((tensor_shape(_unexpanded(gate)) or ())[1:]) == 1:
+        return False  # one number for a whole value is the weight of a branch
     before = ancestors(gated) | {gated}
     if not ancestors(gate) & before:
         return False
     return any(map(_decides, (ancestors(gate) | {gate}) - before))
 
 
-def _gate_and_gated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def gate_and_gated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Return the smaller and the larger factor of a product; None if it isn't a product of two tensors of different sizes."""
     name = function_name_of(node)
     if name == "einsum":
@@ -184,12 +179,12 @@ def tensor_shape(node: fx.Node) -> tuple[int, ...] | None:
 def ancestors(node: fx.Node) -> set[fx.Node]:
     """Find every node this node's value was computed from, but for parameters and nodes that only give a size."""
     seen: set[fx.Node] = set()
-    pending = list(node.all_input_nodes)
+    pending = list(inputs_of(node))
     while pending:
         current = pending.pop()
         if current not in seen and current.op != "get_attr" and not isinstance(current.meta.get("val"), _SIZES):
             seen.add(current)
-            pending.extend(current.all_input_nodes)
+            pending.extend(inputs_of(current))
     return seen
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from se_inject.errors import TraceError, either
 from se_inject.guarding import under_guard
@@ -22,12 +23,20 @@ from se_inject.tracing.failures import describe, location, reason_of
 from se_inject.tracing.foreign import leaf_kind
 from se_inject.tracing.helpers import Helper, helper_for
 from se_inject.tracing.known_results import AnyNumbers, result_of_module
-from se_inject.tracing.nodes import CONVOLUTIONS, attention_in, function_name_of, gates_in
+from se_inject.tracing.names import function_name_of
+from se_inject.tracing.nodes import CONVOLUTIONS, attention_in, gates_in
 from se_inject.tracing.operations import is_leaf
-from se_inject.tracing.patches import patched
 from se_inject.tracing.proxy import Untraceable
 from se_inject.tracing.record import Record
-from se_inject.tracing.snapshots import containers_in, drawing, preserved, random_state, refill
+from se_inject.tracing.snapshots import (
+    containers_in,
+    drawing,
+    draws_in_python,
+    preserved,
+    random_state,
+    refill,
+    set_random_state,
+)
 from se_inject.tracing.substitutes import standing_in
 from se_inject.tracing.trace import NOTHING, Counts, OwnerGraph, Trace
 from se_inject.tracing.tracer import OwnerTracer
@@ -134,10 +143,14 @@ class Observer:
         elif is_leaf(module):
             return self._run_leaf(module, args, kwargs)
         self._closed += 1
+        before = self._convs
         try:
-            return plain_call(module, args, kwargs)
+            with _Convolutions() if self._closed == 1 else contextlib.nullcontext() as seen:
+                return plain_call(module, args, kwargs)
         finally:
             self._closed -= 1
+            if seen is not None and self._convs == before:  # else its children were called one by one
+                self._convs += seen.count
 
     def _run_leaf(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call one of torch's own modules, and count what it does."""
@@ -184,7 +197,7 @@ class Observer:
                     self.counts = before[1]
                     refill(before[2])
                     helper = helper_for(error)
-                    if helper is not None and helper[:2] not in [each[:2] for each in helpers]:
+                    if helper is not None and helper.name not in [each.name for each in helpers]:
                         helpers.append(helper)
                         continue
                     self.result.failures[path] = reason_of(error)
@@ -225,7 +238,7 @@ class Observer:
                 tracer.reads_training = True
             with contextlib.ExitStack() as stack:
                 for helper in helpers:
-                    stack.enter_context(patched(*helper))
+                    stack.enter_context(helper.active(tracer))
                 return tracer.trace(forward_of(tracer.owner, tracer.training), *inputs)
         finally:
             self.tracer = outer
@@ -235,6 +248,11 @@ class Observer:
         if self.tracer is None:
             return self.run(module, args, kwargs)
         return self.tracer.call_module(module, args, kwargs)
+
+    def draws(self) -> None:
+        """Remember that the forward that is being traced drew a random number that no node of its graph draws."""
+        if self.tracer is not None:
+            self.tracer.draws = True
 
     def setting(self, module: nn.Module, name: str, value: Any) -> Any:
         """Return the result of reading a module's mode, or a plain attribute of the owner. The read is recorded."""
@@ -278,19 +296,39 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
 def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], how: str) -> Trace:
     """Try to trace a new twin once. The random generators are put back where the forward drew from them."""
 
-    def trace() -> Trace:
+    def trace(*, watching_draws: bool = False) -> Trace:
         with standing_in(model, how) as (twin, matching):
             record = Record(Watch(model, twin), how)
             observer = Observer(record)
-            with preserved(twin), observing(record.watch, observer):
+            draws: Any = draws_in_python(observer.draws) if watching_draws else contextlib.nullcontext()
+            with preserved(twin), observing(record.watch, observer), draws:
                 outputs = observer.run(twin, matching(args), matching(kwargs))
             return record.frozen((args, kwargs), outputs, observer.counts.macs)
 
     state = random_state()
+    drawn = False
     try:
-        return trace()
+        found = trace()
     finally:
-        drawing(trace, state)
+        drawn = drawing(trace, state)
+    if not drawn:
+        return found
+    try:
+        return trace(watching_draws=True)
+    finally:
+        set_random_state(state)
+
+
+class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the convolutions that run while it is active, also those of scripted code."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name, is_map = func._overloadpacket.__name__, isinstance(output, Tensor) and output.dim() > 2
+        self.count += is_map and (name in CONVOLUTIONS or (func.namespace == "quantized" and name.startswith("conv")))
+        return output
 
 
 def graphs_of_modes(module: nn.Module) -> tuple[fx.Graph, fx.Graph] | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor, fx, nn
 
 from se_inject.tracing.foreign import leaf_kind
-from se_inject.tracing.nodes import CONVOLUTIONS, function_name_of
+from se_inject.tracing.names import function_name_of
+from se_inject.tracing.nodes import CONVOLUTIONS
 
 _FUNCTIONS = {
     **dict.fromkeys(CONVOLUTIONS, "conv"),

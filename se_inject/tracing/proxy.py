@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx
 
 from se_inject.forwards import field
@@ -26,6 +27,10 @@ class Untraceable(Exception):
     """Why this forward can't be written down as a graph; it loses its own sites and nothing else."""
 
 
+FOREIGN_TENSOR = (
+    "uses a tensor that is neither an input nor an attribute of the module, nor made in its forward of plain numbers"
+)
+PYTHON_NUMBER = "turns a size or a tensor into a Python number"
 _STRUCTURES = (tuple, list, dict)
 _BAKED_ATTRIBUTES = frozenset({"ndim", "layout", "is_quantized", "is_sparse", "is_nested"})
 _BAKED_METHODS = frozenset({"dim", "ndimension", "is_floating_point", "keys"})
@@ -60,6 +65,8 @@ class ValueProxy(fx.Proxy):
         return f"ValueProxy({self.node.name})"
 
     def __getattr__(self, name: str) -> Any:
+        if name == "sqrt" and isinstance(self.value, int | float):  # as NumPy calls it
+            return lambda: self.tracer.create_proxy("call_function", math.sqrt, (self,), {})
         attribute = getattr(self.value, name)  # an AttributeError is the author's own
         if name in _BAKED_ATTRIBUTES:
             return attribute
@@ -116,10 +123,36 @@ class ValueProxy(fx.Proxy):
             return item in self.value
         raise Untraceable("asks whether a value holds another")
 
-    def __int__(self) -> int:
-        raise Untraceable("turns a size or a tensor into a Python number")
+    def _fixed(self) -> Any:
+        """Return the plain number that a number of channels is, which no input changes; the graph checks it."""
+        if not _is_number_of_channels(self.node) or not bool(self == self.value):
+            raise Untraceable(PYTHON_NUMBER)
+        return self.value
 
-    __index__ = __float__ = __int__  # type: ignore[method-assign]
+    def __int__(self) -> int:
+        return int(self._fixed())
+
+    def __index__(self) -> int:
+        return operator.index(self._fixed())
+
+    def __float__(self) -> float:
+        return float(self._fixed())
+
+    def __format__(self, form: str) -> str:
+        if not isinstance(self.value, int | float):
+            return format(self.value, form)
+        if not _is_number_of_channels(self.node):
+            raise Untraceable("makes text of a size")
+        return format(self._fixed(), form)
+
+    def __str__(self) -> str:
+        return format(self)
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
 
     def __setitem__(self, index: Any, item: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, item), {})
@@ -132,6 +165,18 @@ class ValueProxy(fx.Proxy):
 
     def __round__(self, digits: int | None = None) -> Any:
         return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
+
+
+def _is_number_of_channels(node: fx.Node) -> bool:
+    """Return whether a number is the size of dimension 1 of some tensor, or computed from such sizes and constants alone."""
+    if not isinstance(node.meta["val"], int | float):
+        return False
+    first = node.args[0] if node.args else None
+    if node.target in (operator.getitem, "size") and isinstance(first, fx.Node):
+        sizes, rank = first.meta["val"], len(getattr(first.meta["val"], "shape", first.meta["val"]))
+        is_size = isinstance(sizes, Tensor if node.target == "size" else torch.Size)
+        return is_size and rank > 1 and isinstance(node.args[1], int) and node.args[1] % rank == 1
+    return bool(node.all_input_nodes) and all(map(_is_number_of_channels, node.all_input_nodes))
 
 
 def _inplace(name: str) -> Callable[[ValueProxy, Any], Any]:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from se_inject.tracing.patches import patched
+
 
 def snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Record a module's attributes, with copies of the plain lists, dicts and sets among them; hooks are in dicts too."""
@@ -112,22 +114,61 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.any |= any(isinstance(leaf, Tensor) and leaf.device.type == "cpu" for leaf in tree_leaves(output))
         return output
 
-    def _called(self, frame: Any, event: str, function: Any) -> None:
-        if event == "c_call" and type(getattr(function, "__self__", None)).__name__ in _GENERATORS:
-            self.any = True
+    def _drawn(self) -> None:
+        self.any = True
 
     def __enter__(self) -> Draws:
         super().__enter__()  # type: ignore[no-untyped-call]
-        self._before = sys.getprofile()
-        sys.setprofile(self._called)
+        self._watching = draws_in_python(self._drawn)
+        self._watching.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        sys.setprofile(self._before)
+        self._watching.__exit__(*error)
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
 
 _GENERATORS = ("Random", "RandomState", "Generator")
+
+
+@contextlib.contextmanager
+def draws_in_python(found: Callable[[], None]) -> Iterator[None]:
+    """Call a function whenever this thread draws from Python's generators, or from NumPy's own one."""
+
+    def called(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and _is_generator(getattr(function, "__self__", None)):
+            found()
+
+    def drawing(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found()
+        return original(*args, **kwargs)
+
+    numpy = sys.modules.get("numpy")
+    before = sys.getprofile()
+    with contextlib.ExitStack() as stack:
+        for name, function in list(vars(numpy.random).items()) if numpy is not None else ():
+            if _is_generator(getattr(function, "__self__", None)) and name not in ("seed", "get_state", "set_state"):
+                stack.enter_context(patched(numpy.random, name, drawing))
+        sys.setprofile(called)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
+
+def states_of_generators(module: nn.Module) -> list[Any]:
+    """Record the states of a module's own random generators of Python's and NumPy's."""
+    return [repr(_state_of(value)) for value in vars(module).values() if _is_generator(value)]
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.get_state() if hasattr(generator, "get_state") else generator.bit_generator.state
+
+
+def _is_generator(value: Any) -> bool:
+    return type(value).__name__ in _GENERATORS and type(value).__module__.partition(".")[0] in ("random", "numpy")
 
 
 def drawing(again: Callable[[], Any], state: Any) -> bool:

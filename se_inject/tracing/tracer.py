@@ -24,6 +24,7 @@ from se_inject.tracing.containers import contents, form_of, holds, is_special, m
 from se_inject.tracing.known_results import result_of_function
 from se_inject.tracing.operations import operation_of
 from se_inject.tracing.proxy import (
+    FOREIGN_TENSOR,
     Changed,
     Untraceable,
     ValueProxy,
@@ -35,7 +36,7 @@ from se_inject.tracing.proxy import (
     reflect,
     values_of,
 )
-from se_inject.tracing.snapshots import random_state, restore, set_random_state, snapshot
+from se_inject.tracing.snapshots import random_state, restore, set_random_state, snapshot, states_of_generators
 
 if TYPE_CHECKING:
     from se_inject.tracing.observer import Observer
@@ -94,6 +95,7 @@ class OwnerTracer(TracerBase):
         self.training = training
         self.reads_training = False
         self.iterates = False
+        self.draws = False
         self.replay = replay
         self.graph = fx.Graph()
         self.scope = Scope("", None)
@@ -122,9 +124,12 @@ class OwnerTracer(TracerBase):
         """
         inputs, keywords = self._inputs(forward, args, kwargs, symbolic)
         given = {name: contents_of(value) for name, value in self.constants.items()}
+        states = states_of_generators(self.owner)
         with self._settings_hidden() as changed:
             result = forward(self.owner, *inputs, **keywords)
             self.create_node("output", "output", (self.create_arg(result),), {})
+        if self.draws or states_of_generators(self.owner) != states:
+            raise Untraceable("it draws random numbers in Python, which a graph can't hold")
         if changed:
             raise Untraceable(f"its forward stores into `self.{changed[0]}`")
         for name, value in self.constants.items():
@@ -314,9 +319,11 @@ class OwnerTracer(TracerBase):
             for name, value in self.owner.__dict__.items():
                 if value is a:
                     return self.attribute(self.owner, name, a).node
-            raise Untraceable("uses a tensor that is neither an input nor an attribute of the module")
+            raise Untraceable(FOREIGN_TENSOR)
         if is_special(a) and (isinstance(a, tuple | list | dict) or holds(a, is_proxy)):
             return self._container(a)
+        if type(a).__module__ == "numpy" and callable(getattr(a, "item", None)) and getattr(a, "ndim", 1) == 0:
+            a = a.item()  # a number of NumPy's
         try:
             return super().create_arg(a)
         except NotImplementedError as error:

@@ -67,7 +67,7 @@ def _observed(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
                 return traced_with(helpers)
             except Exception as error:
                 helper = helper_for(error)
-                if helper is None or helper[:2] in [each[:2] for each in helpers]:
+                if helper is None or helper.name in [each.name for each in helpers]:
                     raise
                 helpers.append(helper)
 

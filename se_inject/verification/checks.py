@@ -330,13 +330,18 @@ def _kept_state(before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module
     return Check("weights kept", not lost and not foreign, text)
 
 
+def _class_of(module: nn.Module) -> type:
+    """Return a module's class as its author wrote it; a copy of a scripted module is scripted, and has another class than the original."""
+    return torch.jit.ScriptModule if isinstance(module, torch.jit.ScriptModule) else original_class(module)
+
+
 def _kept_settings(before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module]) -> Check:
     old, new = dict(before.named_modules()), dict(after.named_modules())
     ours = {id(module) for block in blocks.values() for module in block.modules()}
     changed = [f"{path}: a new module" for path, module in new.items() if path not in old and id(module) not in ours]
     for path, module in old.items():
         twin = new.get(path)
-        if twin is None or original_class(twin) is not original_class(module):
+        if twin is None or _class_of(twin) is not _class_of(module):
             changed.append(f"{path or '(the network)'}: class")
             continue
         changed += [f"{path}: {name}" for name in _SETTINGS if _setting(module, name) != _setting(twin, name)]
