@@ -4,8 +4,12 @@ Each is a stem, some units of one form, and a head. ``PLACES`` is the table: wha
 """
 
 import dataclasses
+import math
+import random
+import warnings
 from collections.abc import Callable
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -446,3 +450,191 @@ class AsksItsDtype(nn.Module):
     def forward(self, x):
         y = self.body(x)
         return F.relu(x + (y.float() if "Half" in x.type() else y))
+
+
+# -- buffers that are filled in pieces, values that hide a branch ---------------------------------------------------
+
+
+class _Halves(nn.Module):
+    """A convolution for each half of the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.norm = conv(C // 2, C // 2), conv(C // 2, C // 2), nn.BatchNorm2d(C)
+
+
+@units("norm")
+class FilledBuffer(_Halves):
+    """The second half reads what the first has written."""
+
+    def forward(self, x):
+        half = x.shape[1] // 2
+        out = torch.empty_like(x)
+        out[:, :half] = self.one(x[:, :half])
+        out[:, half:] = self.two(x[:, half:] + out[:, :half])
+        return F.relu(x + self.norm(out))
+
+
+@units("zeros")
+class AccumulatedBuffer(_Halves):
+    def forward(self, x):
+        half = x.shape[1] // 2
+        out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        out[:, :half].copy_(self.one(x[:, :half]))
+        out[:, half:] += self.two(x[:, half:])
+        return F.relu(x + out)
+
+
+@units("new_empty")
+class NarrowedBuffer(_Halves):
+    def forward(self, x):
+        half = x.shape[1] // 2
+        out = x.new_empty(x.shape)
+        for index, part in enumerate((self.one, self.two)):
+            out.narrow(1, index * half, half).copy_(part(x.narrow(1, index * half, half)))
+        return F.relu(out.add_(x))
+
+
+@units("norm")
+class PartlyWritten(_Halves):
+    """One half is the input's own."""
+
+    def forward(self, x):
+        out = x.clone()
+        out[:, : C // 2] = self.one(x[:, : C // 2])
+        return F.relu(x + self.norm(out))
+
+
+class _Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(branch() for _ in range(2))
+        self.router = nn.Linear(C, 2)
+
+    def forward(self, x):
+        weights = self.router(x.mean((2, 3))).softmax(-1)
+        return sum(weights[:, index, None, None, None] * expert(x) for index, expert in enumerate(self.experts))
+
+
+@units("body")
+class Mixture(nn.Module):
+    """A path without convolutions leads to the branch, through its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = _Experts()
+
+    def forward(self, x):
+        return F.relu(x + self.body(x))
+
+
+class _Weighted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.gate, self.weights = branch(), nn.Conv2d(C, C, 1), nn.Parameter(torch.ones(2))
+
+
+@units("mul")
+class Highway(_Weighted):
+    def forward(self, x):
+        carry = torch.sigmoid(self.gate(x))
+        return carry * self.body(x) + (1 - carry) * x
+
+
+@units("body")
+class MixedByEinsum(_Weighted):
+    def forward(self, x):
+        return F.relu(torch.einsum("nbchw,n->bchw", torch.stack([x, self.body(x)]), self.weights.softmax(0)))
+
+
+@units("body")
+class MixedByProduct(_Weighted):
+    def forward(self, x):
+        weights = self.weights.softmax(0).view(-1, 1, 1, 1, 1)
+        return F.relu((torch.stack([x, self.body(x)]) * weights).sum(0))
+
+
+@units("body")
+class SideBySide(_Weighted):
+    def forward(self, x):
+        return F.relu(torch.cat([x[:, None], self.body(x)[:, None]], 1).sum(1))
+
+
+@network("1.0.f", "1.0.g", "1.1.f", "1.1.g")
+def TwoStreamsInOneModule():
+    """Each stream gets a branch of the other; the second reads the first's result."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g = branch(), branch()
+
+        def forward(self, pair):
+            a = F.relu(pair[0] + self.f(pair[1]))
+            b = F.relu(pair[1] + self.g(a))
+            return a, b
+
+    class Halves(nn.Module):
+        def forward(self, x):
+            return x, x.flip(-1)
+
+    class Sum(nn.Module):
+        def forward(self, pair):
+            return pair[0] + pair[1]
+
+    stem, units = nn.Sequential(conv(3), Halves()), nn.Sequential(Pair(), Pair())
+    return nn.Sequential(stem, units, Sum(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(C, 4))
+
+
+@units("body")
+class ScriptedBranch(nn.Module):
+    """Its operator is gated without a look into it."""
+
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.body = torch.jit.script(branch())
+
+    def forward(self, x):
+        return F.relu(x + self.body(x))
+
+
+# -- what a forward makes of plain numbers --------------------------------------------------------------------------
+
+
+def _scaled(name, scale, value="body", missed=""):
+    class Unit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = branch()
+
+        def forward(self, x):
+            return F.relu(x + scale(self.body(x)))
+
+    Unit.__name__ = name
+    units(*(() if missed else (value,)), missed=missed)(Unit)
+
+
+for _name, (_value, _scale) in {
+    "ones": ("body", lambda y: y * torch.ones(1, C, 1, 1)),
+    "arange": ("body", lambda y: y * torch.arange(C)[None, :, None, None]),
+    "tensor": ("body", lambda y: y * torch.tensor([0.5])),
+    "eye": ("einsum", lambda y: torch.einsum("bchw,cd->bdhw", y, torch.eye(C))),
+    "flipped": ("getitem", lambda y: y[:, torch.arange(C - 1, -1, -1)]),
+    "square root": ("truediv", lambda y: y / math.sqrt(y.shape[1])),
+    "logarithm": ("body", lambda y: y * math.log2(y.size(1))),
+    "number of NumPy": ("body", lambda y: y * numpy.float32(0.5)),
+    "square root by NumPy": ("truediv", lambda y: y / numpy.sqrt(y.shape[1])),
+    "remainder": ("body", lambda y: y * divmod(y.shape[2], 3)[0]),
+    "channel by channel": ("cat", lambda y: torch.cat([y[:, i : i + 1] * (i + 1) for i in range(y.shape[1])], 1)),
+    "key": ("body", lambda y: y * {f"k{C}": 2.0}[f"k{y.shape[1]}"]),
+}.items():
+    _scaled(f"scaled by {_name}", _scale, _value)
+
+_scaled("scaled at random", lambda y: y * random.uniform(0.5, 1), missed="it draws random numbers in Python")
+_scaled(
+    "scaled at random by NumPy", lambda y: y * float(numpy.random.rand()), missed="it draws random numbers in Python"
+)
+_scaled("named by a size", lambda y: y * {"16": 2.0, "32": 2.0}[f"{y.shape[2]}"], missed="makes text of a size")
+_scaled("mapped", lambda y: torch.vmap(lambda each: each * 2)(y), missed="a graph can't hold what")
