@@ -204,7 +204,7 @@ class Writer:
         """Return the check of an argument or plain attribute that the forward was written for."""
         if what == "argument":
             subject = self._reading(name)
-        elif what == "setting" and is_plain_name(name) and not name.startswith("__"):
+        elif what == "setting" and _is_path_of_names(name):
             subject = f"{self._myself}.{name}"
         else:
             raise LoadError("a forward in this file expects something of what has no name", seen=quoted(name))
@@ -379,3 +379,9 @@ def _names_set(lines: list[Any]) -> Iterable[str]:
             yield from _names_set(parts[3])
         elif kind not in ("return", "raise", "expect"):
             yield from parts[0]
+
+
+def _is_path_of_names(path: Any) -> bool:
+    """Return whether a text is a dotted path of plain names, none of them with two underscores in front."""
+    names = path.split(".") if isinstance(path, str) else [""]
+    return len(names) <= 2 and all(is_plain_name(name) and not name.startswith("__") for name in names)

@@ -28,6 +28,7 @@ from se_inject.tracing.nodes import CONVOLUTIONS, attention_in, gates_in
 from se_inject.tracing.operations import is_leaf
 from se_inject.tracing.proxy import Untraceable
 from se_inject.tracing.record import Record
+from se_inject.tracing.settings import recorded
 from se_inject.tracing.snapshots import (
     containers_in,
     drawing,
@@ -260,7 +261,8 @@ class Observer:
         if tracer is None:
             return value
         if name != "training":
-            tracer.settings_read[name] = value
+            if module is tracer.owner:
+                tracer.settings_read[name] = recorded(value)
             return value
         if module is not tracer.owner:
             raise Untraceable(f"reads the mode of a {type(module).__name__} in it")

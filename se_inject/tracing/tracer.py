@@ -36,6 +36,7 @@ from se_inject.tracing.proxy import (
     reflect,
     values_of,
 )
+from se_inject.tracing.settings import nested_settings, recorded, settings_of
 from se_inject.tracing.snapshots import random_state, restore, set_random_state, snapshot, states_of_generators
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ class OwnerTracer(TracerBase):
             self.create_node("output", "output", (self.create_arg(result),), {})
         if self.draws or states_of_generators(self.owner) != states:
             raise Untraceable("it draws random numbers in Python, which a graph can't hold")
+        self.settings_read |= nested_settings(self.owner)
         if changed:
             raise Untraceable(f"its forward stores into `self.{changed[0]}`")
         for name, value in self.constants.items():
@@ -199,12 +201,11 @@ class OwnerTracer(TracerBase):
         owner = self.owner.__dict__
         before = snapshot(self.owner)
         settings: dict[str, Any] = {}
-        for key, value in before[0].items():
-            if type(value) in (bool, int, float, str) and not key.startswith("_") and key != "training":
-                if hasattr(type(self.owner), key):  # reads would find the class's
-                    self.settings_read[key] = value
-                else:
-                    settings[key] = owner.pop(key)
+        for key, value in settings_of(self.owner).items():
+            if hasattr(type(self.owner), key):  # reads would find the class's
+                self.settings_read[key] = recorded(value)
+            else:
+                settings[key] = owner.pop(key)
         hidden = owner["_parameters"].hidden
         hidden |= settings
         children = owner["_modules"] = _WatchedChildren(before[0]["_modules"])
