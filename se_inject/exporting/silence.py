@@ -7,18 +7,25 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from se_inject.blocks import SqueezeExcitation
 from se_inject.errors import ExportError
 from se_inject.surgery import injected_blocks
+
+_OURS = (SqueezeExcitation,)
 
 
 @contextlib.contextmanager
 def blocks_called(model: nn.Module) -> Iterator[None]:
-    """Look on while a network is called, and check that every module which is called calls the blocks in it.
+    """Look on while a network is called, and check that it calls all blocks that it holds.
+
+    Blocks that no module lists any more, because its class was taken back, count as well.
 
     Raises:
-        ExportError: a module returned without having called its block.
+        ExportError: a block was not called.
     """
-    blocks = dict(injected_blocks(model))
+    listed = [path for path, _ in injected_blocks(model)]
+    lost = [path for path, module in model.named_modules() if path not in listed and isinstance(module, _OURS)]
+    blocks = [*listed, *lost]
     watched = {path: model.get_submodule(path) for block in blocks for path in (block, block.rpartition(".")[0])}
     called: set[str] = set()
     hooks = [module.register_forward_hook(lambda *_, path=path: called.add(path)) for path, module in watched.items()]
@@ -27,9 +34,13 @@ def blocks_called(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-    if silent := [path for path in blocks if path not in called and path.rpartition(".")[0] in called]:
+    if silent := [path for path in blocks if path not in called]:
+        owner = silent[0].rpartition(".")[0]
+        returned = owner in called
         raise ExportError(
             f"the network holds blocks that it doesn't call: {len(silent)}, `{silent[0]}` the first",
-            seen=f"`{silent[0].rpartition('.')[0] or type(model).__name__}` returns without it",
-            hint="something has put another forward in its place: inject into the network as it is to be exported",
+            seen=f"`{owner or type(model).__name__}` {'returns without it' if returned else 'is not called'}",
+            hint="something has put another forward or class in its place: inject into the network as it is to be exported"
+            if returned
+            else "inject into the network as it is to be exported, or eject the blocks first",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterable
 from types import CodeType
@@ -11,6 +12,7 @@ from torch import nn
 
 from se_inject.forwards import original_class
 from se_inject.surgery.step import Step
+from se_inject.tables import counted
 
 
 def method_notes(model: nn.Module, steps: Iterable[Step]) -> list[str]:
@@ -24,17 +26,41 @@ def method_notes(model: nn.Module, steps: Iterable[Step]) -> list[str]:
         steps: what is put where.
     """
     found: dict[tuple[str, str], list[str]] = {}
+    passed: dict[str, list[str]] = {}
     for step in steps:
         if step.value is not None:
             owner = model.get_submodule(step.owner)
             for name in _methods_with(original_class(owner), step.value.partition(".")[0]):
                 found.setdefault((step.owner, name), []).append(step.path)
-    notes = []
+            if inner := _passed_by(owner, step.value):
+                passed.setdefault(".".join(filter(None, (step.owner, inner))), []).append(step.path)
+    notes = [
+        f"called by itself, `{place}` runs without {_blocks(paths)}: the forward of the module that holds it computes what is gated"
+        for place, paths in passed.items()
+    ]
     for (place, name), paths in found.items():
         whose = f"`{place}.{name}`" if place else f"`{name}`"
-        blocks = f"`{paths[0]}`" + (f" and {len(paths) - 1} more blocks" if len(paths) > 1 else "")
-        notes.append(f"called by itself, {whose} runs without {blocks}: the blocks act in `forward`, which calls it")
+        notes.append(
+            f"called by itself, {whose} runs without {_blocks(paths)}: the blocks act in `forward`, which calls it"
+        )
     return notes
+
+
+def _blocks(paths: list[str]) -> str:
+    return f"`{paths[0]}`" + (f" and {counted(len(paths) - 1, 'more block')}" if len(paths) > 1 else "")
+
+
+def _passed_by(owner: nn.Module, value: str) -> str | None:
+    """Return the submodule with a forward of its own into which an owner's forward reaches for a value (``net.layer1``)."""
+    names = value.partition("#")[0].split(".")[:-1]
+    for count in range(len(names), 0, -1):
+        path = ".".join(names[:count])
+        with contextlib.suppress(AttributeError):
+            module = owner.get_submodule(path)
+            has_forward = type(module).forward is not nn.Module.forward
+            if has_forward and not isinstance(module, nn.Sequential):
+                return path
+    return None
 
 
 def _methods_with(kind: Any, child: str) -> list[str]:

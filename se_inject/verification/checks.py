@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.blocks import NoGate, is_fused
+from se_inject.blocks import NoGate, build_block, is_fused
 from se_inject.errors import VerificationError
 from se_inject.forwards import original_class
 from se_inject.guarding import under_guard
@@ -322,12 +322,26 @@ def _kept_state(before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module
     kept_vars = after.state_dict(keep_vars=True)
     foreign = [key for key in added if id(kept_vars[key]) not in ours]
     lost = [key for key in old if key not in kept]
+    replaced = [
+        step.path
+        for step in steps_of(after)
+        if step.path in blocks and not _planned_entries(step) <= blocks[step.path].state_dict().keys()
+    ]
     text = f"{len(kept)}/{len(old)} entries of the state dict kept, bit-equal; {len(added)} new"
     if lost:
         text += f"; changed or lost: {', '.join(lost[:3])}"
     if foreign:
         text += f"; new and not a block's: {', '.join(foreign[:3])}"
-    return Check("weights kept", not lost and not foreign, text)
+    if replaced:
+        text += f"; not the block that was put there: {', '.join(replaced[:3])}"
+    return Check("weights kept", not (lost or foreign or replaced), text)
+
+
+def _planned_entries(step: Step) -> set[str]:
+    """Return the names in the state of a new block of this step; none where it can't be built anew."""
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return set(build_block(step.block, step.channels, step.size, step.options, step.init).state_dict())
+    return set()
 
 
 def _class_of(module: nn.Module) -> type:
@@ -413,7 +427,10 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
     unreached = learning.missing() or [path for path in off if _is_identity(blocks[path], steps[path])]
     if not unreached:
         reached = f"gradients reach all {counted(len(learning.parameters), 'new parameter')} of {counted(len(blocks), 'block')}"
-        found = {"off for every input tried": off, "partly off": learning.partly_off()}
+        frozen = [
+            key for path, block in blocks.items() for key, p in block.named_parameters(path) if not p.requires_grad
+        ]
+        found = {"off for every input tried": off, "partly off": learning.partly_off(), "frozen": frozen}
         told = [f"; {what}: {', '.join(some[:3])}{', …' * (len(some) > 3)}" for what, some in found.items() if some]
         return Check(name, True, reached + "".join(told))
     if any("quantized" in type(module).__module__ for module in after.modules()):
