@@ -39,6 +39,10 @@ def joined_branches(ledger: Ledger, owner: OwnerGraph) -> None:
         join = None if node in taken else _join(ledger, node, cells)
         if join is None:
             continue
+        if _is_iterated(join):
+            where = child_path(owner.path, labels(owner.graph)[node])
+            ledger.refuse(where, "it is one turn of several: a module in it is called again on its own result")
+            continue
         if _mixes_resolutions(join):
             where = child_path(owner.path, labels(owner.graph)[node])
             ledger.refuse(where, "it joins values that came from different resolutions")
@@ -118,6 +122,18 @@ def _join(ledger: Ledger, node: fx.Node, cells: set[fx.Node]) -> _Join | None:
         if parts and not is_reparametrised(ledger, *parts, common):
             return None
     return _Join(node, _SITE_KINDS[operation], inside)
+
+
+def _is_iterated(join: _Join) -> bool:
+    """Return whether a module behind a join is called on what an earlier call of it gave."""
+    calls = [node for node in join.inside if node.op == "call_module" and convolves(node)]
+    repeated = {node.target for node in calls if [each.target for each in calls].count(node.target) > 1}
+    return any(
+        before.target == node.target and before in lineage(node) and before is not node
+        for node in calls
+        if node.target in repeated
+        for before in calls
+    )
 
 
 def _mixes_resolutions(join: _Join) -> bool:

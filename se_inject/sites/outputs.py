@@ -18,11 +18,11 @@ _WEIGHTED = frozenset({"linear", "addmm", "mm", "matmul", "bmm", "einsum", "Line
 
 
 def is_image_output(trace: Trace, owner: OwnerGraph, join: fx.Node, inside: set[fx.Node]) -> bool:
-    """Return whether an addition adds a correction to an image: four channels at most, made from many times as many."""
+    """Return whether an addition adds a correction to an image: four channels at most, made from twice as many or more."""
     channels = join.meta["val"].shape[1]
     widths = [node.meta["val"].shape[1] for node in inside if _is_map(node.meta.get("val"), join.meta["val"].dim())]
     return channels <= 4 and (
-        max((*widths, *_widths_within(trace, inside)), default=0) >= 4 * channels and is_returned(trace, owner, join)
+        max((*widths, *_widths_within(trace, inside)), default=0) >= 2 * channels and is_returned(trace, owner, join)
     )
 
 
