@@ -146,7 +146,8 @@ class Observer:
         self._closed += 1
         before = self._convs
         try:
-            with _Convolutions() if self._closed == 1 else contextlib.nullcontext() as seen:
+            seen: Any
+            with _Convolutions() if self._closed == 1 else contextlib.nullcontext() as seen:  # type: ignore[no-untyped-call]
                 return plain_call(module, args, kwargs)
         finally:
             self._closed -= 1

@@ -35,13 +35,14 @@ def recorded(value: Any) -> Any:
 
 def nested_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Find the plain attributes of children and of plain objects that a module's forward names: ``self.config.scale``."""
-    named = _names(type(module))
+    kind: Any = type(module)
+    named = _names(kind)
     for name in named:
         inner = module._modules.get(name, vars(module).get(name))
         if not isinstance(inner, nn.Module) and (isinstance(inner, Tensor | type) or callable(inner)):
             continue
         for field, value in (getattr(inner, "__dict__", None) or {}).items():
-            if field in named and field not in _OWN and is_plain(value) and (name, field) in _pairs(type(module)):
+            if field in named and field not in _OWN and is_plain(value) and (name, field) in _pairs(kind):
                 yield f"{name}.{field}", recorded(value)
 
 

@@ -143,7 +143,7 @@ def draws_in_python(found: Callable[[], None]) -> Iterator[None]:
         found()
         return original(*args, **kwargs)
 
-    numpy = sys.modules.get("numpy")
+    numpy: Any = sys.modules.get("numpy")
     before = sys.getprofile()
     with contextlib.ExitStack() as stack:
         for name, function in list(vars(numpy.random).items()) if numpy is not None else ():
