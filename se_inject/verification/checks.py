@@ -403,6 +403,7 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
     name = "blocks trainable"
     learning = Learning(blocks)
     woken = {**_awakened(after, learning.parameters), **learning.woken()}
+    ever: set[str] = set()
     for draw in range(DRAWS):
         with _calls_of(after, blocks) as calls, torch.enable_grad():
 
@@ -416,12 +417,14 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
                     made, trained = run_awake(after, redrawn(inputs, draw), woken, backward, draw + 1)
                 except Exception as error:
                     return Check(name, False, _failure(after, error, running))
-        if silent := sorted(path for path in blocks if not made[path]):
-            return Check(name, False, f"not called: {', '.join(silent[:3])}")
+        ever.update(path for path in blocks if made[path])
         if repeated := sorted(path for path in blocks if 0 < made[path.rpartition(".")[0]] < made[path]):
             return Check(name, False, f"called more often than their owners: {', '.join(repeated[:3])}")
-        if not (learning.missing() or learning.off() or learning.partly_off()):
+        silent = sorted(set(blocks) - ever)  # stochastic depth may have dropped the unit
+        if not (silent or learning.missing() or learning.off() or learning.partly_off()):
             break
+    if silent:
+        return Check(name, False, f"not called: {', '.join(silent[:3])}")
     steps = {step.path: step for step in steps_of(after)}
     off = learning.off()
     unreached = learning.missing() or [path for path in off if _is_identity(blocks[path], steps[path])]
