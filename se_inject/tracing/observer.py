@@ -144,15 +144,15 @@ class Observer:
         elif is_leaf(module):
             return self._run_leaf(module, args, kwargs)
         self._closed += 1
-        before = self._convs
+        before = self.counts.convolutions
+        seen: Any
         try:
-            seen: Any
             with _Convolutions() if self._closed == 1 else contextlib.nullcontext() as seen:  # type: ignore[no-untyped-call]
                 return plain_call(module, args, kwargs)
         finally:
             self._closed -= 1
-            if seen is not None and self._convs == before:  # else its children were called one by one
-                self._convs += seen.count
+            if seen is not None and self.counts.convolutions == before:  # else its children were called one by one
+                self._count(convolutions=seen.count)
 
     def _run_leaf(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call one of torch's own modules, and count what it does."""
