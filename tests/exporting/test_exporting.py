@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import os
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -221,18 +224,44 @@ TREES = [  # class, arguments, keywords, inputs, outputs
 ]
 
 
+@functools.cache
+def star_args_may_have_free_sizes():
+    """Whether a program of `*args` runs whose sizes are free: what torch 2.9 writes for it has a name that is not there."""
+
+    class Sum(nn.Module):
+        def forward(self, *values):
+            return values[0] + values[1]
+
+    values, free = (torch.ones(3), torch.ones(3)), {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(Sum(), values, dynamic_shapes=((free, free),), strict=False)
+    try:
+        program.module()(*values)
+    except NameError:
+        return False
+    return True
+
+
+def assert_batch_is_free(exported, cls):
+    """The file was checked at three batches; or it says why it has one, where torch can't do better."""
+    if cls is Unscriptable and exported.path.suffix != ".ts" and not star_args_may_have_free_sizes():
+        assert "batch fixed at 1: dynamic batch failed: NameError" in " ".join(exported.notes)
+        assert len(exported.checks) == 1
+    else:
+        assert len(exported.checks) == 3
+
+
 @pytest.mark.parametrize(("cls", "args", "kwargs", "inputs", "outputs"), TREES)
 def test_onnx_takes_and_gives_any_structure(cls, args, kwargs, inputs, outputs, out):
     exported = export(net(cls), out / "net.onnx", args, example_kwargs=kwargs)
     assert names(exported.path) == inputs
     assert names(exported.path, "output") == outputs
-    assert len(exported.checks) == 3
+    assert_batch_is_free(exported, cls)
 
 
 @pytest.mark.parametrize("suffix", [".ts", ".pt2"])
 @pytest.mark.parametrize(("cls", "args", "kwargs"), [tree[:3] for tree in TREES if tree[0] in (Unscriptable, InPlace)])
 def test_other_formats_keep_the_structure(suffix, cls, args, kwargs, out):
-    assert len(export(net(cls), out / f"net{suffix}", args, example_kwargs=kwargs).checks) == 3
+    assert_batch_is_free(export(net(cls), out / f"net{suffix}", args, example_kwargs=kwargs), cls)
 
 
 def test_a_trace_where_scripting_fails(out):
@@ -437,6 +466,26 @@ def test_an_unknown_suffix_lists_the_known_ones(name, out):
 # The model, and this process, are as before ----------------------------------------------------------------
 
 
+@functools.cache
+def attributes_may_be_assigned():
+    """Whether torch exports a network that keeps a tensor of its forward: 2.9 refuses."""
+
+    class Keeping(nn.Module):
+        last = None
+
+        def forward(self, x):
+            self.last = x * 2
+            return self.last
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.export.export(Keeping(), (torch.ones(3),), strict=False)
+        except (ValueError, AssertionError):
+            return False
+        return True
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_the_model_is_left_as_it_was(suffix, out):
     model = net(Remembering).train()
@@ -451,7 +500,9 @@ def test_the_model_is_left_as_it_was(suffix, out):
     x = image()
     example = x.clone()
 
-    export(model, out / f"net{suffix}", (x,))
+    is_refused = suffix in (".onnx", ".pt2") and not attributes_may_be_assigned()
+    with pytest.raises(ExportError) if is_refused else contextlib.nullcontext():
+        export(model, out / f"net{suffix}", (x,))
 
     assert attributes == [dict(vars(module)) for module in model.modules()]
     assert tables == [{k: dict(v) for k, v in vars(m).items() if isinstance(v, dict)} for m in model.modules()]

@@ -21,6 +21,7 @@ import zlib
 import torch
 import torchvision
 from torch import nn
+from torch.export.pt2_archive import constants
 
 from se_inject.forwards import edited
 from tests.common import randomise
@@ -578,7 +579,7 @@ def _node(program):
 
 
 def _renamed(program, name):
-    old = json.dumps(_node(program)["name"])
+    old = json.dumps(_node(program)["outputs"][0]["as_tensor"]["name"])
     changed = json.loads(json.dumps(program).replace(old, json.dumps(name)))
     program.clear()
     program.update(changed)
@@ -643,6 +644,9 @@ EXECUTED = {
     "sample inputs": _samples,
 }
 """Archives that ``torch.export.load`` executes."""
+
+NOT_YET_EXECUTED = () if hasattr(constants, "OPAQUE_OBJ_FILENAME_PREFIX") else ("an opaque constant",)
+"""Those among them that this torch does not read: 2.9 knows no opaque constants."""
 
 PROGRAMS = {
     "a guard": _program(lambda program: program.update(guards_code=[f"__import__('os').system('touch {HIT}')"])),

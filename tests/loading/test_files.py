@@ -159,7 +159,9 @@ def test_an_exported_program(name, tmp_path):
     program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
     torch.export.save(program, tmp_path / "model.pt2")
     found = load_program(tmp_path / "model.pt2")
-    assert found.graph_module.code == program.graph_module.code
+    names_are_written = "name" in torch._export.serde.schema.Node.__dataclass_fields__  # torch 2.9 makes them anew
+    wanted = program if names_are_written else torch.export.load(tmp_path / "model.pt2")
+    assert found.graph_module.code == wanted.graph_module.code
     assert str(found.range_constraints) == str(program.range_constraints)
     assert torch.equal(found.module()(images[:2]), program.module()(images[:2]))
     assert torch.equal(torch.export.unflatten(found)(images), model(images))
@@ -178,7 +180,8 @@ class Cases(nn.Module):
         x = x + self.table.view(1, 4, 1, 1)
         with torch.no_grad():
             rest = x.mean((2, 3))
-        x = torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
+        level = torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x.mean((2, 3)),))
+        x = x + level[:, :, None, None]
         return {"flat": x.reshape(x.shape[0] * 2, -1), "rest": [rest, torch.full((x.shape[0] // 2,), math_of(x))]}
 
 

@@ -362,7 +362,8 @@ def test_torch_executes_this_and_the_door_does_not(name, path):
     path.write_bytes(hostile.EXECUTED[name]())
     with contextlib.suppress(Exception):
         torch.export.load(path)
-    os.remove(HIT)
+    if name not in hostile.NOT_YET_EXECUTED:
+        os.remove(HIT)
     with contextlib.nullcontext() if name in hostile.ACCEPTED else pytest.raises(LoadError):
         load_program(path)
     with contextlib.nullcontext() if name in hostile.ACCEPTED else pytest.raises(LoadError):
