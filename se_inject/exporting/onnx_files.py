@@ -65,6 +65,7 @@ def write_onnx(reference: Reference, path: Path, free: Free) -> Written:
     asked = reference.opset or (_OF_BRAIN_FLOAT if brain_float else None)
     program, notes = _exported(reference, free, asked, optimize=not brain_float)
     _forget_paths(program)
+    _pool_maxima(program)
     _name_outputs(program, [name for name, _ in reference.answers[reference.cases(free)[0]]])
     program.save(path, external_data=False)  # above 1.5 GB the weights go to a file beside it all the same
     opset = _checked_opset(path, full_check=brain_float)
@@ -199,6 +200,32 @@ def _forget_paths(program: Any) -> None:
 
     for node in RecursiveGraphIterator(program.model.graph):
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+
+
+def _pool_maxima(program: Any) -> None:
+    """Write a maximum over height and width as GlobalMaxPool, which is older: ncnn and ORT's quantiser read no ReduceMax of opset 18."""
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    for node in RecursiveGraphIterator(program.model.graph):
+        if node.op_type != "ReduceMax" or node.domain or len(node.inputs) != 2:
+            continue
+        value, axes = node.inputs
+        constant: Any = axes and axes.const_value
+        keeps: Any = node.attributes.get("keepdims")
+        if (
+            constant is None
+            or value is None
+            or value.shape is None
+            or value.dtype is None
+            or not value.dtype.is_floating_point()
+        ):
+            continue
+        rank = len(value.shape)
+        over = sorted(int(axis) % rank for axis in constant.numpy().flatten())
+        if rank == 4 and over == [2, 3] and (keeps is None or keeps.value == 1):
+            node.op_type = "GlobalMaxPool"
+            node.resize_inputs(1)
+            node.attributes.clear()
 
 
 def _name_outputs(program: Any, names: list[str]) -> None:

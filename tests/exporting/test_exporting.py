@@ -376,6 +376,30 @@ def test_an_opset_out_of_range_is_refused_before_anything_is_computed(opset, out
     assert not list(out.iterdir())
 
 
+class Maxima(nn.Module):
+    """Maxima over space, over channels, without the dimensions, and of integers."""
+
+    def forward(self, x):
+        return (
+            x.amax((2, 3), keepdim=True),
+            x.amax((-1, -2), True) * 2,
+            x.amax(1, True),
+            x.amax((2, 3)),
+            x.int().amax((2, 3), True),
+        )
+
+
+def test_maxima_over_height_and_width_are_pooled(out):
+    x = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    export(Maxima(), out / "net.onnx", x, dynamic_size=True)
+    found = [node.op_type for node in onnx.load(out / "net.onnx").graph.node]
+    assert (found.count("GlobalMaxPool"), found.count("ReduceMax")) == (2, 3)
+    session = onnxruntime.InferenceSession(out / "net.onnx")
+    x = torch.randn(3, 3, 4, 9)
+    for one, other in zip(session.run(None, {session.get_inputs()[0].name: x.numpy()}), Maxima()(x), strict=True):
+        assert torch.equal(torch.tensor(one), other)
+
+
 def test_an_opset_that_the_exporter_does_not_write_is_an_error(out, monkeypatch):
     monkeypatch.setattr(_onnx, "_checked_opset", lambda path, full_check: 18)
     with pytest.raises(ExportError, match="opset 19 was asked for, this exporter wrote 18"):
