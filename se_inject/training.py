@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from se_inject.blocks import ungated
 from se_inject.errors import OptionError, SurgeryError
-from se_inject.forwards import is_frozen
+from se_inject.forwards import ALWAYS_ON, class_when_on, is_frozen
 from se_inject.surgery import freeze_statistics_, injected_blocks, thaw_statistics_
 from se_inject.tables import Printed
 
@@ -147,7 +147,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
                 _users[id(block)] -= 1
                 if not _users[id(block)]:
                     del _users[id(block)]
-                    block.__class__ = vars(type(block))["_se_inject_always_on"]
+                    block.__class__ = class_when_on(block)
 
 
 _off: ContextVar[frozenset[int]] = ContextVar("blocks that are off", default=frozenset())
@@ -174,7 +174,7 @@ def _switchable(original: Any) -> Any:
         "__reduce_ex__": __reduce_ex__,
         "__class__": property(lambda self: original, _class_of.__set__),  # pickle compares it
         "forward": forward,
-        "_se_inject_always_on": original,
+        ALWAYS_ON: original,
     }
     return type(original)(original.__name__, (original,), attributes)
 

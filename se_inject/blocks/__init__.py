@@ -9,7 +9,6 @@ from se_inject.blocks.fusion import (
     can_fuse,
     fuse_block_,
     how_computed,
-    is_fused,
     rebuild_fused,
     unfuse_block_,
     ungated,
@@ -33,6 +32,7 @@ from se_inject.blocks.registry import (
     start_as_identity_,
 )
 from se_inject.blocks.squeeze_excitation import SqueezeExcitation
+from se_inject.forwards import is_fused
 
 __all__ = [
     "LEAST_WIDTH",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from se_inject.blocks.registry import has_gate
 from se_inject.blocks.squeeze_excitation import SqueezeExcitation
 from se_inject.errors import LoadError
-from se_inject.forwards import addressed
+from se_inject.forwards import UNFUSED, addressed, class_when_unfused, is_fused
 from se_inject.kernels import activated, excite, has_kernel, prepare, tail, why_not
 
 
@@ -51,7 +51,7 @@ def _why_in_parts(block: Any) -> str | None:
     """Explain why a block's gate is computed by torch and only its tail by a kernel; None: a kernel computes all of it."""
     if getattr(block, "is_one_operator", False):
         return None
-    if vars(type(block)).get("_se_inject_unfused", type(block)) is not SqueezeExcitation:
+    if class_when_unfused(block) is not SqueezeExcitation:
         return "the block's own gate"
     if block.squeeze != "avg":
         return f"squeeze `{block.squeeze}`"
@@ -91,7 +91,7 @@ def _fused_class(original: Any) -> Any:
         "__doc__": original.__doc__,
         "__reduce_ex__": __reduce_ex__,
         "forward": _fused_forward,
-        "_se_inject_unfused": original,
+        UNFUSED: original,
     }
     return type(original)(name, (original,), attributes)
 
@@ -118,11 +118,6 @@ def can_fuse(block: nn.Module) -> bool:
     return has_gate(block) and "forward" not in vars(block) and not is_fused(block)
 
 
-def is_fused(block: nn.Module) -> bool:
-    """Tell whether a block is fused."""
-    return "_se_inject_unfused" in vars(type(block))
-
-
 def fuse_block_(block: nn.Module) -> None:
     """Let a block's forward take a shortcut and an activation; one for which ``can_fuse`` holds. Its state is not touched."""
     kind: Any = type(block)
@@ -132,7 +127,7 @@ def fuse_block_(block: nn.Module) -> None:
 def unfuse_block_(block: nn.Module) -> None:
     """Give a fused block its own class again; others are left as they are."""
     if is_fused(block):
-        block.__class__ = vars(type(block))["_se_inject_unfused"]
+        block.__class__ = class_when_unfused(block)
 
 
 class NoGate(nn.Module):

@@ -11,12 +11,17 @@ from se_inject.forwards.graphs import expectations, graph_of, lines_of
 from se_inject.forwards.lasting import give_back_forward_
 from se_inject.forwards.lines import all_lines, in_modes, is_at_output, without_unused
 from se_inject.forwards.marks import (
+    ALWAYS_ON,
     THAWED,
+    UNFUSED,
     body_of,
+    class_when_on,
     class_when_thawed,
+    class_when_unfused,
     has_changed_class,
     is_edited,
     is_frozen,
+    is_fused,
     made_from,
     original_class,
     steps_data,
@@ -46,8 +51,10 @@ from se_inject.forwards.vocabulary import (
 from se_inject.forwards.writer import function_called, is_name
 
 __all__ = [
+    "ALWAYS_ON",
     "ATTRIBUTES",
     "THAWED",
+    "UNFUSED",
     "FixedBatchNorm",
     "Form",
     "Program",
@@ -61,7 +68,9 @@ __all__ = [
     "checked_class",
     "checked_path",
     "class_of",
+    "class_when_on",
     "class_when_thawed",
+    "class_when_unfused",
     "decoded",
     "edited",
     "edited_graph",
@@ -82,6 +91,7 @@ __all__ = [
     "is_container",
     "is_edited",
     "is_frozen",
+    "is_fused",
     "is_name",
     "is_of_training",
     "is_plain_name",

@@ -151,7 +151,7 @@ def _is_fused(data: Any) -> bool:
     return (
         set(data) == {"before", "tails"}
         and isinstance(data["before"], dict)
-        and _has_form(data["before"])
+        and (not data["before"] or _has_form(data["before"]))  # a copy for inference can't be unfused
         and all(isinstance(words, str) for words in tails)
     )
 

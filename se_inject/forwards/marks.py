@@ -10,6 +10,8 @@ from torch import nn
 ORIGINAL = "_se_inject_original"
 BODY = "_se_inject_body"
 THAWED = "_se_inject_thawed"
+UNFUSED = "_se_inject_unfused"
+ALWAYS_ON = "_se_inject_always_on"
 
 
 def original_class(module: nn.Module) -> Any:
@@ -47,6 +49,21 @@ def has_changed_class(module: nn.Module) -> bool:
 def is_frozen(module: nn.Module) -> bool:
     """Return whether a module is a batch normalisation whose statistics were frozen."""
     return THAWED in vars(type(module))
+
+
+def is_fused(block: nn.Module) -> bool:
+    """Return whether a block is fused with what stands behind it."""
+    return UNFUSED in vars(type(block))
+
+
+def class_when_unfused(block: nn.Module) -> Any:
+    """Return the class that a block has, or that it will have again when it is unfused."""
+    return vars(type(block)).get(UNFUSED, type(block))
+
+
+def class_when_on(block: nn.Module) -> Any:
+    """Return the class that a block has, or that it will have again when it can't be switched off any more."""
+    return vars(type(block)).get(ALWAYS_ON, type(block))
 
 
 def class_when_thawed(module: nn.Module) -> Any:

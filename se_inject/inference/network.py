@@ -13,7 +13,16 @@ from torch.utils._pytree import tree_map_only
 
 from se_inject.blocks import NoGate, SqueezeExcitation, is_fused, unfuse_block_
 from se_inject.errors import InjectError, VerificationError
-from se_inject.forwards import body_of, generated_class, graph_of, in_modes, is_at_output, lines_of, original_class
+from se_inject.forwards import (
+    body_of,
+    class_when_unfused,
+    generated_class,
+    graph_of,
+    in_modes,
+    is_at_output,
+    lines_of,
+    original_class,
+)
 from se_inject.guarding import under_guard
 from se_inject.inference.blocks import FixedGate, compacted, early
 from se_inject.inference.forwards import drop_pass_throughs_, fold_in_forwards_
@@ -123,8 +132,12 @@ def _squeeze_early_(model: nn.Module) -> None:
 
 
 def _can_be_early(block: nn.Module) -> bool:
-    kind = vars(type(block)).get("_se_inject_unfused", type(block))
-    return kind is SqueezeExcitation and is_fused(block) and block.squeeze == "avg" and block.bn is None
+    return (
+        class_when_unfused(block) is SqueezeExcitation
+        and is_fused(block)
+        and block.squeeze == "avg"
+        and block.bn is None
+    )
 
 
 def _make_early_(graph: fx.Graph, call: fx.Node, owner: nn.Module) -> None:

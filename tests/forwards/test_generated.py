@@ -77,7 +77,7 @@ def options():
 
 
 KINDS = {"program": lambda: filled(residual()), "edited": edited, "gated_output": gated_output, "frozen": frozen, "fixed": fixed,
-         "options": options}  # fmt: skip
+         "options": options, "fused": lambda: si.fuse_(edited()), "inference": lambda: si.for_inference(edited(), IMAGE)}  # fmt: skip
 
 
 def names_in(data):

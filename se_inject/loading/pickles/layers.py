@@ -155,10 +155,16 @@ def check_layer(module: nn.Module) -> None:
         raise LoadError(f"a {type(module).__name__} in this file can't be right", seen=fault)
 
 
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training", "_is_full_backward_hook"}
+"""What torch reads of any module that is called or written; ``__setstate__`` adds what older versions didn't have."""
+
+
 def _fault_of_any(module: nn.Module) -> str | None:
     state = vars(module)
     if not isinstance(getattr(type(module), "training", None), property) and type(state.get("training")) is not bool:
         return "it has no `training`, or one that is neither on nor off"
+    if missing := _OF_EVERY_MODULE - state.keys():
+        return f"it has no `{min(missing)}`"
     if not isinstance(state.get("_non_persistent_buffers_set"), set):
         return "it has no `_non_persistent_buffers_set`"
     return next(
