@@ -1,11 +1,13 @@
 """The stride of every value from the network's input: strides multiplied along the path, not sizes divided.
 
 Without padding a map of 25 positions may have stride 8 in an image of 224. Convolutions and pooling say their strides. What
-else changes the number of positions (slices, reshapes, padding, crops) is judged by the sizes before and after, rounded.
+else changes the number of positions (slices, reshapes, crops) is judged by the sizes before and after, rounded; padding
+changes no stride.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from se_inject.tracing import Trace, function_name_of, kind
 Stride = tuple[float, ...]
 
 _RESIZING = frozenset({"interpolate", "upsample", "Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d"})
+_PADDING = re.compile(r"pad|constant_pad_nd|(reflection|replication|circular|_)\w*pad\w*|\w+Pad[123]d")
 _STRIDE_ARGUMENT = {
     **{f"{name}{rank}d": 3 for name in ("conv", "conv_transpose") for rank in (1, 2, 3)},
     **{f"{name}{rank}d": 2 for name in ("max_pool", "avg_pool") for rank in (1, 2, 3)},
@@ -113,6 +116,8 @@ class Strides:
         name = node.meta["class"].__name__ if node.op == "call_module" else function_name_of(node)
         if name in _RESIZING:
             return tuple(a / b for a, b in zip(before, after, strict=True))
+        if _PADDING.fullmatch(name):
+            return (1.0,) * len(before)
         if kind(node) not in ("conv", "pool"):
             return None
         module = node.meta.get("module")
@@ -140,8 +145,10 @@ class Strides:
             there, stride = known.shape[2:], (1.0,) * len(size)
         else:
             there, stride = known.size, known.stride
-        if len(there) != len(size):
-            return stride if len(stride) == len(size) else (1.0,) * len(size)
+        shared = min(len(there), len(size))
+        if len(there) != len(size):  # frames that became a dimension, or one of the batch
+            alike = shared and len(stride) == len(there) and there[-shared:] == size[-shared:]
+            return (1.0,) * (len(size) - shared) + (stride[-shared:] if alike else (1.0,) * shared)
         return tuple(each * _rounded(a, b) for each, a, b in zip(stride, there, size, strict=True))
 
 

@@ -51,6 +51,8 @@ def helper_for(error: Exception) -> Helper | None:
         return _patch(torch.jit.ScriptFunction, "__call__", _scripted)
     if re.match(r"Could not infer dtype of ValueProxy|object of type '(int|float)' has no len", text):
         return _patch(torch, "tensor", _tensor_of_number)
+    if "for Dlpack" in text or "__dlpack__" in text:
+        return _patch(torch, "as_tensor", _as_tensor)
     if text.startswith("Variable data has to be a tensor, but got ValueProxy"):
         return _patch(torch.autograd.Variable, "__new__", _variable)
     return None
@@ -136,6 +138,12 @@ def _sizes_in_a_tuple(original: Any, *sizes: Any, **kwargs: Any) -> Any:
 
 def _tensor_of_number(original: Any, data: Any, **kwargs: Any) -> Any:
     if not is_proxy(data) or not (isinstance(data.value, int | float) or is_numbers(data.value)):
+        return original(data, **kwargs)
+    return data.tracer.create_proxy("call_function", original, (data,), kwargs)
+
+
+def _as_tensor(original: Any, data: Any, **kwargs: Any) -> Any:
+    if not is_proxy(data):
         return original(data, **kwargs)
     return data.tracer.create_proxy("call_function", original, (data,), kwargs)
 

@@ -41,6 +41,9 @@ CALLS = {
     "two unbound methods": lambda y, x: torch.Tensor.add(torch.Tensor.mul(y, 2), x),
     "a scripted function": add_relu,
     "Variable": lambda y, x: y + x + Variable(x),
+    "torch.as_tensor": lambda y, x: y + torch.as_tensor(x),
+    "torch.tensor of a shape": lambda y, x: y + x * torch.tensor(x.shape)[1],
+    "text in text": lambda y, x: y + (x.double().float() if "Double" in x.type() else x),
     "an operator by name": lambda y, x: torch.ops.aten.add(y, x),
     "several of these": lambda y, x: torch.Tensor.add(add_relu(y, torch.zeros(x.shape[0], 1, 1, 1)), Variable(x)),
 }
