@@ -91,7 +91,7 @@ def _refuse_custom_operator(ledger: Ledger, owner: OwnerGraph, node: fx.Node) ->
 
 def _postpone(ledger: Ledger, owner: OwnerGraph, node: fx.Node, reason: str) -> None:
     """Leave an addition for ``two_streams``, or refuse it."""
-    if _streams(node) is not None:
+    if _streams(node) is not None or _given_pair(node) is not None:
         ledger.postponed.append((owner, node, reason))
     else:
         ledger.refuse(child_path(owner.path, labels(owner.graph)[node]), reason)
@@ -100,6 +100,14 @@ def _postpone(ledger: Ledger, owner: OwnerGraph, node: fx.Node, reason: str) -> 
 def two_streams(ledger: Ledger) -> None:
     """Find the units ``a + f(b)`` of two streams, both given to the module: outside of other units, or where it returns the sum."""
     for owner, node, reason in ledger.postponed:
+        pair = _given_pair(node)
+        opening = None if pair is None else _opening(ledger, owner, *pair)
+        if pair is not None and opening is not None:
+            branch, _ = pair
+            nodes = lineage(branch) | {node}
+            if ledger.add(owner, ledger.values.unscaled(owner, branch), "residual", nodes | opening, None, node):
+                ledger.mark(owner, [nodes])
+            continue
         streams = _streams(node)
         alone = not any_prefix(owner.path, ledger.units) and node not in ledger.inside.get(owner.path, ())
         if streams is not None and _is_handed_on(node) and (alone or owner.path in ledger.units):
@@ -124,6 +132,35 @@ def _streams(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return None
     others = lineage(branch) - lineage(shortcut)
     return (branch, shortcut) if any(is_given(each) and each.meta["val"].shape == shape for each in others) else None
+
+
+def _given_pair(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return branch and shortcut of a sum of an argument as it is and what convolutions make of others."""
+    operands = operands_of(node, "add")
+    branch = _only_deep(operands) if len(operands) == 2 else None
+    if branch is None:
+        return None
+    (shortcut,) = set(operands) - {branch}
+    return (branch, shortcut) if shortcut.op == "placeholder" and shortcut not in lineage(branch) else None
+
+
+def _opening(ledger: Ledger, owner: OwnerGraph, branch: fx.Node, shortcut: fx.Node) -> set[fx.Node] | None:
+    """Return the caller's part of a unit: how it made the argument that the branch starts from of the shortcut, ``last(x, f(x))``.
+
+    None if it made it of something else.
+    """
+    started = {id(node.meta["val"]) for node in lineage(branch) if node.op == "placeholder"}
+    found: set[fx.Node] = set()
+    for caller, call in ledger.callers.get(owner.path, ()):
+        given = {id(node.meta["val"]): node for node in call.all_input_nodes}
+        before = given.get(id(shortcut.meta["val"]))
+        starts = [node for key, node in given.items() if key in started]
+        if before is None or not starts or not all(before in lineage(node) for node in starts):
+            return None
+        inside = set().union(*map(lineage, starts)) - lineage(before)
+        ledger.mark(caller, [inside | {call}])
+        found |= inside
+    return found or None
 
 
 def is_given(node: fx.Node) -> bool:

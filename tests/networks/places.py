@@ -420,7 +420,7 @@ class DroppedInPython(nn.Module):
         self.conv, self.norm = nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C)
 
     def forward(self, x):
-        if self.training and torch.rand(1).item() < 0.25:
+        if self.training and torch.rand(1).item() < 0.5:
             return F.relu(x)
         return F.relu(x + self.norm(self.conv(x)))
 
@@ -638,3 +638,47 @@ _scaled(
 )
 _scaled("named by a size", lambda y: y * {"16": 2.0, "32": 2.0}[f"{y.shape[2]}"], missed="makes text of a size")
 _scaled("mapped", lambda y: torch.vmap(lambda each: each * 2)(y), missed="a graph can't hold what")
+
+
+class Closing(nn.Module):
+    """The second half of a unit, which is given what the first half read as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(2 * C, C, 1), nn.BatchNorm2d(C), nn.Dropout(0.1)
+
+    def forward(self, x, y):
+        return self.drop(self.norm(self.conv(y))) + x
+
+
+@units("closing.norm")
+class InTwoHalves(nn.Module):
+    """Expansion and depthwise convolution in modules of their own, and the addition in the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.opening, self.closing = nn.Sequential(conv(C, 2 * C, 1), conv(2 * C, 2 * C, 3, 2 * C)), Closing()
+
+    def forward(self, x):
+        return self.closing(x, self.opening(x))
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(2 * C, 4, 1), nn.Conv2d(4, 2 * C, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.two(F.relu(self.one(x.mean((2, 3), keepdim=True)))))
+
+
+@units(attended=("closing.norm",))
+class GatedInTwoHalves(nn.Module):
+    """The same with attention in the caller's part."""
+
+    def __init__(self):
+        super().__init__()
+        self.opening, self.gate, self.closing = conv(C, 2 * C, 1), Gate(), Closing()
+
+    def forward(self, x):
+        return self.closing(x, self.gate(self.opening(x)))
