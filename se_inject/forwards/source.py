@@ -49,6 +49,7 @@ def compiled(source: str, filename: str, scope: dict[str, Any]) -> Callable[...,
     check_text(tree, scope)
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     exec(compile(tree, filename, "exec"), scope)
+    scope.pop("__name__", None)  # the function has it; torch 2.9 takes a scope with a name for that module's
     return scope["forward"]  # type: ignore[no-any-return]
 
 
