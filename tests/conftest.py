@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from tests.slow import SLOW
+
 torch.set_num_threads(1)
 
 _operators = []
@@ -37,27 +39,9 @@ settings.register_profile(
 settings.register_profile("long", settings.get_profile("short"), max_examples=5000, derandomize=False)
 settings.load_profile("short")
 
-SLOW = {
-    "test_dimensions.py",
-    "test_examples.py",
-    "test_exporting.py",
-    "test_hazards.py",
-    "test_hostile.py",
-    "test_kernels.py",
-    "test_plugins.py",
-    "test_program_details.py",
-    "test_programs.py",
-    "test_properties.py",
-    "test_readme.py",
-    "test_strangers.py",
-    "test_torch_facilities.py",
-    "test_twins.py",
-    "test_worker.py",
-}
-"""The files that take most of the time; `-m "not slow"` leaves them out."""
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.name in SLOW:
+        names = SLOW.get(item.path.parent.name, {}).get(item.path.stem)
+        if names is not None and (not names or item.name.partition("[")[0] in names):
             item.add_marker(pytest.mark.slow)

@@ -13,6 +13,7 @@ import pytest
 
 import se_inject
 from se_inject import errors
+from tests.slow import SLOW
 
 PACKAGE = Path(se_inject.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -227,3 +228,11 @@ def test_version_of_the_module_run_as_a_command():
 
 def test_types_are_announced():
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_tests_that_are_marked_slow_are_there():
+    here = Path(__file__).parent
+    for folder, files in SLOW.items():
+        for file, names in files.items():
+            text = (here / ("" if folder == "tests" else folder) / f"{file}.py").read_text(encoding="utf-8")
+            assert {name for name in names if f"def {name}(" not in text} == set(), file

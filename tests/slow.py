@@ -1,0 +1,83 @@
+"""The tests that take most of the time: ``-m "not slow"`` leaves them out, and has some of every room left."""
+
+SLOW = {
+    "blocks": {"test_blocks": ["test_contract_of_variants"], "test_plugins": []},
+    "cli": {
+        "test_bad_input": ["test_a_full_disk_leaves_nothing_behind"],
+        "test_cli_files": [
+            "test_an_adapter_is_written_and_put_onto_the_backbone_again",
+            "test_eject_writes_the_original",
+        ],
+        "test_export": [
+            "test_a_plain_network_in_every_format",
+            "test_a_plan_is_applied_before_trained_weights_are_loaded",
+            "test_a_trained_injected_pickle",
+            "test_an_adapter_goes_onto_its_backbone",
+        ],
+        "test_inject": ["test_all_formats_at_once_compute_the_same"],
+        "test_worker": [],
+    },
+    "exporting": {
+        "test_dimensions": [],
+        "test_exporting": [],
+        "test_scripting": ["test_nothing_of_ours_frees_an_operator"],
+        "test_writing": [
+            "test_a_full_disk_is_an_error_without_debris",
+            "test_a_write_that_the_system_cuts_short_is_an_error_without_debris",
+            "test_a_writer_killed_at_any_time_leaves_a_whole_file",
+            "test_a_writer_killed_before_the_last_step_leaves_the_old_file_or_none",
+        ],
+    },
+    "inference": {"test_inference": ["test_files", "test_networks_of_the_zoos"]},
+    "isolation": {"test_worker": []},
+    "kernels": {"test_kernels": []},
+    "loading": {
+        "test_entries": ["test_notes_of_a_process_of_its_own"],
+        "test_hostile": [],
+        "test_program_details": [],
+        "test_programs": [],
+    },
+    "plans": {
+        "test_budget": ["test_the_choice_is_the_best_of_all_plans"],
+        "test_grid": [
+            "test_a_picture_of_the_grid",
+            "test_every_block_on_a_network_costs_what_its_plan_costs",
+            "test_every_cell_is_what_its_plan_costs",
+        ],
+        "test_plan_files": ["test_reading_agrees_with_the_schema_and_never_ends_in_anything_but_our_errors"],
+        "test_plans": ["test_parameters_of_resnet50_at_every_position", "test_positions_compute_the_formulas"],
+    },
+    "sites": {"test_sites": ["test_stages"]},
+    "surgery": {
+        "test_fuse": [
+            "test_files_hold_plain_operators",
+            "test_trained_the_outputs_and_gradients_are_those_of_the_unfused",
+        ],
+        "test_surgery": [
+            "test_a_pickle_computes_the_same_in_a_fresh_process",
+            "test_compile_computes_the_same",
+            "test_two_processes_train_it",
+        ],
+        "test_torch_facilities": [],
+    },
+    "tests": {
+        "test_census": ["test_comes_out_the_same", "test_planned"],
+        "test_examples": [],
+        "test_guarding": ["test_networks_out_of_files_are_used_as_ever"],
+        "test_hazards": [],
+        "test_paper": [
+            "test_identity_start_is_bit_equal_in_eval_and_in_train",
+            "test_timms_se_twin_has_the_same_keys_weights_and_outputs",
+        ],
+        "test_properties": [],
+        "test_readme": [],
+        "test_strangers": [],
+        "test_training": [
+            "test_a_compiled_network_is_compiled_again_without_blocks",
+            "test_a_compiled_training_step",
+            "test_a_distributed_checkpoint_is_loaded_back",
+        ],
+        "test_twins": [],
+    },
+}
+"""Folder → file → its slow tests; all of the file where none is named."""
