@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import nn
 
 from se_inject.errors import LoadError
 from se_inject.errors import printable as printable
+from se_inject.random_numbers import seeded
 
 
 class NoSuchFile(LoadError, FileNotFoundError):
@@ -61,9 +61,8 @@ def from_zoo(zoo: str, name: str, **options: Any) -> nn.Module:
     if name.split(".")[0] not in names:  # `timm:resnet50.a1_in1k` is resnet50 with that one's settings
         raise NoSuchName(f"{zoo} has no network `{name}`", hint=did_you_mean(name, names))
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), seeded(0):  # a detector's boxes, and so its MACs, depend on the weights
             warnings.simplefilter("ignore")
-            torch.manual_seed(0)  # a detector's boxes, and with them its MACs, depend on the weights
             return build(name, **options)
     except Exception as error:
         raise LoadError(f"{zoo} could not build `{name}`", seen=fact(error)) from error

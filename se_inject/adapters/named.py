@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 
 from se_inject.adapters.files import adapter_for
 from se_inject.errors import AlreadyInjected, OptionError, SurgeryError
 from se_inject.forwards import is_frozen
 from se_inject.plans import Plan
+from se_inject.random_numbers import seeded
 from se_inject.surgery import eject_, freeze_statistics_, steps_of
 from se_inject.user_code import did_you_mean
 
@@ -166,7 +166,7 @@ def _switch_(model: nn.Module, known: _Named, name: str | None) -> None:
         norms = [module for module in model.modules() if is_frozen(module)]
         eject_(model)
         if name is not None:
-            with torch.random.fork_rng(devices=[]):  # new blocks draw numbers; these are replaced at once
+            with seeded(0):  # new blocks draw numbers; these are replaced at once
                 known.plans[name].fitted(model).put_into_(model)
         for norm in norms:
             freeze_statistics_(norm)

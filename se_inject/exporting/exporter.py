@@ -175,7 +175,7 @@ def write_networks(
         ExportError: no strategy leads to a file that computes what the network computes.
     """
     conversion = Conversion.asked(device, dtype, memory_format)
-    with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with _quiet(), torch.no_grad():
         model = conversion.model(model)
 
         @functools.cache

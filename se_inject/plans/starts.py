@@ -9,6 +9,7 @@ import torch
 
 from se_inject.blocks import build_block
 from se_inject.errors import PluginError
+from se_inject.random_numbers import seeded
 from se_inject.surgery import Step
 
 
@@ -28,8 +29,7 @@ def start_factor(name: str, channels: int, size: Sequence[int], options: dict[st
     Raises:
         PluginError: the block fails.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-        torch.manual_seed(0)
+    with seeded(0), torch.device("cpu"), torch.no_grad():
         block = build_block(name, channels, size, options, init).eval()
         x = torch.randn(1, channels, *size)
         try:

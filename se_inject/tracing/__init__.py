@@ -32,7 +32,7 @@ from se_inject.tracing.nodes import (
 )
 from se_inject.tracing.operations import is_data, is_leaf, kind
 from se_inject.tracing.proxy import Untraceable, holds_tensor
-from se_inject.tracing.snapshots import preserved, random_state, set_random_state
+from se_inject.tracing.snapshots import draws_in_python, preserved, python_state, set_python_state
 from se_inject.tracing.substitutes import duplicate, rehearsed, standing_in
 from se_inject.tracing.trace import Counts, OwnerGraph, Trace, float_like
 from se_inject.tracing.training_mode import returns_alike, training_graph
@@ -53,6 +53,7 @@ __all__ = [
     "copied",
     "cropped",
     "describe",
+    "draws_in_python",
     "duplicate",
     "einsum_terms",
     "example_of",
@@ -70,11 +71,11 @@ __all__ = [
     "observe_model",
     "parse_shape",
     "preserved",
-    "random_state",
+    "python_state",
     "real_inputs",
     "rehearsed",
     "returns_alike",
-    "set_random_state",
+    "set_python_state",
     "shapes_of",
     "sources",
     "standing_in",

@@ -33,10 +33,11 @@ from se_inject.tracing.snapshots import (
     containers_in,
     drawing,
     draws_in_python,
+    own_numbers,
     preserved,
+    put_back,
     random_state,
     refill,
-    set_random_state,
 )
 from se_inject.tracing.substitutes import standing_in
 from se_inject.tracing.trace import NOTHING, Counts, OwnerGraph, Trace
@@ -311,15 +312,17 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h
     state = random_state()
     drawn = False
     try:
-        found = trace()
+        with own_numbers() as own:
+            found = trace()
     finally:
-        drawn = drawing(trace, state)
+        drawn = drawing(trace, state, own)
     if not drawn:
         return found
     try:
-        return trace(watching_draws=True)
+        with own_numbers():
+            return trace(watching_draws=True)
     finally:
-        set_random_state(state)
+        put_back(state)
 
 
 class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
+from se_inject.random_numbers import OwnNumbers, is_alone
 from se_inject.tracing.patches import patched
 
 
@@ -84,48 +82,28 @@ def refill(containers: list[tuple[Any, Any]]) -> None:
 
 def random_state() -> Any:
     """Record the state of every random generator that a forward may use on the CPU."""
+    return torch.get_rng_state().tolist(), *python_state()
+
+
+def python_state() -> Any:
+    """Record the state of Python's random generator, and of numpy's if it is there."""
     numpy = sys.modules.get("numpy")
     drawn = numpy.random.get_state() if numpy is not None else None
     listed = None if drawn is None else (drawn[0], drawn[1].tolist(), *drawn[2:])
-    return torch.get_rng_state().tolist(), random.getstate(), listed
+    return random.getstate(), listed
 
 
 def set_random_state(state: Any) -> None:
     """Put the generators back."""
     torch.set_rng_state(torch.tensor(state[0], dtype=torch.uint8, device="cpu"))
-    random.setstate(state[1])
-    if state[2] is not None:
-        sys.modules["numpy"].random.set_state(state[2])
+    set_python_state(state[1:])
 
 
-class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notices whether this thread draws random numbers on the CPU: from torch's generator, Python's or numpy's.
-
-    The generators are the process's: that a state has moved doesn't say who moved it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.any = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.any |= any(isinstance(leaf, Tensor) and leaf.device.type == "cpu" for leaf in tree_leaves(output))
-        return output
-
-    def _drawn(self) -> None:
-        self.any = True
-
-    def __enter__(self) -> Draws:
-        super().__enter__()  # type: ignore[no-untyped-call]
-        self._watching = draws_in_python(self._drawn)
-        self._watching.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._watching.__exit__(*error)
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+def set_python_state(state: Any) -> None:
+    """Put Python's and numpy's generators back."""
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])
 
 
 _GENERATORS = ("Random", "RandomState", "Generator")
@@ -171,19 +149,36 @@ def _is_generator(value: Any) -> bool:
     return type(value).__name__ in _GENERATORS and type(value).__module__.partition(".")[0] in ("random", "numpy")
 
 
-def drawing(again: Callable[[], Any], state: Any) -> bool:
+def own_numbers() -> contextlib.AbstractContextManager[OwnNumbers | None]:
+    """Draw from generators of this thread's own, if another thread may be drawing meanwhile; else from the process's."""
+    return contextlib.nullcontext() if is_alone() else OwnNumbers(0)
+
+
+def put_back(state: Any) -> None:
+    """Put the generators back after what ran under ``own_numbers``; torch's too, if they were used."""
+    if is_alone():
+        set_random_state(state)
+    elif python_state() != state[1:]:
+        set_python_state(state[1:])
+
+
+def drawing(again: Callable[[], Any], state: Any, own: OwnNumbers | None) -> bool:
     """Return whether a call in this thread drew random numbers; if so, put the generators back.
 
     Args:
         again: makes the call once more, should other threads be the ones who drew.
         state: of the generators before the call.
+        own: what ``own_numbers`` gave for the call.
     """
-    if random_state() == state:
+    if own is None and random_state() == state:
         return False
-    if threading.active_count() > 1:
-        with contextlib.suppress(Exception), Draws() as draws:
-            again()
-        if not draws.any:
+    if own is not None and not own.drew:
+        if python_state() == state[1:]:
             return False
-    set_random_state(state)
+        drawn: list[bool] = []
+        with contextlib.suppress(Exception), OwnNumbers(0), draws_in_python(lambda: drawn.append(True)):
+            again()
+        if not drawn:
+            return False
+    put_back(state)
     return True

@@ -37,7 +37,7 @@ from se_inject.tracing.proxy import (
     values_of,
 )
 from se_inject.tracing.settings import nested_settings, recorded, settings_of
-from se_inject.tracing.snapshots import random_state, restore, set_random_state, snapshot, states_of_generators
+from se_inject.tracing.snapshots import own_numbers, put_back, random_state, restore, snapshot, states_of_generators
 
 if TYPE_CHECKING:
     from se_inject.tracing.observer import Observer
@@ -253,16 +253,17 @@ class OwnerTracer(TracerBase):
         drawing = self.training and not on_meta
         state = random_state() if drawing else None
         try:
-            if kind == "call_method":
-                value = getattr(args[0], target)(*args[1:], **kwargs)
-            else:
-                value = result_of_function(target, args, kwargs) if on_meta else None
-                if value is None:
-                    value = target(*args, **kwargs)
+            with own_numbers() if drawing else contextlib.nullcontext():
+                if kind == "call_method":
+                    value = getattr(args[0], target)(*args[1:], **kwargs)
+                else:
+                    value = result_of_function(target, args, kwargs) if on_meta else None
+                    if value is None:
+                        value = target(*args, **kwargs)
         finally:
             self.observer.tracer = tracer
             if drawing:
-                set_random_state(state)  # what a node draws, it draws in the graph as well
+                put_back(state)  # what a node draws, it draws in the graph as well
         self.observer.count_function(node, value, args, kwargs)
         return value
 

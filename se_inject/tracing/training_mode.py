@@ -19,7 +19,7 @@ from se_inject.tracing.outlines import filled
 from se_inject.tracing.patches import quiet
 from se_inject.tracing.proxy import Untraceable
 from se_inject.tracing.record import Record
-from se_inject.tracing.snapshots import drawing, preserved, random_state
+from se_inject.tracing.snapshots import drawing, own_numbers, preserved, random_state
 from se_inject.tracing.substitutes import shapes_only, substituted
 from se_inject.tracing.trace import Guards, OwnerGraph, Trace, float_like
 from se_inject.tracing.tracer import OwnerTracer
@@ -83,11 +83,12 @@ def _observed(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
     state = random_state()
     drawn = False
     try:
-        tracer = traced()
+        with own_numbers() as own:
+            tracer = traced()
     except Exception as error:
         raise Untraceable(f"in training: {reason_of(error)}") from error
     finally:
-        drawn = drawing(traced, state)
+        drawn = drawing(traced, state, own)
     if drawn:
         raise Untraceable("in training: it draws random numbers that a graph can't hold")
     return tracer.graph, tuple(tracer.guards)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+import sys
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
 from se_inject.errors import TraceError
+from se_inject.random_numbers import seeded
 from se_inject.tracing import (
     SMALL_SIDE,
     Trace,
@@ -19,11 +22,12 @@ from se_inject.tracing import (
     copied,
     cropped,
     describe,
+    draws_in_python,
     float_like,
     preserved,
-    random_state,
+    python_state,
     real_inputs,
-    set_random_state,
+    set_python_state,
 )
 from se_inject.verification.comparison import Unlike, pairs_in, same_numbers
 
@@ -83,10 +87,44 @@ def run(
     then: Callable[[Any], Any] = lambda output: output,
     seed: int = 1,
 ) -> Seen:
-    """Run one call with nothing left behind: modes, buffers, attributes and the random generator as before.
+    """Run one call with nothing left behind: modes, buffers and attributes as before.
+
+    It draws the same random numbers each time. Torch's come from generators of this thread's own; Python's and numpy's,
+    if the network draws those, from the process's, which are seeded and put back.
 
     ``then`` gets what the call returned while all is still set: a checkpointed network runs again in backward.
     """
+
+    def once() -> Seen:
+        return _called(model, inputs, mode, parameters, then, seed)
+
+    before = python_state()
+    seen = once()
+    if python_state() == before:
+        return seen
+    if threading.active_count() > 1:  # another thread may have drawn
+        drawn: list[bool] = []
+        with contextlib.suppress(Exception), draws_in_python(lambda: drawn.append(True)):
+            once()
+        if not drawn:
+            return seen
+    try:
+        random.seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(seed)
+        return once()
+    finally:
+        set_python_state(before)
+
+
+def _called(
+    model: nn.Module,
+    inputs: Any,
+    mode: str,
+    parameters: dict[str, Tensor] | None,
+    then: Callable[[Any], Any],
+    seed: int,
+) -> Seen:
     args, kwargs = inputs
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with preserved(model), seeded(seed):
@@ -95,18 +133,6 @@ def run(
         args, kwargs = copied((tuple(args), kwargs))
         with _reparametrize_module(model, {**buffers, **(parameters or {})}, tie_weights=True):
             return Seen(then(model(*args, **kwargs)), buffers)
-
-
-@contextlib.contextmanager
-def seeded(seed: int = 1) -> Iterator[None]:
-    """Draw the same random numbers each time, and leave the generators as they were."""
-    state = random_state()
-    try:
-        torch.manual_seed(seed)
-        random.seed(seed)
-        yield
-    finally:
-        set_random_state(state)
 
 
 def difference(expected: Any, seen: Any) -> str:

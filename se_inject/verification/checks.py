@@ -16,6 +16,7 @@ from se_inject.blocks import NoGate, build_block, is_fused
 from se_inject.errors import VerificationError
 from se_inject.forwards import original_class
 from se_inject.guarding import under_guard
+from se_inject.random_numbers import seeded
 from se_inject.surgery import Step, injected_blocks, method_notes, steps_of
 from se_inject.tables import Printed, counted
 from se_inject.tracing import (
@@ -36,7 +37,6 @@ from se_inject.verification.calls import (
     observed_in_training,
     run,
     run_awake,
-    seeded,
 )
 from se_inject.verification.comparison import same_value, tensors_in
 from se_inject.verification.coverage import units_with_blocks
@@ -161,7 +161,7 @@ def check_against_file(network: nn.Module, program: Any, trace: Trace) -> Check:
         args, kwargs = real_inputs(trace.inputs, batch=batch, device=parameter.device, dtype=parameter.dtype)
         given, named = arguments_of(program, args) if is_exported else (args, {})
         try:
-            with torch.no_grad(), warnings.catch_warnings(), seeded():
+            with torch.no_grad(), warnings.catch_warnings(), seeded(1):
                 warnings.simplefilter("ignore")
                 expected = theirs(*copied(given), **copied({**named, **kwargs}))
         except Exception as error:
