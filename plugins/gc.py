@@ -81,4 +81,5 @@ class GlobalContext(nn.Module):
         hidden = self.fc1(context.reshape([x.size(0), x.size(1)] + self.ones))  # noqa: RUF005 -- TorchScript
         hidden = self.norm(hidden.flatten(1)).reshape(hidden.shape)
         told = self.fc2(self.relu(hidden))
-        return x + told if self.fuse == "add" else x * (self.gain * torch.sigmoid(told))
+        # x + told; OpenCV takes a convolution with a sum behind it for a residual one, and refuses these shapes
+        return x - (-told) if self.fuse == "add" else x * (self.gain * torch.sigmoid(told))
