@@ -43,7 +43,8 @@ def _fake(mode: Any, tensor: Tensor) -> Tensor:
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+    learns = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+    return tensor.detach() if learns else tensor.detach().clone()  # forwards write into the others
 
 
 def rehearsed(model: nn.Module, parameters: dict[int, Tensor] | None = None) -> nn.Module:

@@ -92,6 +92,8 @@ def run(
     It draws the same random numbers each time. Torch's come from generators of this thread's own; Python's and numpy's,
     if the network draws those, from the process's, which are seeded and put back.
 
+    Parameters that need no gradient are copied as well: codebooks are kept in such, which forwards write into.
+
     ``then`` gets what the call returned while all is still set: a checkpointed network runs again in backward.
     """
 
@@ -127,11 +129,12 @@ def _called(
 ) -> Seen:
     args, kwargs = inputs
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    by_hand = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     with preserved(model), seeded(seed):
         for module in model.modules():
             module.training = mode == "train"
         args, kwargs = copied((tuple(args), kwargs))
-        with _reparametrize_module(model, {**buffers, **(parameters or {})}, tie_weights=True):
+        with _reparametrize_module(model, {**buffers, **by_hand, **(parameters or {})}, tie_weights=True):
             return Seen(then(model(*args, **kwargs)), buffers)
 
 

@@ -477,3 +477,45 @@ def test_gradients_that_do_not_arrive_in_training_are_a_failure():
     network = randomise(Trains()).eval()
     check = si.verify(network, si.inject(network, X), X).checks[-1]
     assert check.passed is False and "units.1.se" in check.detail
+
+
+class Codebook(nn.Module):
+    """Vectors that training moves by hand: a parameter without a gradient, written into by ``data``."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Embedding(4, 8)
+        self.codes.weight.requires_grad_(False)
+
+    def forward(self, x):
+        nearest = torch.cdist(x.flatten(2).mT, self.codes.weight[None]).argmin(-1)
+        if self.training:
+            self.codes.weight.data.mul_(0.9).add_(0.1 * x.mean((0, 2, 3)))
+        return x + (self.codes(nearest).mT.reshape(x.shape) - x).detach()
+
+
+class Quantised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.unit, self.codebook = nn.Conv2d(3, 8, 3, padding=1), Branch(8), Codebook()
+        self.last = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.last(self.codebook(torch.relu(x + self.unit(x))))
+
+
+class Branch(nn.Sequential):
+    def __init__(self, c):
+        super().__init__(nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c))
+
+
+def test_a_codebook_that_training_moves_is_left_as_it_was():
+    torch.manual_seed(0)
+    network = randomise(Quantised()).eval()
+    codes = network.codebook.codes.weight.clone()
+    x = torch.randn(2, 3, 8, 8)
+    injected = si.inject(network, x)
+    assert si.verify(network, injected, x, fresh=True).passed
+    for each in (network, injected):
+        assert torch.equal(each.codebook.codes.weight, codes)
