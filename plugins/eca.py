@@ -32,7 +32,7 @@ class EfficientChannelAttention(nn.Module):
     By: Qilong Wang, Banggu Wu, Pengfei Zhu, Peihua Li, Wangmeng Zuo, Qinghua Hu: "ECA-Net: Efficient Channel
     Attention for Deep Convolutional Neural Networks", CVPR 2020, arXiv 1910.03151.
     Not when: channels are pruned or permuted afterwards, since a channel's neighbours are part of what is learned;
-    or when parameters are no concern: its gate sees k channels, that of SE all.
+    or when parameters do not matter: its gate sees k channels, that of SE all.
     Start: the identity is exact, with the convolution at zero and the gate 2·σ; else the factor is about 0.5.
 
     Args:

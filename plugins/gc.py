@@ -80,6 +80,6 @@ class GlobalContext(nn.Module):
         context = torch.matmul(x.flatten(2), weights.squeeze(1).unsqueeze(2))
         hidden = self.fc1(context.reshape([x.size(0), x.size(1)] + self.ones))  # noqa: RUF005 -- TorchScript
         hidden = self.norm(hidden.flatten(1)).reshape(hidden.shape)
-        told = self.fc2(self.relu(hidden))
-        # x + told; OpenCV takes a convolution with a sum behind it for a residual one, and refuses these shapes
-        return x - (-told) if self.fuse == "add" else x * (self.gain * torch.sigmoid(told))
+        added = self.fc2(self.relu(hidden))
+        # x + added; OpenCV takes a convolution with a sum behind it for a residual one, and refuses these shapes
+        return x - (-added) if self.fuse == "add" else x * (self.gain * torch.sigmoid(added))

@@ -182,7 +182,7 @@ def read_adapter(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> 
         with opened(Path(path)) as file:
             form = form_of(file)
         if form not in ("adapter", "safetensors"):
-            raise LoadError(f"`{path}` is no adapter", seen=described(form), hint=_FORM)
+            raise LoadError(f"`{path}` is not an adapter", seen=described(form), hint=_FORM)
         with safe_open(os.fspath(path), framework="pt") as archive:
             metadata = archive.metadata() or {}
             names = list(archive.keys())
@@ -190,9 +190,9 @@ def read_adapter(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> 
     except LoadError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise LoadError(f"`{path}` is no adapter", seen=fact(error), hint=_FORM) from error
+        raise LoadError(f"`{path}` is not an adapter", seen=fact(error), hint=_FORM) from error
     if _KEY not in metadata:
-        raise LoadError(f"`{path}` is no adapter, but a file of weights", seen=f"{len(names)} tensors", hint=_FORM)
+        raise LoadError(f"`{path}` is not an adapter but a file of weights", seen=f"{len(names)} tensors", hint=_FORM)
     text, backbone = _content(path, metadata[_KEY])
     try:
         plan = Plan.from_json(text, trust=trust)

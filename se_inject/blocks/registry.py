@@ -75,11 +75,11 @@ def find_block(name: str) -> Factory:
     key = _place(name)
     if key not in _imported:
         if key[0].partition(".")[0] in sys.stdlib_module_names:
-            raise OptionError(f"`{name}` is no block", seen=f"`{key[0]}` is a part of Python")
+            raise OptionError(f"`{name}` is not a block", seen=f"`{key[0]}` is a part of Python")
         found = named(*key)
         if not callable(found) or inspect.isbuiltin(found):
             raise OptionError(
-                f"`{name}` is no block",
+                f"`{name}` is not a block",
                 seen=f"a {type(found).__name__}",
                 hint="a block is a class of modules, or a function that makes one",
             )
@@ -183,7 +183,7 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
     try:
         parameters = dict(inspect.signature(factory).parameters)
     except (TypeError, ValueError) as error:
-        raise PluginError(f"block `{name}` is no callable with a signature", seen=str(error)) from error
+        raise PluginError(f"block `{name}` is not a callable with a signature", seen=str(error)) from error
     if not parameters:
         raise PluginError(f"block `{name}` takes no argument", hint="its first argument is the number of channels")
     return parameters
@@ -270,7 +270,7 @@ def build_block(name: str, channels: int, size: Sequence[int], options: dict[str
             seen=f"{type(error).__name__}: {error}",
         ) from error
     if not isinstance(block, nn.Module):
-        raise PluginError(f"block `{name}` is no nn.Module", seen=f"it returned a {type(block).__name__}")
+        raise PluginError(f"block `{name}` is not an nn.Module", seen=f"it returned a {type(block).__name__}")
     if init == "identity":
         start_as_identity_(name, block)
     return block

@@ -131,7 +131,9 @@ def prune(**given: Any) -> None:
     if given["metric"] is not None:
         place, _, attribute = given["metric"].rpartition(":")
         if not callable(metric := named(place, attribute)):
-            raise OptionError(f"`{given['metric']}` is no function", hint="it takes the network and returns a number")
+            raise OptionError(
+                f"`{given['metric']}` is not a function", hint="it takes the network and returns a number"
+            )
     network, batches = loaded(given)
     batches = limited(batches, given["limit"])
     example = example_inputs(given["inputs"], network)

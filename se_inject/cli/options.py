@@ -27,7 +27,7 @@ class Ratios(click.ParamType):  # type: ignore[type-arg]  # generic since click 
         try:
             return tuple(float(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"`{value}` is no list of numbers; write it as 4,8,16", param, ctx)
+            self.fail(f"`{value}` is not a list of numbers; write it as 4,8,16", param, ctx)
 
 
 def together(*decorators: Decorator) -> Decorator:

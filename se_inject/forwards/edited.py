@@ -122,7 +122,7 @@ def checked_class(original: Any, body: Any) -> Any:
     except LoadError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise LoadError("a damaged file: an edited forward that is no JSON", seen=str(error)) from error
+        raise LoadError("a damaged file: an edited forward that is not JSON", seen=str(error)) from error
     if not well_formed:
         raise LoadError("a damaged file: an edited forward of an unknown form")
     try:

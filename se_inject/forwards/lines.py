@@ -68,9 +68,9 @@ def check_module(module: nn.Module, lines: list[Any]) -> None:
     """
     for kind, *parts in all_lines(lines):
         if kind == "call" and not isinstance(value_at(module, parts[1]), nn.Module):
-            raise LoadError(f"a forward in this file calls `{parts[1]}`, which is no submodule")
+            raise LoadError(f"a forward in this file calls `{parts[1]}`, which is not a submodule")
         if kind == "read" and not isinstance(value_at(module, parts[1]), torch.Tensor | bool | None):
-            raise LoadError(f"a forward in this file reads `{parts[1]}`, which is no tensor")
+            raise LoadError(f"a forward in this file reads `{parts[1]}`, which is not a tensor")
 
 
 def without_unused(lines: list[Any]) -> list[Any]:

@@ -76,7 +76,7 @@ def field(value: Any, name: str) -> Any:
     """Return an attribute of a container, as the author's forward reads it.
 
     Raises:
-        LoadError: the value is no container, or the name begins with an underscore.
+        LoadError: the value is not a container, or the name begins with an underscore.
     """
     if name.startswith("_") or not is_container(type(value)):
         raise LoadError(f"a forward in this file reads `{name}` of a {type(value).__name__}")

@@ -63,7 +63,7 @@ def _made(text: str) -> type:
         data = json.loads(text)
         name, home = data["class"], data["home"]
         if set(data) != _KEYS or not all(map(str.isidentifier, (name, *home.split(".")))):
-            raise ValueError("other keys, or a class that is no name")
+            raise ValueError("other keys, or a class that is not a name")
         writer = Writer(data["inputs"], name, guarded=True)
         forward = writer.function(data["lines"], source_name(name, text))
     except LoadError:

@@ -60,7 +60,7 @@ def check_text(tree: ast.Module, scope: dict[str, Any]) -> None:
         LoadError: it is something else.
     """
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef) or tree.body[0].decorator_list:
-        raise LoadError("a forward in this file is no single function")
+        raise LoadError("a forward in this file is not a single function")
     parameters: set[str] = set()
     loaded: set[str] = set()
     stored: set[str] = set()

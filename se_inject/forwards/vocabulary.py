@@ -110,7 +110,7 @@ def function_name(function: Any) -> str:
     holder = getattr(function, "__self__", None)
     if short == "apply" and isinstance(holder, type) and issubclass(holder, torch.autograd.Function):
         return class_name(APPLY, holder)
-    raise SurgeryError(f"its forward calls `{short or function}`, which is no tensor operation of torch")
+    raise SurgeryError(f"its forward calls `{short or function}`, which is not a tensor operation of torch")
 
 
 def function_named(name: str) -> Callable[..., Any]:
@@ -130,7 +130,7 @@ def function_named(name: str) -> Callable[..., Any]:
     else:
         found = class_named(name)
     if found is None:
-        raise LoadError(f"a forward in this file calls `{name}`, which is no tensor operation of torch")
+        raise LoadError(f"a forward in this file calls `{name}`, which is not a tensor operation of torch")
     return found  # type: ignore[no-any-return]
 
 
@@ -177,7 +177,7 @@ def checked_keywords(kwargs: Any, kind: str, name: str) -> None:
     """Look at the keywords of a call: of a submodule (``call``), a method, or a function.
 
     Raises:
-        LoadError: one is no name, or makes a call of what is passed.
+        LoadError: one is not a name, or makes a call of what is passed.
     """
     calls_what_is_passed = kind != "call" and "key" in kwargs  # `sort(key=…)`; attention has a `key` too
     if not all(map(is_plain_name, kwargs)) or calls_what_is_passed or (kind == "method" and name == "new" and kwargs):
@@ -213,7 +213,7 @@ def checked_path(name: Any) -> str:
     if any(part.isidentifier() and unicodedata.normalize("NFKC", part) != part for part in parts) or any(
         not part.isprintable() or not part or part.startswith("__") or set(part) & set("\"'\\") for part in parts
     ):
-        raise LoadError(f"a forward in this file refers to `{name}`, which is no submodule")
+        raise LoadError(f"a forward in this file refers to `{name}`, which is not a submodule")
     return name  # type: ignore[no-any-return]
 
 
@@ -224,7 +224,7 @@ def parameter_named(name: Any) -> str:
         LoadError: it is none.
     """
     if not isinstance(name, str) or not is_plain_name(name.lstrip("*")):
-        raise LoadError(f"a forward in this file has a parameter `{name}`, which is no name")
+        raise LoadError(f"a forward in this file has a parameter `{name}`, which is not a name")
     return name
 
 
@@ -300,7 +300,7 @@ def decoded(value: Any, nodes: dict[str, fx.Node]) -> Any:
         nodes: the graph's nodes by name.
 
     Raises:
-        LoadError: it is no constant that a forward may hold.
+        LoadError: it is not a constant that a forward may hold.
     """
     if isinstance(value, list):
         return [decoded(item, nodes) for item in value]
@@ -334,7 +334,7 @@ def checked_key(key: Any) -> Any:
         LoadError: it is neither text nor a small number, and many of them could have one hash.
     """
     if key is not None and type(key) not in (str, bool) and not (type(key) is int and abs(key) < 2**31):
-        raise LoadError("a forward in this file holds a dict whose keys are no names")
+        raise LoadError("a forward in this file holds a dict whose keys are not names")
     return key
 
 

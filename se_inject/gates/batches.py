@@ -56,7 +56,7 @@ def as_batch(value: Any) -> Batch:
             args = args[:1]
     size = _size(args, kwargs)
     if size is None:
-        raise DataError("this is no batch", seen=f"a {type(value).__name__}", hint=_FORMS)
+        raise DataError("this is not a batch", seen=f"a {type(value).__name__}", hint=_FORMS)
     return Batch(args, kwargs, size, labels)
 
 

@@ -161,7 +161,7 @@ class _Tally:
         if labels is not None:
             if len(labels) and int(labels.max()) >= scores.shape[1]:
                 raise DataError(
-                    "a label is no class of the networks",
+                    "a label is not a class of the networks",
                     seen=f"label {int(labels.max())}, and {scores.shape[1]} outputs",
                     hint="the folders or labels of the data must be in the order of the network's classes",
                 )
@@ -184,7 +184,7 @@ class _Tally:
         else:
             notes.append("no labels: accuracy is not known")
         if not self.scored:
-            notes.append("the outputs are no scores of classes: whether predictions agree is not known")
+            notes.append("the outputs are not scores of classes: whether predictions agree is not known")
         params = [sum(p.numel() for p in model.parameters()) for model in (a, b)]
         return Compared(
             (original_class(a).__name__, original_class(b).__name__),

@@ -151,7 +151,7 @@ def open_data(source: str, preprocessing: Callable[[], Preprocessing], *, batch:
         raise NoSuchFile(f"no file or folder `{source}`", hint=_FORMS)
     if path.suffix.lower() in (".npz", ".npy", ".pt", ".pth"):
         return _arrays(path, preprocessing, batch)
-    raise DataError(f"`{source}` is no data", seen=f"a file with the suffix `{path.suffix}`", hint=_FORMS)
+    raise DataError(f"`{source}` can't be read as data", seen=f"a file with the suffix `{path.suffix}`", hint=_FORMS)
 
 
 # -- a folder of images ------------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ class _Tally:
         self.examples = self.lost = 0
 
     def add(self, size: int, labels: Tensor | None, good: Tensor) -> None:
-        """Add the records of one batch, without the examples whose output or gates are no finite numbers."""
+        """Add the records of one batch, without the examples whose output or gates are not finite numbers."""
         groups: dict[int, list[Record]] = {}
         for record in self.records.values():
             groups.setdefault(len(record.values), []).append(record)

@@ -288,7 +288,7 @@ class _Meter:
         with eval_mode(self.model):
             value = float(self.metric(self.model))
         if not math.isfinite(value):
-            raise DataError("the metric is no finite number", seen=str(value))
+            raise DataError("the metric is not a finite number", seen=str(value))
         return value
 
 

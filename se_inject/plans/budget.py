@@ -93,7 +93,7 @@ def parsed_budget(budget: Mapping[str, Any] | Iterable[str]) -> tuple[Limit, ...
         for text in [budget] if isinstance(budget, str) else budget:
             figure, equals, amount = str(text).partition("=")
             if not equals:
-                raise OptionError(f"`{text}` is no budget", hint=_form())
+                raise OptionError(f"`{text}` is not a budget", hint=_form())
             pairs.append((figure.strip(), amount))
     if not pairs:
         raise OptionError("an empty budget", hint=_form())
@@ -127,7 +127,9 @@ def _limit(figure: str, amount: Any) -> Limit:
         number = float(amount) if isinstance(amount, int | float) and not isinstance(amount, bool) else math.nan
         is_share, factor = 0 < number < 1, 1.0
     if not 0 < number < math.inf:
-        raise OptionError(f"`{amount}` is no budget of {figure}", hint="a number above 0, or a share such as 5% (0.05)")
+        raise OptionError(
+            f"`{amount}` is not a budget of {figure}", hint="a number above 0, or a share such as 5% (0.05)"
+        )
     return Limit(figure, number * factor, is_share)
 
 

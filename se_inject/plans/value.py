@@ -290,7 +290,7 @@ class Plan:
             )
         if (problem := first_problem(data)) is not None:
             place, wrong = problem
-            raise LoadError("this is no plan", seen=_described(place, wrong), hint=_FORM)
+            raise LoadError("this is not a plan", seen=_described(place, wrong), hint=_FORM)
         steps = []
         for number, item in enumerate(data["steps"], 1):
             try:
@@ -412,14 +412,14 @@ def _depth(text: str) -> int:
 
 def _json(text: str) -> Any:
     def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no number of JSON")
+        raise ValueError(f"{constant} is not a JSON number")
 
     try:
         if len(text) > _LONGEST or _depth(text) > _DEEPEST:
             raise ValueError("it is longer or deeper than any plan")
         return json.loads(text, parse_constant=refuse)
     except (ValueError, TypeError, RecursionError) as error:
-        raise LoadError("this is no plan", seen=f"{type(error).__name__}: {error}", hint=_FORM) from error
+        raise LoadError("this is not a plan", seen=f"{type(error).__name__}: {error}", hint=_FORM) from error
 
 
 def _described(place: Sequence[str | int], wrong: str) -> str:

@@ -92,11 +92,11 @@ def _meaning(plan: Plan, gates: Excitations) -> str:
     ranges = sorted({block.ends for block in gates.blocks if block.ends is not None})
     words = [f"from {low:g} up" if math.isinf(high) else f"between {low:g} and {high:g}" for low, high in ranges]
     unknown = any(block.ends is None for block in gates.blocks)
-    told = [
+    sentences = [
         "A gate is what a block multiplies a channel by: 1 leaves the channel unchanged, 0 silences it.",
         *([f"The gates lie {' or '.join(words)}."] if words else []),
         *(["Where no range is known, nothing is said of saturation."] if unknown else []),
     ]
     if plan.steps and all(step.init == "identity" for step in plan.steps):
-        told.append("With the identity start, all began at 1.")
-    return " ".join(told)
+        sentences.append("With the identity start, all began at 1.")
+    return " ".join(sentences)

@@ -152,7 +152,7 @@ def _contracted_stack(node: fx.Node) -> _Stack | None:
 
 
 def _stacked(node: fx.Node) -> tuple[int, list[fx.Node]] | None:
-    """Return the dimension in which values lie side by side, and the values; None if the node is no stack."""
+    """Return the dimension in which values lie side by side, and the values; None if the node is not a stack."""
     name, value = function_name_of(node), node.meta.get("val")
     items = [item for item in _items(node) if isinstance(item, fx.Node)]
     if not isinstance(value, Tensor) or not items or (name != "stack" and kind(node) != "cat"):

@@ -34,7 +34,7 @@ def plain_convolutions(ledger: Ledger, owners: list[OwnerGraph]) -> None:
 
 
 _MANY = 3
-"""With so many runs of convolutions a network is made of them, and a module that can't be traced, alone of its class, is no unit of it."""
+"""With so many runs of convolutions a network is made of them, and a module that can't be traced, alone of its class, is not a unit of it."""
 
 
 def _readers(value: fx.Node) -> Iterator[fx.Node]:

@@ -24,7 +24,7 @@ SIZES = {1: (1024, 16000, 128), 2: (224, 32, 28, 64, 96, 128, 299, 256, 384, 512
 """Spatial sizes that are tried, in this order, for networks of one, two and three dimensions."""
 
 SMALL_SIDE = 64
-"""Sides of the images that numeric checks are made on where large ones would tell no more."""
+"""Sides of the images that numeric checks run on where larger ones would show no more."""
 
 
 @under_guard
@@ -267,7 +267,7 @@ def check_supported(model: Any) -> None:
         hint = "pass the network that these weights belong to" if isinstance(model, Mapping) else None
         if isinstance(model, torch.export.ExportedProgram):
             hint = "save it with torch.export.save: `se_inject.load` makes modules of the file"
-        raise UnsupportedModel(f"no torch.nn.Module, but {type(model).__name__}", hint=hint)
+        raise UnsupportedModel(f"the model is not a torch.nn.Module but a {type(model).__name__}", hint=hint)
     if not any(map(_is_special, {type(module) for module in model.modules()})):
         return
     for path, module in model.named_modules():

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 _PLAIN = (Tensor, int, float, str, type(None))
-"""What is no container that a child could change in place."""
+"""Values that a child can't change in place."""
 
 
 class _WatchedChildren(dict[str, Any]):
@@ -150,7 +150,7 @@ class OwnerTracer(TracerBase):
         try:
             bound = inspect.signature(forward).bind(self.owner, *args, **kwargs)
         except (TypeError, ValueError) as error:
-            raise Untraceable(f"its arguments can't be told apart: {error}") from error
+            raise Untraceable(f"its arguments can't be bound to its parameters: {error}") from error
         given = set(bound.arguments)
         self.graph._graph_namespace.create_name(next(iter(bound.arguments)), None)  # no node is called as `self` is
         bound.apply_defaults()

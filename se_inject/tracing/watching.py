@@ -1,4 +1,4 @@
-"""A twin that tells its observer of every call of its modules, and of every read of their tensors and settings.
+"""Report every call of a twin's modules, and every read of their tensors and settings, to an observer.
 
 Nothing of torch is patched for this. ``nn.Module`` calls ``_compiled_call_impl`` where a module has one, which is how
 ``module.compile()`` works; and it looks an attribute that is not in ``__dict__`` up in ``_parameters``, which here is a
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """A twin that tells its observer of calls and reads, and whose modules are those of which path.
+    """A twin that reports calls and reads to its observer, and the paths of its modules.
 
     Args:
         model: the network.
         twin: of it, in eval mode, and nobody else's; its modules' mode, parameters and buffers are hidden behind the watch.
 
     Attributes:
-        observer: who is told; None: nobody, and the twin is called like any network.
+        observer: receives the calls and reads; None: the twin is called like any network.
         paths: id of a module of the twin → its path, the first one of several.
         aliases: path of a module → its other paths.
         originals: path of a module → the network's own.

@@ -434,13 +434,13 @@ def _gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> C
             key for path, block in blocks.items() for key, p in block.named_parameters(path) if not p.requires_grad
         ]
         found = {"off for every input tried": off, "partly off": learning.partly_off(), "frozen": frozen}
-        told = [f"; {what}: {', '.join(some[:3])}{', …' * (len(some) > 3)}" for what, some in found.items() if some]
-        return Check(name, True, reached + "".join(told))
+        details = [f"; {what}: {', '.join(some[:3])}{', …' * (len(some) > 3)}" for what, some in found.items() if some]
+        return Check(name, True, reached + "".join(details))
     if any("quantized" in type(module).__module__ for module in after.modules()):
-        return Check(name, None, "not told: no gradient passes its quantised modules")
+        return Check(name, None, "not checked: no gradient passes its quantised modules")
     if not trained:  # a detector's best boxes need not come from everywhere
         seen = f"in eval mode no gradient reached {unreached[0]}"
-        return Check(name, None, f"not told: the network can't be trained on these inputs alone; {seen}")
+        return Check(name, None, f"not checked: the network can't be trained on these inputs alone; {seen}")
     owner = next(path for path in blocks if f"{unreached[0]}.".startswith(f"{path}."))
     return Check(name, False, f"no gradient reaches {', '.join(unreached[:3])}: {_named(after, owner)}")
 

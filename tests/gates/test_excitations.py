@@ -426,7 +426,7 @@ def test_notes_on_what_the_figures_can_not_say():
     [
         ("data.npz", b"PK\x03\x04 no archive", "can't be read"),
         ("data.pt", b"garbage", "more than tensors|can't be read"),
-        ("data.csv", b"1,2", "is no data"),
+        ("data.csv", b"1,2", "can't be read as data"),
     ],
 )
 def test_bad_files(tmp_path, name, content, says):

@@ -810,10 +810,10 @@ UNSUPPORTED = {
     "scripted": (scripted, "TorchScript", "torch.jit.save"),
     "quantised": (lambda: torch.ao.nn.quantized.ReLU6(), "quantised", "inject first"),
     "inside": (lambda: inside(torch.compile(small())), "its `backbone` is compiled", "`model._orig_mod`"),
-    "a dict": (lambda: small().state_dict(), "no torch.nn.Module, but OrderedDict", "network"),
-    "a program": (exported, "no torch.nn.Module, but ExportedProgram", "torch.export.save"),
-    "a class": (lambda: nn.Linear, "no torch.nn.Module, but type", None),
-    "None": (lambda: None, "no torch.nn.Module, but NoneType", None),
+    "a dict": (lambda: small().state_dict(), "not a torch.nn.Module but a OrderedDict", "network"),
+    "a program": (exported, "not a torch.nn.Module but a ExportedProgram", "torch.export.save"),
+    "a class": (lambda: nn.Linear, "not a torch.nn.Module but a type", None),
+    "None": (lambda: None, "not a torch.nn.Module but a NoneType", None),
 }
 
 

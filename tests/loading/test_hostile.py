@@ -195,7 +195,7 @@ def test_names_are_shown_as_text_and_never_as_a_command(path):
 def test_names_that_are_code(name, place, path):
     model = small()
     getattr(model[1], place)[name] = None
-    refused(path, hostile.saved(model), match="an attribute that is no name")
+    refused(path, hostile.saved(model), match="an attribute that is not a name")
 
 
 @pytest.mark.parametrize("name", hostile.RIDERS)

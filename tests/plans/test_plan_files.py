@@ -226,14 +226,14 @@ def test_no_version(version):
         ),
         (stored(lambda data: data["inputs"][0].__setitem__(0, [1] * 9)), "`inputs.0.0` can't have 9 entries"),
         (stored(lambda data: data.update({"\x1b[1m\nhint": 1})), "`\\x1b[1m\\nhint` is not known here"),
-        ('{"se_inject_plan": NaN}', "NaN is no number of JSON"),
+        ('{"se_inject_plan": NaN}', "NaN is not a JSON number"),
         ("[]", "it must be object"),
         ("", "JSONDecodeError"),
     ],
     ids=range(25),
 )
 def test_what_is_wrong_is_said(text, seen):
-    with pytest.raises(LoadError, match="this is no plan") as caught:
+    with pytest.raises(LoadError, match="this is not a plan") as caught:
         Plan.from_json(text)
     assert seen in caught.value.seen
     assert "plan.schema.json" in caught.value.hint

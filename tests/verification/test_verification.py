@@ -466,7 +466,7 @@ def test_gradients_are_not_told_where_a_network_cannot_be_trained():
     network = randomise(Detector()).eval()
     check = si.verify(network, si.inject(network, X), X).checks[-1]
     assert (check.name, check.passed) == ("blocks trainable", None)
-    assert "not told" in check.detail and "units.1.se" in check.detail
+    assert "not checked" in check.detail and "units.1.se" in check.detail
 
 
 def test_gradients_that_do_not_arrive_in_training_are_a_failure():

@@ -227,7 +227,7 @@ def _checked_program(program: Any) -> Any:
         LoadError: it holds what no exported network does.
     """
     if any(not _SYMBOL.fullmatch(name) for name in program["range_constraints"]):
-        raise LoadError("a symbol of an exported program that is no name")
+        raise LoadError("a symbol of an exported program that is not a name")
     program["guards_code"] = []
     program["graph_module"]["metadata"] = {}
     program["graph_module"]["treespec_namedtuple_fields"] = {}
@@ -340,7 +340,7 @@ def _check_tree(text: Any) -> None:
                 "an exported program whose inputs or outputs are of another type", seen=str(part["type"])[:80]
             )
         if any(isinstance(key, dict | list) or not _is_key(key) for key in keys or []):
-            raise LoadError("an exported program whose inputs or outputs have keys that are no names")
+            raise LoadError("an exported program whose inputs or outputs have keys that are not names")
         todo += part["children_spec"]
 
 
@@ -357,9 +357,9 @@ def _check_expression(text: Any) -> None:
     try:
         nodes = list(ast.walk(ast.parse(text, mode="eval")))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        raise LoadError("an exported program with a size that is no expression") from error
+        raise LoadError("an exported program with a size that is not an expression") from error
     if len(nodes) > _MOST_EXPRESSION_NODES or not all(map(_may_be_evaluated, nodes)):
-        raise LoadError("an exported program with a size that is no expression of sizes", seen=quoted(text))
+        raise LoadError("an exported program with a size that is not an expression of sizes", seen=quoted(text))
 
 
 def _may_be_evaluated(node: ast.AST) -> bool:

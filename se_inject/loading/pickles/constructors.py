@@ -134,7 +134,7 @@ def _meta_tensor(dtype: Any, size: Any, stride: Any, requires_grad: Any) -> Any:
 def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
     _check_trimmings(requires_grad, hooks, None)
     if not isinstance(data, torch.Tensor):
-        raise Malformed("a parameter that is no tensor")
+        raise Malformed("a parameter that is not a tensor")
     return nn.Parameter(data, requires_grad)
 
 
@@ -189,12 +189,12 @@ def check_view(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) ->
 def _check_shape(offset: Any, size: Any, stride: Any) -> None:
     for numbers in (size, stride):
         if not isinstance(numbers, tuple) or len(numbers) > 64:
-            raise Malformed("a tensor's shape or strides that are no tuple")
+            raise Malformed("a tensor's shape or strides that are not a tuple")
     if len(size) != len(stride):
         raise Malformed("a tensor with more or fewer strides than dimensions")
     for number in (offset, *size, *stride):
         if type(number) is not int or not 0 <= number < _LARGEST:
-            raise Malformed("a tensor of an absurd shape")
+            raise Malformed("a tensor whose shape, strides or offset are negative or too large")
 
 
 def _check_trimmings(requires_grad: Any, hooks: Any, metadata: Any) -> None:

@@ -43,7 +43,7 @@ def check_modules(reading: Reading) -> None:
 
     Raises:
         LoadError: one holds what no network does.
-        UnpicklingError: together they are no network's tree.
+        UnpicklingError: together they are not the tree of one network.
     """
     seen: set[tuple[str, int, bool]] = set()  # many modules may share a table
     for module in reading.modules:
@@ -145,7 +145,7 @@ def _check_names(names: Any, forbidden: frozenset[str] = _QUOTES) -> None:
     """Check that attributes that torch.fx writes into source text are plain names."""
     for name in names:
         if not isinstance(name, str) or not name or not name.isprintable() or forbidden.intersection(name):
-            raise LoadError("a module in this file has an attribute that is no name", seen=quoted(name))
+            raise LoadError("a module in this file has an attribute that is not a name", seen=quoted(name))
 
 
 _OVERWRITTEN = {"type": str}

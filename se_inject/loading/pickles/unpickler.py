@@ -238,7 +238,7 @@ class Unpickler(pickle._Unpickler):
     def _attribute(self, owner: Any, name: Any) -> Any:
         """Do ``getattr`` for the attributes that networks really store."""
         if type(name) is not str:
-            raise Malformed("an attribute's name that is no text")
+            raise Malformed("an attribute's name that is not a string")
         if isinstance(owner, nn.Module) and name.startswith("forward"):
             return types.MethodType(getattr(type(owner), name), owner)
         if owner is torch._C._VariableFunctionsClass and name in ACTIVATIONS:  # type: ignore[attr-defined]
@@ -261,7 +261,7 @@ class Unpickler(pickle._Unpickler):
         if isinstance(function, Inert):  # TorchScript writes an enum's one value without a tuple
             args = ()
         if type(args) is not tuple:
-            raise pickle.UnpicklingError("arguments that are no tuple")
+            raise pickle.UnpicklingError("arguments that are not a tuple")
         may_call = self._callable.get(id(function), self) is function
         if isinstance(function, enum.EnumMeta):
             may_call = may_call or (len(args) == 1 and checked_key(args[0]) is args[0])
@@ -321,12 +321,12 @@ class Unpickler(pickle._Unpickler):
             vars(instance).update(state)
         elif kind is functools.partial:
             if not (type(state) is tuple and state and _may_be_partial(state[0])):
-                raise Malformed("a functools.partial of what is no function")
+                raise Malformed("a functools.partial of something that is not a function")
             instance.__setstate__(state)
         elif isinstance(instance, nn.Module) and type(state) is dict:
             layers = state.get("num_layers", 0)
             if isinstance(instance, nn.RNNBase) and not (type(layers) is int and layers <= _MOST_LAYERS_OF_AN_RNN):
-                raise Malformed("a recurrent layer with an absurd number of layers")
+                raise Malformed(f"a recurrent layer with more than {_MOST_LAYERS_OF_AN_RNN} layers")
             if isinstance(instance, nn.RNNBase):
                 self._reading.takes(layers * _BYTES_OF_AN_RNN_LAYER)
             kind.__setstate__(instance, state)

@@ -69,7 +69,7 @@ class _Network:
 
     Args:
         archive: what its forwards share.
-        is_frozen: whether its weights are constants; otherwise constants are no part of the state dict.
+        is_frozen: whether its weights are constants; otherwise constants are not part of the state dict.
     """
 
     def __init__(self, archive: Archive, is_frozen: bool) -> None:

@@ -132,7 +132,7 @@ def _is_plain(rest: list[Any]) -> bool:
 def _operation(node: Any, inputs: list[Any], scope: Scope) -> list[Any]:
     """Write an operator on tensors."""
     if "Tensor" not in node.schema():
-        raise LoadError(f"it uses `{node.kind()}` on what is no tensor")
+        raise LoadError(f"it uses `{node.kind()}` on something that is not a tensor")
     schema = torch._C.parse_schema(node.schema())
     name = _operator_name(schema)
     args, kwargs = [], {}

@@ -77,7 +77,7 @@ def parsed_source(name: str, archive: Archive) -> ast.Module:
         archive: that it is in.
 
     Raises:
-        LoadError: there is too much of it, it is no source, or to TorchScript it is another one.
+        LoadError: there is too much of it, it is not source code, or to TorchScript it is another one.
     """
     if archive.size(name) > _LARGEST_SOURCE or sum(1 for _ in _TOKEN.finditer(archive.read(name))) > _MOST_TOKENS:
         raise LoadError("a TorchScript archive with too much source text", seen=name[:80])

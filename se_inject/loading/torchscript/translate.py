@@ -119,7 +119,7 @@ class Forward:
         (part,) = inputs
         name = node.s("name")
         if not isinstance(part, Part):
-            raise LoadError(f"it reads `{name}` of something that is no module")
+            raise LoadError(f"it reads `{name}` of something that is not a module")
         if part.path is None:
             raise LoadError(f"it reads `{name}` of a module that its caller passes to it")
         path = f"{part.path}.{name}".lstrip(".")
@@ -143,7 +143,7 @@ class Forward:
         part, *args = inputs
         name = node.s("name")
         if not isinstance(part, Part):
-            raise LoadError(f"it calls `{name}` of something that is no module")
+            raise LoadError(f"it calls `{name}` of something that is not a module")
         called = part.script._c._get_method(name)
         if part.path is None or "." in part.path:
             part = self._own_instead_of(part)

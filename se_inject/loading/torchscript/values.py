@@ -58,13 +58,13 @@ def computed(name: str, values: list[Any]) -> Constant | None:
     largest = max((abs(value) for value in values if isinstance(value, int)), default=0)
     grows = name == "operator:pow" or (name == "operator:mul" and any(isinstance(v, list | str) for v in values))
     if largest >= _LARGEST or (grows and largest > 64):
-        raise LoadError("it computes with absurd numbers")
+        raise LoadError("it computes with integers beyond 64 bits, or an exponent beyond 64")
     try:
         known = function_called(name)(*values)
     except (TypeError, ValueError, LookupError, ArithmeticError):
         return None
     if isinstance(known, list | str) and len(known) > _LONGEST:
-        raise LoadError("it computes an absurdly long list")
+        raise LoadError(f"it computes a list or text of {len(known):,} items; at most {_LONGEST:,} are allowed")
     return Constant(known)
 
 
