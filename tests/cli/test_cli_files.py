@@ -267,7 +267,7 @@ def test_an_adapter_on_other_weights_is_noted_and_on_another_network_refused(se_
     assert re.search(r"^note: the adapter was made for other weights: \d+ of its 62 tensors", done.out, re.M), done.out
     refused = se_inject("torchvision:squeezenet1_1", "--adapter", "se.safetensors", "-o", "y.pt", code=1)
     assert "the adapter was made for another network: a Sequential" in refused.err
-    assert "no adapter" in se_inject("tiny.pt", "--adapter", "tiny.pt", code=1).err
+    assert "not an adapter" in se_inject("tiny.pt", "--adapter", "tiny.pt", code=1).err
     assert files() == {"tiny.pt", "se.safetensors", "x.pt"}
 
 

@@ -85,7 +85,7 @@ def test_without_labels_and_without_scores():
     conv = nn.Conv2d(3, 4, 1)
     found = si.compare(conv, conv, [examples()[0]])
     assert found.agreement is None
-    assert "no scores of classes" in str(found)
+    assert "not scores of classes" in str(found)
     json.dumps(comparison_data(found), allow_nan=False)
 
 
@@ -96,7 +96,7 @@ def test_bad_questions_change_nothing():
     before = portrait(a), portrait(b)
     with pytest.raises(DataError, match="can't be compared"):
         si.compare(a, other, [images])
-    with pytest.raises(DataError, match="no class"):
+    with pytest.raises(DataError, match="not a class"):
         si.compare(a, b, [(images, labels + 1)])
     with pytest.raises(DataError, match="no example"):
         si.compare(a, b, [])

@@ -280,7 +280,7 @@ def test_a_metric_is_asked_instead():
     assert len(pruned) == 2
     assert pruned.change == pytest.approx(0.2)
     assert pruned.measure == "loss of the metric"
-    with pytest.raises(DataError, match="no finite number"):
+    with pytest.raises(DataError, match="not a finite number"):
         si.prune_blocks_(injected(), found, metric=lambda network: float("nan"))
 
 

@@ -191,7 +191,7 @@ def test_a_later_version(version):
 
 @pytest.mark.parametrize("version", [None, 0, -1, "1", True, [1], 1.5])
 def test_no_version(version):
-    with pytest.raises(LoadError, match="no plan"):
+    with pytest.raises(LoadError, match="not a plan"):
         Plan.from_json(stored(lambda data: data.update(se_inject_plan=version)))
 
 

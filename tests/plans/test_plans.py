@@ -120,12 +120,12 @@ def edited(change):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no plan"),
-        ("{}", "no plan"),
-        ("[]", "no plan"),
-        ("null", "no plan"),
-        ("3", "no plan"),
-        ('{"se_inject_plan": 1}', "no plan"),
+        ("", "not a plan"),
+        ("{}", "not a plan"),
+        ("[]", "not a plan"),
+        ("null", "not a plan"),
+        ("3", "not a plan"),
+        ('{"se_inject_plan": 1}', "not a plan"),
     ],
 )
 def test_what_is_no_plan(text, message):
@@ -152,7 +152,7 @@ def test_a_plan_of_a_later_version():
     ids=["no steps", "no site", "unknown field", "no size", "number of steps", "number of inputs"],
 )
 def test_a_plan_that_is_damaged(change):
-    with pytest.raises(LoadError, match="no plan"):
+    with pytest.raises(LoadError, match="not a plan"):
         Plan.from_json(edited(change))
 
 
