@@ -194,6 +194,14 @@ def eval_only(network):
     block.forward = lambda x: forward(block, x) * (1 if block.training else 2)
 
 
+def another_module(network):
+    network.units[0].se = nn.Identity()
+
+
+def hollow(network):
+    network.units[0].se.fc1, network.units[0].se.fc2 = nn.Identity(), nn.Identity()
+
+
 def called_twice(network):
     """What happens to a block that its owner takes for one of its own layers."""
     unit = network.units[0]
@@ -211,6 +219,8 @@ SAME, WITHOUT = CHECKS[2], CHECKS[3]
         (statistic, ["weights kept", SAME, WITHOUT], "units.0.bn1.running_mean"),
         (counter, ["weights kept", SAME, WITHOUT], "num_batches_tracked"),
         (foreign_key, ["weights kept"], "new and not a block's: units.visitor"),
+        (another_module, ["weights kept"], "not the block that was put there: units.0.se"),
+        (hollow, ["weights kept"], "not the block that was put there: units.0.se"),
         (training_flag, ["settings kept"], "units.0.bn1: training"),
         (requires_grad, ["settings kept"], "stem.0.weight: requires_grad"),
         (forward_hook, ["settings kept"], "stem: _forward_hooks"),
@@ -244,6 +254,13 @@ def fresh(network, injected):
     from se_inject.verification.checks import verify
 
     return verify(network, injected, trace=plan(network, X).trace, fresh=True)
+
+
+def test_a_frozen_parameter_of_a_block_is_named():
+    network, injected = pair()
+    injected.units[0].se.fc1.weight.requires_grad_(False)
+    (trainable,) = (check for check in si.verify(network, injected, X).checks if check.name == "blocks trainable")
+    assert trainable.passed and "frozen: units.0.se.fc1.weight" in trainable.detail
 
 
 @pytest.mark.parametrize("sabotage", [lost_key, other_dtype], ids=lambda function: function.__name__)

@@ -1,0 +1,83 @@
+"""An injected network is held to the plain attributes that its forwards read: changed later, they raise, and are never ignored."""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import se_inject as si
+from tests.networks.places import conv
+
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@dataclasses.dataclass
+class Configuration:
+    scale: float = 2.0
+    unread: float = 1.0
+
+
+class Unit(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = conv(8, 8), conv(8, 8, act=False)
+        self.scale, self._private, self.absent = 2.0, 2.0, None
+        self.table, self.listed, self.pair = {"scale": 2.0}, [2.0], (2.0, 1)
+        self.namespace, self.config = types.SimpleNamespace(scale=2.0), Configuration()
+        self.one.strength = 2.0
+        self.unread = 1.0
+
+    def factor(self):
+        raise NotImplementedError
+
+    def forward(self, x):
+        return F.relu(x + self.two(self.one(x)) * self.factor())
+
+
+READS = {
+    "a number": (lambda self: self.scale, lambda self: setattr(self, "scale", 0.5)),
+    "a private number": (lambda self: self._private, lambda self: setattr(self, "_private", 0.5)),
+    "nothing": (lambda self: 2.0 if self.absent is None else 0.5, lambda self: setattr(self, "absent", 1)),
+    "a dict": (lambda self: self.table["scale"], lambda self: self.table.update(scale=0.5)),
+    "a list": (lambda self: self.listed[0], lambda self: self.listed.__setitem__(0, 0.5)),
+    "a tuple": (lambda self: self.pair[0], lambda self: setattr(self, "pair", (0.5, 1))),
+    "a namespace": (lambda self: self.namespace.scale, lambda self: setattr(self.namespace, "scale", 0.5)),
+    "a dataclass": (lambda self: self.config.scale, lambda self: setattr(self.config, "scale", 0.5)),
+    "another dataclass": (lambda self: self.config.scale, lambda self: setattr(self, "config", Configuration(0.5))),
+    "a child's": (lambda self: self.one.strength, lambda self: setattr(self.one, "strength", 0.5)),
+}
+
+
+def network_reading(factor):
+    kind = type("Reading", (Unit,), {"factor": factor})
+    return nn.Sequential(conv(3, 8), kind(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_changed_attribute_raises(name):
+    factor, change = READS[name]
+    network = network_reading(factor)
+    injected = si.inject(network, X)
+    with torch.no_grad():
+        before = network(X)
+        assert torch.equal(injected(X), before)
+        change(injected[1])
+        with pytest.raises(RuntimeError, match="was edited for"):
+            injected(X)
+        change(network[1])
+        assert not torch.equal(network(X), before)
+        assert torch.equal(si.eject_(injected)(X), network(X))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda unit: setattr(unit, "unread", 5.0), lambda unit: setattr(unit.config, "unread", 5.0)]
+)
+def test_what_the_forward_does_not_read_may_change(change):
+    network = network_reading(READS["a dataclass"][0])
+    injected = si.inject(network, X)
+    change(injected[1])
+    with torch.no_grad():
+        assert torch.equal(injected(X), network(X))
