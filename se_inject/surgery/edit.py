@@ -12,7 +12,7 @@ from se_inject.errors import SurgeryError
 from se_inject.forwards import expectations, lines_of
 from se_inject.sites import labels, last_write, returned
 from se_inject.surgery.step import Step
-from se_inject.tracing import Trace, Untraceable, training_graph
+from se_inject.tracing import Trace, Untraceable, training_graph, training_settings
 
 
 def edited_lines(
@@ -37,12 +37,16 @@ def edited_lines(
         )
     try:
         lines = lines_of(_edited(owner.graph, owner.guards, earlier, steps))
+        settings = dict(owner.settings)
         if training and owner.reads_training:
             other, guards = training_graph(trace, owner)
             if lines_of(other) != lines_of(owner.graph):
                 trained = lines_of(_edited(other, guards, earlier, steps))
                 lines = [["if", {"training": True}, trained, lines]]
-        return [*expectations(owner.constants, owner.settings), *lines]
+            settings |= training_settings(trace, owner)
+        for step in (*earlier, *steps):
+            settings.pop(step.block_name, None)  # an attribute that was None is the block's name now
+        return [*expectations(owner.constants, settings), *lines]
     except (SurgeryError, Untraceable) as error:
         message = error.message if isinstance(error, SurgeryError) else str(error)
         raise SurgeryError(f"the forward of `{path}` can't be edited", seen=message) from error

@@ -35,7 +35,7 @@ from se_inject.tracing.proxy import Untraceable, holds_tensor
 from se_inject.tracing.snapshots import draws_in_python, preserved, python_state, set_python_state
 from se_inject.tracing.substitutes import duplicate, rehearsed, standing_in
 from se_inject.tracing.trace import Counts, OwnerGraph, Trace, float_like
-from se_inject.tracing.training_mode import returns_alike, training_graph
+from se_inject.tracing.training_mode import returns_alike, training_graph, training_settings
 from se_inject.tracing.twin import twin_of
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "sources",
     "standing_in",
     "training_graph",
+    "training_settings",
     "twin_of",
     "writes_into",
 ]

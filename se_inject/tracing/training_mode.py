@@ -91,7 +91,16 @@ def _observed(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
         drawn = drawing(traced, state, own)
     if drawn:
         raise Untraceable("in training: it draws random numbers that a graph can't hold")
+    trace.known["settings", owner.path] = dict(tracer.settings_read)
     return tracer.graph, tuple(tracer.guards)
+
+
+def training_settings(trace: Trace, owner: OwnerGraph) -> dict[str, Any]:
+    """Return the plain attributes that the owner's forward reads in training, if that could be traced."""
+    with contextlib.suppress(Untraceable):
+        training_graph(trace, owner)
+    found: dict[str, Any] = trace.known.get(("settings", owner.path), {})
+    return found
 
 
 def returns_alike(trace: Trace, path: str) -> bool:

@@ -81,3 +81,34 @@ def test_what_the_forward_does_not_read_may_change(change):
     change(injected[1])
     with torch.no_grad():
         assert torch.equal(injected(X), network(X))
+
+
+class Dropping(Unit):
+    def forward(self, x):
+        y = self.two(self.one(x))
+        return F.relu(x + (y * self.scale if self.training and self.scale > 0 else y))
+
+
+def test_a_setting_that_only_training_reads():
+    network = nn.Sequential(conv(3, 8), Dropping(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).train()
+    injected = si.inject(network, X)
+    assert si.plan_of(injected).steps[0].owner == "1"
+    assert torch.equal(injected(X), network(X))
+    injected[1].scale = 0.5
+    with pytest.raises(RuntimeError, match="was edited for"):
+        injected(X)
+
+
+def test_a_block_may_take_the_name_of_what_was_nothing():
+    class Named(Unit):
+        def __init__(self):
+            super().__init__()
+            self.se = None
+
+        def forward(self, x):
+            y = self.two(self.one(x))
+            y = y if self.se is None else self.se(y)
+            return F.relu(x + y)
+
+    network = nn.Sequential(conv(3, 8), Named(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+    assert si.verify(network, si.inject(network, X), X).passed
