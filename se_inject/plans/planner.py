@@ -25,7 +25,8 @@ from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryErro
 from se_inject.forwards import is_plain_name, original_class
 from se_inject.plans.budget import Search, parsed_budget, plan_within
 from se_inject.plans.candidates import ratios_of
-from se_inject.plans.value import Plan, already, check_trust
+from se_inject.plans.stored import check_trust
+from se_inject.plans.value import Plan, already
 from se_inject.sites import POSITIONS, HeldBack, Place, Site, Sites, place_of, sites_in
 from se_inject.surgery import Step, check_unfused, method_notes, own_steps
 from se_inject.tables import counted
