@@ -64,7 +64,7 @@ def _codes(kind: type) -> tuple[CodeType, ...]:
     while pending:
         item = pending.pop()
         function = item.fget if isinstance(item, property) else item
-        if not isinstance(function, FunctionType) or function.__module__.partition(".")[0] == "torch":
+        if not isinstance(function, FunctionType) or (function.__module__ or "").partition(".")[0] == "torch":
             continue
         codes = _with_inner(function.__code__)
         if codes[0] in found:

@@ -54,3 +54,21 @@ def test_a_new_graph_would_lose_the_blocks_and_is_refused():
         after.recompile()
     with pytest.raises(RuntimeError, match="eject_"):
         after.graph = torch.fx.Graph()
+
+
+class OfText(nn.Module):
+    """A unit whose forward was made from text, in globals without a name: it has no `__module__`."""
+
+    exec("def forward(self, x): return torch.relu(self.norm(self.conv(x)) + x)", {"torch": torch}, vars())
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+
+def test_a_forward_of_no_module():
+    assert OfText.forward.__module__ is None
+    network, x = nn.Sequential(nn.Conv2d(3, 8, 3), randomise(OfText())).eval(), torch.rand(2, 3, 16, 16)
+    injected = si.inject(network, x)
+    assert [step.value for step in si.plan_of(injected).steps] == ["norm"]
+    assert si.verify(network, injected, x).passed
