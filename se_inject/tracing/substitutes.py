@@ -74,6 +74,8 @@ def duplicate(model: nn.Module) -> nn.Module:
     if not any(isinstance(module, fx.GraphModule) for module in model.modules()):  # whose copy loses attributes
         with contextlib.suppress(Exception):
             other = copy.deepcopy(model)
+            for own, copied in zip(model.modules(), other.modules(), strict=True):
+                copied.training = own.training  # modules that are made anew when they are copied forget it
             mark_like(other, model)
     return twin_of(model, _cloned) if other is None else other
 

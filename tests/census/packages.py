@@ -535,7 +535,6 @@ def _() -> dict[str, Entry]:
         "RCAN": arch("RCAN", "RCAN", n_resgroups=2, n_resblocks=2, n_feats=16),
         "NAFNet": arch("NAFNet", "NAFNet", width=8, enc_blk_nums=[1, 1], dec_blk_nums=[1, 1]),
         "DnCNN": arch("DnCNN", "DnCNN", nb=5, nc=16, on=(1, 1, 32, 32)),
-        "DRUNet": arch("DRUNet", "DRUNet", nc=[8, 16, 16, 32], nb=2, on=(1, 4, 32, 32)),
         "PLKSR": arch("PLKSR", "PLKSR", dim=16, n_blocks=3),
         "SPAN": arch("SPAN", "SPAN", num_in_ch=3, num_out_ch=3, feature_channels=16),
         "SAFMN": arch("SAFMN", "SAFMN", dim=16, n_blocks=2),

@@ -161,6 +161,12 @@ def good(row):
     return bool(units) and units["missed"] == 0 and units["unchosen"] == 0 and units["gated"] > 0
 
 
+def is_changed(row):
+    """Whether the injected network isn't the same network: other numbers, classes, weights or settings."""
+    failed = {name for name, (passed, _) in row.get("checks", {}).items() if passed is False}
+    return bool(row.get("changed") or failed - {"blocks trainable"})
+
+
 def cell(row):
     """The column 'units with a block'."""
     units = row.get("units")
@@ -172,9 +178,9 @@ def cell(row):
 def why(row):
     """Why a network, or a unit of it, has no block, or what else went wrong; empty if all is well."""
     if "crash" in row or "error" in row:
-        return (row.get("crash") or row["error"])[:300]
+        return (row.get("crash") or row["error"]).replace("\n", " ")[:300]
     if "none" in row:
-        return row["none"].replace("\n", "; ")[:300]
+        return row["none"].partition("\n\nhint")[0].replace("\n", "; ")[:300]
     if not row["same"]:
         failed = {key: detail for key, (passed, detail) in row["checks"].items() if passed is False}
         return f"{failed or ''} {row['changed']}".strip()
@@ -189,7 +195,7 @@ def tables(rows, judged):
     networks = {name: row for name, row in rows.items() if "missing" not in row}
     measured = [row for row in networks.values() if "units" in row]
     attention = [row for row in networks.values() if "none" in row and all_attention(row)]
-    changed = [name for name, row in networks.items() if row.get("same") is False]
+    changed = [name for name, row in networks.items() if is_changed(row)]
     convolutional = len(networks) - len(attention)
     covered = sum(map(good, networks.values()))
     seconds = sorted(row["seconds"] for row in networks.values() if "seconds" in row)

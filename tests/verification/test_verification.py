@@ -536,3 +536,24 @@ def test_a_codebook_that_training_moves_is_left_as_it_was():
     assert si.verify(network, injected, x, fresh=True).passed
     for each in (network, injected):
         assert torch.equal(each.codebook.codes.weight, codes)
+
+
+class MadeAnew(nn.Module):
+    """A module that is built again when it is copied, as einops' layers are: it comes in training mode."""
+
+    def __getstate__(self):
+        return {}
+
+    def __setstate__(self, state):
+        self.__init__()
+
+    def forward(self, x):
+        return x.flatten(2).unflatten(2, x.shape[2:])
+
+
+def test_the_mode_of_a_module_that_is_made_anew_is_kept():
+    network = nn.Sequential(Quantised(), MadeAnew()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    injected = si.inject(network, x)
+    assert not any(module.training for module in injected.modules())
+    assert si.verify(network, injected, x, fresh=True).passed
