@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.census import strangers
 from tests.census.run import HERE, check_one, plan_one, read_results, representatives
 
 PART = {
@@ -37,3 +38,10 @@ def test_no_network_came_out_changed():
     changed = [name for name in checked if rows[name]["checked"] is False]
     assert not changed
     assert checked <= set(representatives(rows).values())
+
+
+def test_no_stranger_came_out_changed():
+    rows = read_results(HERE / "strangers.jsonl")
+    assert len(rows) > 100 and len({name.partition(":")[0] for name in rows}) > 10
+    assert [name for name, row in rows.items() if strangers.is_changed(row)] == []
+    assert all(strangers.why(row) or row["same"] for row in rows.values())
