@@ -10,7 +10,9 @@ from tests.common import randomise
 
 
 def network():
-    return randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.Linear(2, 2)))).eval()
+    return randomise(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.Linear(2, 2)), nn.ReLU6())
+    ).eval()
 
 
 def without_a_buffer(net):
@@ -37,9 +39,14 @@ def weight_that_is_none(net):
     vars(net[2][0])["weight"] = net[2][0]._parameters.pop("weight").tolist()
 
 
+def bounds_the_wrong_way_round(net):
+    net[3].min_val = 9.0
+
+
 @pytest.mark.parametrize(
     ("spoil", "place"),
     [
+        (bounds_the_wrong_way_round, "3"),
         (without_a_buffer, "1"), (without_hooks, "2.0"), (child_called_as_a_table, "2"), (child_called_as_a_setting, "1"),
         (parameter_and_child, "0"), (weight_that_is_none, "2.0"),
     ],

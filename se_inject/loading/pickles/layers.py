@@ -315,6 +315,7 @@ _FITTING: dict[type, Callable[[Any], str | None]] = {
     nn.LayerNorm: _of_layer_norm,
     nn.RMSNorm: _of_layer_norm,
     nn.Embedding: _of_embedding,
+    nn.Hardtanh: lambda module: "its `min_val` is above its `max_val`" if module.min_val > module.max_val else None,
     nn.MultiheadAttention: _of_attention,
     nn.TransformerEncoderLayer: _of_encoder_layer,
     nn.RNNBase: _of_recurrent,
