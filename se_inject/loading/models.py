@@ -152,17 +152,22 @@ def load_weights_(model: nn.Module, path: str | os.PathLike[str], *, entry: str 
     Args:
         model: the model; it keeps its dtypes and devices.
         path: a safetensors file, or what ``torch.save`` wrote.
-        entry: which entry of a training checkpoint to take (``"ema"``); as for ``load``.
+        entry: which entry of a training checkpoint to take (``"ema"``), or which prefix (``"teacher"``); as for ``load``.
 
     Warns:
-        WeightsWarning: the file holds weights under another prefix, or none, and they were left out.
+        WeightsWarning: one of several entries was taken, or the file holds weights under another prefix, or none, and they
+            were left out.
 
     Raises:
         NoSuchFile: a file that doesn't exist.
         LoadError: no state dict in it, or not exactly the model's keys and shapes; the model is as it was.
         OptionError: an entry that isn't there.
     """
-    _put_weights_(model, _weights_in(Path(path), entry), Path(path), _saying(None))
+    notes: list[str] = []
+    state = _weights_in(Path(path), entry, notes)
+    for note in notes:
+        warnings.warn(note, WeightsWarning, stacklevel=2)
+    _put_weights_(model, state, Path(path), _saying(None))
 
 
 def _weights_in(path: Path, entry: str | None = None, notes: list[str] | None = None) -> Mapping[str, Any]:
@@ -183,7 +188,8 @@ def _weights_in(path: Path, entry: str | None = None, notes: list[str] | None = 
     found = taken.found
     if found is None:
         hint = next(_explanations(refused), _one_of(len(taken.entries) > 1))
-        raise LoadError(f"`{path}` holds no state dict", seen=contents(whole), hint=hint)
+        which = f"several: {listed(taken.entries, most=8)}" if len(taken.entries) > 1 else "no state dict"
+        raise LoadError(f"`{path}` holds {which}", seen=contents(whole), hint=hint)
     return _read(path, lambda: found.state_dict() if isinstance(found, nn.Module) else found)
 
 

@@ -50,15 +50,28 @@ def network_or_weights(whole: Any, entry: str | None = None) -> Taken:
 
     Args:
         whole: what the file holds: that itself, or dicts, lists and tuples around it.
-        entry: the name to take it from; nothing is found if there is none of that name.
+        entry: the name to take it from, or the prefix of some of the keys of the only weights there are (``teacher``);
+            nothing is found if there is none of that name.
     """
     known: dict[tuple[int, int], Any] = {}
     entries = _entries(whole, known)
     if entry is not None:
-        return Taken(entries.get(entry), entry, tuple(entries))
+        taken = entries.get(entry)
+        return Taken(_under(whole, entry, known) if taken is None else taken, entry, tuple(entries))
     found = _inner(whole, 0, known)
     name = next((name for name, each in entries.items() if each is found and found is not None), "")
     return Taken(found, name, tuple(entries))
+
+
+def _under(whole: Any, prefix: str, known: dict[tuple[int, int], Any]) -> dict[str, Any] | None:
+    """Take the weights whose keys begin with a prefix and a dot, without both; None if there are none."""
+    found, start = _inner(whole, 0, known), f"{prefix.rstrip('.')}."
+    taken = (
+        {key[len(start) :]: value for key, value in found.items() if key.startswith(start)}
+        if is_state_dict(found)
+        else {}
+    )
+    return taken or None
 
 
 def _entries(whole: Any, known: dict[tuple[int, int], Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import argparse
 import bz2
 import collections
+import contextlib
 import copy
 import datetime
 import functools
@@ -608,8 +609,26 @@ def test_weights(wrapper, writer, tmp_path):
     for parameter in trained.parameters():
         nn.init.normal_(parameter)
     WRITERS[writer](WEIGHTS[wrapper](trained.state_dict(), trained), tmp_path / "weights.bin")
-    load_weights_(model, tmp_path / "weights.bin")
+    several = wrapper == "BasicSR"  # weights and their average: which was taken is said
+    with pytest.warns(si.WeightsWarning, match="is taken") if several else contextlib.nullcontext():
+        load_weights_(model, tmp_path / "weights.bin")
     assert_same(model, trained)
+
+
+def test_a_prefix_chooses_among_weights(tmp_path):
+    student, teacher, model = small(), small(), small()
+    for parameter in teacher.parameters():
+        nn.init.normal_(parameter)
+    state = {
+        f"{name}.{key}": value
+        for name, each in (("student", student), ("teacher", teacher))
+        for key, value in each.state_dict().items()
+    }
+    torch.save(state, tmp_path / "weights.pt")
+    load_weights_(model, tmp_path / "weights.pt", entry="teacher")
+    assert_same(model, teacher)
+    with pytest.raises(OptionError, match="no entry `tutor`"):
+        load_weights_(model, tmp_path / "weights.pt", entry="tutor")
 
 
 def test_safetensors_under_any_name(tmp_path):
@@ -636,7 +655,7 @@ def test_what_an_error_quotes_does_not_reach_the_terminal(tmp_path):
 def test_what_is_seen_instead_of_weights(found, tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({key: small().state_dict() for key in found} if isinstance(found, dict) else found, path)
-    with pytest.raises(LoadError, match="holds no state dict") as caught:
+    with pytest.raises(LoadError, match="holds no state dict|holds several: `student`, `teacher`") as caught:
         load_weights_(small(), path)
     assert caught.value.seen in ("a dict with the keys `student`, `teacher`", "a list of `int`, `int`")
 
