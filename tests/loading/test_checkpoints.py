@@ -609,7 +609,7 @@ def test_weights(wrapper, writer, tmp_path):
     for parameter in trained.parameters():
         nn.init.normal_(parameter)
     WRITERS[writer](WEIGHTS[wrapper](trained.state_dict(), trained), tmp_path / "weights.bin")
-    several = wrapper == "BasicSR"  # weights and their average: which was taken is said
+    several = wrapper in ("BasicSR", "state_dict")  # weights and their average: which was taken is said
     with pytest.warns(si.WeightsWarning, match="is taken") if several else contextlib.nullcontext():
         load_weights_(model, tmp_path / "weights.bin")
     assert_same(model, trained)
@@ -655,7 +655,7 @@ def test_what_an_error_quotes_does_not_reach_the_terminal(tmp_path):
 def test_what_is_seen_instead_of_weights(found, tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({key: small().state_dict() for key in found} if isinstance(found, dict) else found, path)
-    with pytest.raises(LoadError, match="holds no state dict|holds several: `student`, `teacher`") as caught:
+    with pytest.raises(LoadError, match=r"holds no state dict|holds several: `student`, `teacher`") as caught:
         load_weights_(small(), path)
     assert caught.value.seen in ("a dict with the keys `student`, `teacher`", "a list of `int`, `int`")
 
