@@ -29,7 +29,11 @@ def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
     """
     path = Path(path)
     parent = path.resolve().parent
-    if not parent.is_dir():
+    try:
+        is_there = parent.is_dir()
+    except PermissionError as error:  # a folder above it may not be entered
+        raise ExportError(f"cannot write `{path}`", seen=f"no permission to write in `{parent}`") from error
+    if not is_there:
         what = "is not a directory" if parent.exists() else "does not exist"
         raise ExportError(f"cannot write `{path}`", seen=f"`{parent}` {what}", hint=f"mkdir -p {parent}")
     if path.exists() and not path.is_file():
