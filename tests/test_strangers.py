@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from se_inject.errors import UntrustedGlobals
 from se_inject.exporting.exporter import export
-from se_inject.loading.models import load
+from se_inject.loading import load
 from se_inject.plans.planner import plan
 from se_inject.sites.finder import sites_in
 from se_inject.surgery.swap import eject_, injected_blocks

@@ -7,8 +7,9 @@ Must not know: sites, plans, blocks to be put in, or the command line.
 from se_inject.loading.exported.network import arguments_of
 from se_inject.loading.formats import described, form_of
 from se_inject.loading.inspection import Inspection, Named, inspect_file
-from se_inject.loading.models import describe, is_program, load, load_program, load_weights_
+from se_inject.loading.models import describe, is_program, load, load_program
 from se_inject.loading.opened import opened
+from se_inject.loading.weight_files import load_weights_
 from se_inject.loading.weights import WeightsWarning
 
 __all__ = [

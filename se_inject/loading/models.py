@@ -1,8 +1,8 @@
 """Files and names → a model, without running what a file brings along.
 
 A name (``torchvision:resnet50``, ``package.module:callable``, ``net.py:Net``) is the user's own word, and
-its code runs (``_names``). A file is a stranger's: it is recognised by its bytes (``_formats``), and its
-pickle is read by ``_unpickling``, which makes only modules of torch, torchvision, timm and this package, tensors
+its code runs (``user_code``). A file is a stranger's: it is recognised by its bytes (``formats``), and its
+pickle is read by ``pickles``, which makes only modules of torch, torchvision, timm and this package, tensors
 and plain data, and calls nothing of the file's choosing. ``UntrustedGlobals`` names what it refused;
 ``trust`` lets one package out of that rule. SECURITY.md says what is promised.
 """
@@ -14,41 +14,44 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from se_inject.errors import LoadError, OptionError, UntrustedGlobals, either, printable
+from se_inject.errors import LoadError, OptionError, either
 from se_inject.forwards import original_class
 from se_inject.guarding import mark
 from se_inject.loading.architectures import architectures_of
 from se_inject.loading.formats import PICKLES, PROGRAMS, form_of, unreadable
-from se_inject.loading.opened import opened
-from se_inject.loading.pickles.allowlist import NETWORKS, within
+from se_inject.loading.opened import checked_read, opened
+from se_inject.loading.pickles.allowlist import within
 from se_inject.loading.pickles.containers import unpickle
 from se_inject.loading.pickles.module_checks import holds_inert
+from se_inject.loading.refusals import trustworthy, untrusted
+from se_inject.loading.weight_files import (
+    NO_ENTRIES,
+    check_entry,
+    contents_of,
+    looked_into,
+    put_weights_,
+    saying,
+    weights_in,
+    what_is_taken,
+)
 from se_inject.loading.weights import (
-    Fitted,
-    Taken,
-    WeightsWarning,
     contents,
-    differences,
     fitted,
     is_state_dict,
     listed,
-    network_or_weights,
     other_classes,
 )
-from se_inject.tables import counted
-from se_inject.user_code import ZOOS, NoSuchFile, fact, from_code, from_zoo, importable
+from se_inject.user_code import ZOOS, fact, from_code, from_zoo, importable
 
-__all__ = ["NoSuchFile", "describe", "is_program", "load", "load_program", "load_weights_"]
-
-T = TypeVar("T")
+__all__ = ["describe", "is_program", "load", "load_program"]
 
 
 def load(
@@ -101,8 +104,8 @@ def load(
 
         if trust or mmap:
             raise OptionError("isolated=True goes with neither trust nor mmap", hint="leave one of them out")
-        return load_isolated(load, source, arch=arch, weights=weights, entry=entry, say=_saying(notes))
-    trust = _trustworthy([trust] if isinstance(trust, str) else trust)
+        return load_isolated(load, source, arch=arch, weights=weights, entry=entry, say=saying(notes))
+    trust = trustworthy([trust] if isinstance(trust, str) else trust)
     if arch is not None:
         if weights is not None:
             raise OptionError("with `arch`, the file is the weights already", hint="leave `weights` out")
@@ -118,7 +121,7 @@ def load(
     elif "://" in text:
         raise LoadError(f"`{text}` is on the web, and nothing is downloaded", hint="download it, and pass the file")
     elif entry is not None and weights is None:
-        raise OptionError(f"`{text}` has no entries", seen=f"the entry `{entry}`", hint=_NO_ENTRIES)
+        raise OptionError(f"`{text}` has no entries", seen=f"the entry `{entry}`", hint=NO_ENTRIES)
     elif zoo in ZOOS:
         model = from_zoo(zoo, name)
     else:
@@ -126,12 +129,12 @@ def load(
     model = prepare(model)
     if weights is None:
         return model
-    state = _weights_in(Path(weights), entry, notes)
+    state = weights_in(Path(weights), entry, notes)
     current = model.state_dict()
     classes = other_classes(current, fitted(state, current).state) if zoo in ZOOS else None
     if classes is not None:
         model = prepare(from_zoo(zoo, name, num_classes=classes))
-    _put_weights_(model, state, Path(weights), _saying(notes))
+    put_weights_(model, state, Path(weights), saying(notes))
     return model
 
 
@@ -140,150 +143,6 @@ def write_network(path: Path, *, source: str, arch: str | None, weights: str | N
     notes: list[str] = []
     torch.save(load(source, arch=arch, weights=weights, entry=entry, notes=notes), path)
     sys.stdout.write(json.dumps(notes) + "\n")
-
-
-def load_weights_(model: nn.Module, path: str | os.PathLike[str], *, entry: str | None = None) -> None:
-    """Load the state dict in a file into a model.
-
-    The file may also be a training checkpoint, or a whole pickled module even of an unknown class: only its
-    tensors are used. They may stand under any prefix (``module.``, ``net.``, ``backbone.``), with others beside: the
-    longest prefix under which the model has all its keys is taken.
-
-    Args:
-        model: the model; it keeps its dtypes and devices.
-        path: a safetensors file, or what ``torch.save`` wrote.
-        entry: which entry of a training checkpoint to take (``"ema"``), or which prefix (``"teacher"``); as for ``load``.
-
-    Warns:
-        WeightsWarning: one of several entries was taken, or the file holds weights under another prefix, or none, and they
-            were left out.
-
-    Raises:
-        NoSuchFile: a file that doesn't exist.
-        LoadError: no state dict in it, or not exactly the model's keys and shapes; the model is as it was.
-        OptionError: an entry that isn't there.
-    """
-    notes: list[str] = []
-    state = _weights_in(Path(path), entry, notes)
-    for note in notes:
-        warnings.warn(note, WeightsWarning, stacklevel=2)
-    _put_weights_(model, state, Path(path), _saying(None))
-
-
-def _weights_in(path: Path, entry: str | None = None, notes: list[str] | None = None) -> Mapping[str, Any]:
-    """The state dict in a file; mapped where the format allows it.
-
-    Raises:
-        NoSuchFile: a file that doesn't exist.
-        LoadError: no state dict in it.
-        OptionError: an entry that isn't there.
-    """
-    refused: dict[str, str | None] = {}
-    with opened(path) as file:
-        form = form_of(file)
-        if form not in ("safetensors", *PICKLES):
-            raise unreadable(path, form)
-        whole, taken = _read(path, lambda: _looked_into(_contents_of(file, form, refused), entry))
-    _check_entry(path, taken, entry, notes)
-    found = taken.found
-    if found is None:
-        hint = next(_explanations(refused), _one_of(len(taken.entries) > 1))
-        which = f"several: {listed(taken.entries, most=8)}" if len(taken.entries) > 1 else "no state dict"
-        raise LoadError(f"`{path}` holds {which}", seen=contents(whole), hint=hint)
-    return _read(path, lambda: found.state_dict() if isinstance(found, nn.Module) else found)
-
-
-def _looked_into(whole: Any, entry: str | None) -> tuple[Any, Taken]:
-    """What a file holds, and the network or weights in that."""
-    return whole, network_or_weights(whole, entry)
-
-
-def _check_entry(path: Path, taken: Taken, entry: str | None, notes: list[str] | None) -> None:
-    """Refuse an entry that isn't there; of several, note which was taken."""
-    if entry is not None and taken.found is None:
-        there = listed(taken.entries, most=8)
-        seen = f"networks and weights are under {there}" if there else "no network or weights under a name"
-        hint = either("one of them with --entry, or leave it out", "one of them as `entry`, or leave it out")
-        raise OptionError(f"`{path}` has no entry `{entry}`", seen=seen, hint=hint if there else _NO_ENTRIES)
-    others = [name for name in taken.entries if name != taken.entry]
-    if notes is not None and entry is None and taken.entry and others:
-        how = either(f"`--entry {printable(others[0], 100)}`", f"`entry={printable(others[0], 100)!r}`")
-        notes.append(
-            f"`{path}` holds {listed(taken.entries, most=8)}: {listed([taken.entry])} is taken; {how} takes another"
-        )
-
-
-def _one_of(several: bool) -> str:
-    """Say what is looked for in a file, or how to choose if there are several."""
-    if several:
-        return "one network, or one state dict, is taken: " + either("choose it with --entry", "choose it with `entry`")
-    return "one network, or one state dict, is looked for: alone, or in dicts, lists and tuples"
-
-
-def _saying(notes: list[str] | None) -> Callable[[str], None]:
-    """Give the function that takes a note about weights that were left out: add it to the list, or warn."""
-    if notes is not None:
-        return notes.append
-    return lambda note: warnings.warn(note, WeightsWarning, stacklevel=4)
-
-
-def _contents_of(file: IO[bytes], form: str, refused: dict[str, str | None]) -> Any:
-    if form != "safetensors":
-        return unpickle(file, form, (), refused, mapped=True)
-    from safetensors.torch import load_file
-
-    return load_file(file.name)
-
-
-def _put_weights_(model: nn.Module, state: Mapping[str, Any], path: Path, say: Callable[[str], None]) -> None:
-    """Load a state dict into a model, completely or not at all."""
-    current = model.state_dict()
-    before = {key: value.clone() for key, value in current.items() if isinstance(value, torch.Tensor)}
-    fit = fitted(state, current)
-    state = fit.state
-    if any(isinstance(value, torch.Tensor) and value.is_meta for value in state.values()):
-        raise LoadError(f"the weights in `{path}` have no numbers", seen="tensors on the meta device")
-    try:
-        model.load_state_dict(state)
-    except Exception as error:
-        with torch.no_grad():
-            for key, value in before.items():
-                current[key].copy_(value)
-        raise LoadError(
-            f"the weights in `{path}` are not those of a {type(model).__name__}",
-            seen=differences(before, state) or fact(error),
-            hint=_other_network_hint(state, path, blocks=state.keys() > current.keys()),
-        ) from error
-    if fit.beside:
-        say(_left_out(fit, path))
-
-
-def _left_out(fit: Fitted, path: Path) -> str:
-    """Name the weights beside those that were taken, in a sentence."""
-    others = "".join(
-        f"; {f'`{printable(each, 100)}`' if each else 'what has no prefix'} would fit too" for each in fit.others[:4]
-    )
-    count = counted(len(fit.beside), "key")
-    return (
-        f"of `{path}` what is under {listed([fit.prefix])} is taken, and {count} left out: {listed(fit.beside)}{others}"
-    )
-
-
-def _other_network_hint(state: Mapping[str, Any], path: Path, *, blocks: bool = False) -> str:
-    """Which network the weights are of, or how one of one's own is named; ``blocks``: they have keys more, and all others."""
-    names = architectures_of(state)
-    if blocks and not names:
-        plan = either(
-            f"`se-inject export MODEL --weights {path} --plan plan.json`", "`si.Plan.load('plan.json').apply_(model)`"
-        )
-        return f"if what is too much are blocks, the plan puts them in first: {plan}"
-    if names:
-        arch = names[0]
-        return "they are of " + either(f"`--arch {arch}`, or MODEL `{arch}`", f"`si.load({arch!r}, weights=…)`")
-    make = either(
-        f"`net.py:make --weights {path}`, make() without arguments", "build it in the same way, and load again"
-    )
-    return f"make it as it was when they were trained: {make}"
 
 
 def load_program(path: str | os.PathLike[str]) -> ExportedProgram | torch.jit.ScriptModule:
@@ -304,7 +163,7 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram | torch.jit.Sc
         from se_inject.loading.exported.reader import exported_program
         from se_inject.loading.torchscript.reader import script_module
 
-        return _read(path, lambda: exported_program(file) if form == "pt2" else script_module(file)[0])
+        return checked_read(path, lambda: exported_program(file) if form == "pt2" else script_module(file)[0])
 
 
 def is_program(source: str | os.PathLike[str]) -> bool:
@@ -339,8 +198,6 @@ def describe(source: str | os.PathLike[str], model: nn.Module, arch: str | None 
     return f"{os.fspath(source)}: {what} ({writer}), {original_class(model).__name__}, {parameters:,} parameters"
 
 
-# -- files -------------------------------------------------------------------------------------------------
-
 _WRITERS = {
     "zip": "torch.save",
     "legacy": "torch.save before torch 1.6",
@@ -349,10 +206,7 @@ _WRITERS = {
     "torchscript": "torch.jit.save",
     "pt2": "torch.export.save",
 }
-_NO_ENTRIES = "an entry is for training checkpoints, such as `ema`: leave it out"
 _KINDS = {"torchscript": "a TorchScript archive", "pt2": "an exported program"}
-
-
 _BESIDE_A_NETWORK = (
     "argparse.Namespace", "builtins.dict", "builtins.float", "builtins.int", "builtins.list", "collections.defaultdict",
     "datetime", "numpy", "omegaconf", "pathlib", "timm.utils.model_ema", "torch.amp", "torch.optim",
@@ -368,9 +222,9 @@ def _from_file(
     with opened(path) as file:
         form = form_of(file)
         if entry is not None and form in PROGRAMS:
-            raise OptionError(f"`{path}` has no entries", seen=_KINDS[form], hint=_NO_ENTRIES)
+            raise OptionError(f"`{path}` has no entries", seen=_KINDS[form], hint=NO_ENTRIES)
         if form == "safetensors":
-            raise _only_weights(path, form, _read(path, lambda: _contents_of(file, form, {})))
+            raise _only_weights(path, form, checked_read(path, lambda: contents_of(file, form, {})))
         if form in PROGRAMS:
             network = _network(path, file, form)
             mark(network)
@@ -379,11 +233,11 @@ def _from_file(
             raise unreadable(path, form)
         try:
             with importable(Path.cwd()) if trust else contextlib.nullcontext():
-                whole, taken = _read(
-                    path, lambda: _looked_into(unpickle(file, form, trust, refused, mapped=mapped), entry)
+                whole, taken = checked_read(
+                    path, lambda: looked_into(unpickle(file, form, trust, refused, mapped=mapped), entry)
                 )
             if entry in (None, *taken.entries) or all(within(name, _BESIDE_A_NETWORK) for name in refused):
-                _check_entry(path, taken, entry, notes)
+                check_entry(path, taken, entry, notes)
             found, several = taken.found, len(taken.entries) > 1
         except LoadError:
             if not refused:
@@ -394,9 +248,11 @@ def _from_file(
         raise _only_weights(path, "state dict", found)
     is_whole = isinstance(found, nn.Module) and not holds_inert(found)
     if refused and not (is_whole and all(within(name, _BESIDE_A_NETWORK) for name in refused)):
-        raise _untrusted(path, refused, has_weights=found is not None)
+        raise untrusted(path, refused, has_weights=found is not None)
     if not isinstance(found, nn.Module):
-        raise LoadError(f"`{path}` holds neither a network nor weights", seen=contents(whole), hint=_one_of(several))
+        raise LoadError(
+            f"`{path}` holds neither a network nor weights", seen=contents(whole), hint=what_is_taken(several)
+        )
     if not trust:
         mark(found)
     return found
@@ -409,7 +265,9 @@ def _network(path: Path, file: IO[bytes], form: str) -> nn.Module:
     from se_inject.loading.torchscript.network import network_from_script
     from se_inject.loading.torchscript.reader import script_module
 
-    program: tuple[Any, ...] = _read(path, lambda: (exported_program(file),) if form == "pt2" else script_module(file))
+    program: tuple[Any, ...] = checked_read(
+        path, lambda: (exported_program(file),) if form == "pt2" else script_module(file)
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -438,74 +296,3 @@ def _only_weights(path: Path, form: str, state: Mapping[str, Any]) -> LoadError:
         seen,
         hint=either(f"`se-inject {path} --arch {names[0]}`", f"`si.load({str(path)!r}, arch={names[0]!r})`"),
     )
-
-
-def _read(path: Path, read: Callable[[], T]) -> T:
-    """Run this reader, without a warning; whatever it stumbles over is an error about the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return read()
-    except LoadError:
-        raise
-    except Exception as error:
-        raise LoadError(
-            f"`{path}` is damaged, or not what it seems to be", seen=fact(error), hint="copy or download it again"
-        ) from error
-
-
-# -- trust -------------------------------------------------------------------------------------------------
-
-_OWN = frozenset(name.split(".")[0] for name in NETWORKS)
-_NEVER = _OWN | {"numpy"}
-_EXPLAINED = {
-    "torch._dynamo.eval_frame.OptimizedModule": "it was saved compiled: save `model._orig_mod` instead",
-    "torch.fx.graph_module.reduce_graph_module": "a GraphModule is saved as source code: pass what makes it",
-    "torch.nn.parallel.distributed.": "it was saved wrapped: save `model.module` instead",
-    "torch.ao.nn.quantized.": "it is quantised: inject first, then quantise",
-    "torch._utils._rebuild_sparse_tensor": "it holds a sparse tensor: save it dense, as tensor.to_dense() gives it",
-    "torch._utils._rebuild_qtensor": "it is quantised: inject first, then quantise",
-    "torch.nn.parameter.UninitializedParameter": "it is lazy: call the network once on real inputs, and save it again",
-    "torch.optim.swa_utils.": "it was saved within its average: save `model.module` instead",
-    "timm.utils.model_ema.": "it was saved within its average: save `model.module` instead",
-    "numpy.": "it holds arrays of NumPy: save tensors instead, torch.from_numpy makes them",
-}
-
-
-def _trustworthy(trust: Sequence[str]) -> Sequence[str]:
-    for name in trust:
-        top = name.split(".")[0]
-        if top in sys.stdlib_module_names or top in _OWN or not top.isidentifier():
-            raise OptionError(
-                f"`{name}` can't be trusted",
-                seen="a file could make its functions do harm" if top.isidentifier() else "no package name",
-                hint="name your own package, the one that defines the model's classes",
-            )
-    return trust
-
-
-def _explanations(refused: Iterable[str]) -> Iterator[str]:
-    """What to do about code of torch's and others' that stands around a network."""
-    return (why for start, why in _EXPLAINED.items() for name in refused if name.startswith(start))
-
-
-def _untrusted(path: Path, refused: Mapping[str, str | None], has_weights: bool) -> LoadError:
-    for name, why in refused.items():
-        if why is not None:
-            hint = "install the version that the model was saved with, or go to its directory"
-            return LoadError(f"`{path}` needs `{name}`, which can't be imported", seen=why, hint=hint)
-    packages = sorted({name.split(".")[0] for name in refused})
-    if not all(package.isidentifier() for package in packages):
-        return UntrustedGlobals(f"`{path}` refers to code by names that are none: {listed(refused)}")
-    hint = next(_explanations(refused), "")
-    if "__main__" in packages:
-        hint = "what is in `__main__` was defined by the script that saved it, and is found only there"
-    elif not hint and any(package in sys.stdlib_module_names or package in _NEVER for package in packages):
-        hint = "that could do harm, so it can't be allowed"
-    elif not hint:
-        trust = either(" ".join(f"--trust {package}" for package in packages), f"trust={packages}")
-        hint = f"if you trust its maker, `{trust}` imports that code and lets the file call it"
-    if has_weights:
-        taken = either(f"`FILE.py:CLASS --weights {path}`", f"`si.load_weights_(model, {str(path)!r})`")
-        hint += f"; its tensors alone are taken by {taken}"
-    return UntrustedGlobals(f"`{path}` refers to code that it may not use: {listed(refused)}", hint=hint)

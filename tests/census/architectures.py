@@ -16,8 +16,8 @@ import timm  # noqa: E402 - the project's own tests folder comes first
 import torch  # noqa: E402
 import torchvision  # noqa: E402
 
+from se_inject.loading import load  # noqa: E402
 from se_inject.loading.architectures import fingerprint  # noqa: E402
-from se_inject.loading.models import load  # noqa: E402
 
 
 def main():

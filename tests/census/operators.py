@@ -22,7 +22,7 @@ import torch  # noqa: E402 - the project's own tests folder comes first
 import torchvision  # noqa: E402
 
 from se_inject.forwards.vocabulary import _NAMESPACES, _function_in  # noqa: E402
-from se_inject.loading.models import load  # noqa: E402
+from se_inject.loading import load  # noqa: E402
 from se_inject.loading.torchscript.reader import operators_of  # noqa: E402
 
 TARGET = HERE.parent.parent / "se_inject" / "loading" / "operators.json"

@@ -30,7 +30,7 @@ import torchvision  # noqa: E402
 from torch import nn  # noqa: E402
 
 from se_inject.errors import LoadError  # noqa: E402
-from se_inject.loading.models import load  # noqa: E402
+from se_inject.loading import load  # noqa: E402
 
 TARGET = HERE.parent.parent / "se_inject" / "loading" / "pickles" / "values.json"
 TABLES = ("_modules", "_parameters", "_buffers")

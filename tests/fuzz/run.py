@@ -29,7 +29,7 @@ import torch  # noqa: E402 - the project's own tests folder comes first
 
 import se_inject as si  # noqa: E402
 from se_inject.errors import InjectError, LoadError  # noqa: E402
-from se_inject.loading.models import load, load_program, load_weights_  # noqa: E402
+from se_inject.loading import load, load_program, load_weights_  # noqa: E402
 from tests.fuzz.mutations import MAKERS, TARGET, mutated, original  # noqa: E402
 from tests.fuzz.pickled import SIDE  # noqa: E402
 

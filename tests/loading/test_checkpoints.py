@@ -33,8 +33,9 @@ from torch import nn
 
 import se_inject as si
 from se_inject.errors import LoadError, OptionError, UnsupportedModel, UntrustedGlobals
-from se_inject.loading.models import NoSuchFile, load, load_weights_
+from se_inject.loading import load, load_weights_
 from se_inject.tracing.inputs import check_supported
+from se_inject.user_code import NoSuchFile
 from tests.common import build, randomise
 from tests.files.hostile import saved
 

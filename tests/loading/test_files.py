@@ -16,8 +16,9 @@ from torch import nn
 import se_inject as si
 from se_inject.cli.entry import cli
 from se_inject.errors import LoadError, OptionError
+from se_inject.loading import describe, load, load_program, load_weights_
 from se_inject.loading.architectures import architectures_of
-from se_inject.loading.models import NoSuchFile, describe, load, load_program, load_weights_
+from se_inject.user_code import NoSuchFile
 from tests.common import build, outputs, randomise
 from tests.files.hostile import records, saved, small, zipped
 from tests.fuzz.mutations import original

@@ -21,7 +21,7 @@ from se_inject.forwards import body_of, generated_class, is_edited, original_cla
 from se_inject.forwards import programs as _programs
 from se_inject.forwards import vocabulary as _vocabulary
 from se_inject.loading import formats as _formats
-from se_inject.loading.models import load, load_program, load_weights_
+from se_inject.loading import load, load_program, load_weights_
 from tests.files import hostile
 from tests.files.hostile import (
     CALL,

@@ -16,7 +16,7 @@ from torch import nn
 import se_inject as si
 from se_inject.cli import entry as cli
 from se_inject.errors import LoadError, NoSites, UnsupportedModel
-from se_inject.loading.models import load_program
+from se_inject.loading import load_program
 from se_inject.tracing.inputs import inferred_shapes, observe_model
 from se_inject.verification.checks import check_against_file
 from tests.common import IMAGES, difference, randomise, same, same_state, write

@@ -16,8 +16,8 @@ from se_inject.cli.entry import cli
 from se_inject.errors import LoadError
 from se_inject.forwards import Program, program_class, program_module
 from se_inject.forwards import program as new_program
+from se_inject.loading import load_program
 from se_inject.loading.layers import FixedBatchNorm
-from se_inject.loading.models import load_program
 from se_inject.tracing.inputs import observe_model
 from se_inject.verification.checks import check_against_file
 from tests.common import IMAGES, build, randomise, same, same_state, write

@@ -10,7 +10,7 @@ from torch import nn
 
 import se_inject as si
 from se_inject.errors import InjectError, LoadError
-from se_inject.loading.models import load_program
+from se_inject.loading import load_program
 from tests.files.hostile import records, scripted, text, zipped
 
 
