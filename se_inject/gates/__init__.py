@@ -6,9 +6,10 @@ Must not know: the command line, how plans are made, or how files are exported.
 
 from se_inject.gates.compare import Compared, compare
 from se_inject.gates.data import Data, open_data, preprocessing_for
-from se_inject.gates.excitations import BlockGates, Excitations, excitations
+from se_inject.gates.excitations import excitations
 from se_inject.gates.plot import plot_gates
 from se_inject.gates.prune import Pruned, latency_beside, prune_blocks_
+from se_inject.gates.statistics import BlockGates, Excitations
 from se_inject.gates.text import (
     comparison_data,
     comparison_text,

@@ -11,7 +11,7 @@ from se_inject.errors import OptionError
 from se_inject.plans import check_plot
 
 if TYPE_CHECKING:
-    from se_inject.gates.excitations import BlockGates, Excitations
+    from se_inject.gates.statistics import BlockGates, Excitations
 
 PANELS, LINES, CHANNELS = 16, 5, 50
 """The most panels and classes that a picture shows, and the channels of each block: so many did the paper draw."""

@@ -17,8 +17,9 @@ from se_inject.cost import Cost, Latency, measure_latency, rows_of_steps
 from se_inject.errors import DataError, OptionError, SurgeryError, TraceError
 from se_inject.forwards import original_class
 from se_inject.gates.batches import Progress, moved, outputs_of
-from se_inject.gates.excitations import Excitations, eval_mode
+from se_inject.gates.excitations import eval_mode
 from se_inject.gates.folding import Fold, Folds, NotFoldable, fold_
+from se_inject.gates.statistics import Excitations
 from se_inject.gates.text import pruned_text
 from se_inject.surgery import Step, own_steps, put_back_, remove_
 from se_inject.tables import Printed, counted

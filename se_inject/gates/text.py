@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from se_inject.gates.compare import Compared
-    from se_inject.gates.excitations import BlockGates, Excitations
     from se_inject.gates.prune import Pruned
+    from se_inject.gates.statistics import BlockGates, Excitations
 
 HEADERS = ("mean", "spread", "between images", "of that by class", "saturated", "always on", "always off")
 _LEGEND = (
