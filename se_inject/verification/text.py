@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from se_inject.verification.checks import Verdict
+    from se_inject.verification.verdicts import Verdict
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:

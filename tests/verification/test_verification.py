@@ -11,7 +11,7 @@ import se_inject as si
 from se_inject.errors import SurgeryError, VerificationError
 from se_inject.plans.planner import plan
 from se_inject.verification import checks as verification
-from se_inject.verification.checks import Check, Verdict
+from se_inject.verification.verdicts import Check, Verdict
 from tests.common import randomise
 
 CHECKS = [
