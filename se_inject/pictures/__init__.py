@@ -4,9 +4,9 @@ In: a ``Trace``, its ``Sites`` and steps. Out: a ``Drawing`` of shapes, written 
 Must not know: how a plan is made, what a report holds, or the command line.
 """
 
+from se_inject.pictures.boxes import block_name
 from se_inject.pictures.network import draw_network
 from se_inject.pictures.picture import Picture, check_picture, picture
-from se_inject.pictures.scene import block_name
 from se_inject.pictures.shapes import DARK, LIGHT, Drawing, Theme, svg
 
 __all__ = [

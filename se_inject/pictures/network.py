@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from se_inject.pictures.scene import Box, Group, Mark, Scene, block_name, colour_of, scene
+from se_inject.pictures.boxes import Box, Group, Mark, Scene, block_name, colour_of
+from se_inject.pictures.scene import scene
 from se_inject.pictures.shapes import LEVELS, Drawing, Path, Rect, Shape, Text, moved, text_width
 from se_inject.pictures.units import draw_kinds
 from se_inject.sites import Sites

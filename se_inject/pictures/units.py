@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from se_inject.pictures.scene import Kind, Mark
+from se_inject.pictures.boxes import Kind, Mark
 from se_inject.pictures.shapes import Circle, Drawing, Path, Rect, Text, text_width
 from se_inject.sites import Operation
 from se_inject.tables import counted
