@@ -1,13 +1,4 @@
-"""For authors of blocks: one call that checks a block against everything this package will ask of it.
-
-::
-
-    from se_inject.testing import check_block
-
-    def test_my_gate():
-        check_block(MyGate)
-        check_block(MyGate, rank=3, kernel=5)
-"""
+"""Check a block against each part of the contract; a check returns, or raises ``Broken``."""
 
 from __future__ import annotations
 
@@ -15,8 +6,7 @@ import copy
 import inspect
 import pickle
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from se_inject.blocks import Factory, find_block, has_gate, has_identity_start
-from se_inject.errors import InjectError, OptionError
+from se_inject.blocks import Factory, has_gate, has_identity_start
 from se_inject.exporting import BATCHES, export, scripted
 from se_inject.verification import TOLERANCES
 
@@ -35,83 +24,12 @@ LARGE = 100.0
 """Values of this size are rare in a network, and their squares don't fit into float16."""
 
 
-class Failure(NamedTuple):
-    """A check that a block failed: its name, what was seen, what to do."""
-
-    check: str
-    seen: str
-    hint: str
-
-
-class ConformanceError(InjectError, AssertionError):
-    """A block breaks the contract; ``failures`` says in what."""
-
-    def __init__(self, name: str, failures: Sequence[Failure], checks: int) -> None:
-        self.failures = tuple(failures)
-        self.checks = checks
-        self.name = name
-        lines = [f"{failure.check}: {failure.seen}\n        hint: {failure.hint}" for failure in failures]
-        super().__init__(f"`{name}` fails {len(failures)} of {checks} checks", seen="\n      ".join(lines))
-
-    def __reduce__(self) -> tuple[Any, ...]:  # pytest-xdist sends it from one process to another
-        return type(self), (self.name, self.failures, self.checks)
-
-
-def check_block(
-    factory: Factory | str,
-    *,
-    channels: int = 32,
-    rank: int = 2,
-    size: Sequence[int] | None = None,
-    skip: Iterable[str] = (),
-    **options: Any,
-) -> None:
-    """Check a block: what it returns, trains, keeps, leaves behind, and exports to. Takes some seconds.
-
-    All checks of ``CHECKS`` run, whatever the earlier ones say. Nothing global is changed: the random generator is
-    afterwards where it was.
-
-    Args:
-        factory: the block's class or function, or a block's name as in ``plan(block=...)``.
-        channels: C of the values it is built for.
-        rank: number of spatial dimensions of the values.
-        size: their spatial size; None: one from ``SIZES``.
-        skip: names of checks that are left out, for a limitation that the block's card tells.
-        **options: of the block.
-
-    Raises:
-        ConformanceError: at least one check failed; it is an ``AssertionError`` and lists all that did.
-        OptionError: no such block, rank or check.
-    """
-    if rank not in SIZES:
-        raise OptionError("a block needs 1 to 3 spatial dimensions", seen=f"rank = {rank}")
-    left_out = set(skip)
-    if unknown := left_out - CHECKS.keys():
-        raise OptionError(f"no check is called `{min(unknown)}`", seen=", ".join(CHECKS))
-    if isinstance(factory, str):
-        factory = find_block(factory)
-    subject = _Subject(factory, channels, rank, tuple(size or SIZES[rank]), options)
-    name = getattr(factory, "__name__", type(factory).__name__)
-    failures = []
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if (failure := _run("builds", _builds, subject)) is not None:
-            raise ConformanceError(name, [failure], 1)
-        chosen = [check for check in CHECKS if check not in left_out]
-        for check in chosen:
-            failure = _run(check, CHECKS[check].function, subject)
-            if failure is not None:
-                failures.append(failure)
-    if failures:
-        raise ConformanceError(name, failures, len(chosen))
-
-
-class _Broken(Exception):
+class Broken(Exception):
     """The contract is broken; the message says how."""
 
 
 @dataclass(frozen=True)
-class _Subject:
+class Subject:
     """How to make blocks of one kind, and values for them."""
 
     factory: Factory
@@ -127,6 +45,7 @@ class _Subject:
         return {key: value for key, value in (("rank", self.rank), ("size", self.size)) if key in known}
 
     def fresh(self, seed: int = 0) -> nn.Module:
+        """Make a block as it starts."""
         torch.manual_seed(seed)
         block: nn.Module = self.factory(self.channels, **self.filled_in, **self.options)
         return block
@@ -146,29 +65,18 @@ class _Subject:
         return block.eval()
 
     def value(self, batch: int = 2, *, seed: int = 0, size: Sequence[int] | None = None) -> Tensor:
+        """Make a value for the block, of normal numbers."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(batch, self.channels, *(size or self.size), generator=generator)
 
 
-def _run(name: str, function: Callable[[_Subject], None], subject: _Subject) -> Failure | None:
-    hint = CHECKS[name].hint if name in CHECKS else "it is called with the number of channels, then keywords"
-    try:
-        function(subject)
-    except _Broken as broken:
-        return Failure(name, str(broken), hint)
-    except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-        detail = str(error) if isinstance(error, InjectError) else lines[0]
-        return Failure(name, f"{type(error).__name__}: {detail}", hint)
-    return None
-
-
 def _expect(condition: bool, otherwise: str) -> None:
     if not condition:
-        raise _Broken(otherwise)
+        raise Broken(otherwise)
 
 
-def _builds(subject: _Subject) -> None:
+def builds(subject: Subject) -> None:
+    """Check that a block is built at all: before the others, which would all say the same."""
     if subject.rank != 2:
         _expect("rank" in subject.filled_in, f"it has no parameter `rank`, so it can't be asked for {subject.rank}")
     block = subject.fresh()
@@ -181,7 +89,7 @@ def _same_kind(result: Any, value: Tensor, when: str) -> None:
     _expect(kinds[0] == kinds[1], f"{when}, {kinds[0]} became {kinds[1]}")
 
 
-def _shape(subject: _Subject) -> None:
+def _shape(subject: Subject) -> None:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
         for dtype in (torch.float32, torch.float64):
@@ -195,7 +103,7 @@ def _shape(subject: _Subject) -> None:
                 _expect(torch.equal(value, given), "it changes its input in place")
 
 
-def _sizes(subject: _Subject) -> None:
+def _sizes(subject: Subject) -> None:
     if "size" in subject.filled_in:
         return
     block = subject.stirred()
@@ -206,7 +114,7 @@ def _sizes(subject: _Subject) -> None:
         _expect(bool(result.isfinite().all()), f"a value of spatial size {tuple(size)} gives infinite numbers or NaN")
 
 
-def _independent(subject: _Subject) -> None:
+def _independent(subject: Subject) -> None:
     block, value = subject.stirred(), subject.value(5)
     whole = block(value)
     for row in range(5):
@@ -218,7 +126,7 @@ def _close(result: Tensor, wanted: Tensor, what: str, tolerance: float = TOLERAN
     _expect(bool(error <= tolerance), f"{what} differs by {error:.1e}, relative; allowed {tolerance:.0e}")
 
 
-def _channels_last(subject: _Subject) -> None:
+def _channels_last(subject: Subject) -> None:
     formats = {2: torch.channels_last, 3: torch.channels_last_3d}
     if subject.rank not in formats:
         return
@@ -234,7 +142,7 @@ def _channels_last(subject: _Subject) -> None:
     _expect(block(value).is_contiguous(), "a contiguous value did not stay contiguous")
 
 
-def _half(subject: _Subject) -> None:
+def _half(subject: Subject) -> None:
     wanted = subject.stirred()(subject.value())
     for dtype in (torch.bfloat16, torch.float16):
         block = subject.stirred().to(dtype)
@@ -247,7 +155,7 @@ def _half(subject: _Subject) -> None:
         _expect(bool(large.isfinite().all()), f"values near {LARGE:g} in {dtype} give infinite numbers or NaN")
 
 
-def _gradients(subject: _Subject) -> None:
+def _gradients(subject: Subject) -> None:
     reached: set[str] = set()
     names: set[str] = set()
     for seed in range(4):  # a ReLU may be dead for one draw
@@ -262,7 +170,7 @@ def _gradients(subject: _Subject) -> None:
     _expect(names == reached, f"no gradient reaches {', '.join(sorted(names - reached))}")
 
 
-def _identity(subject: _Subject) -> None:
+def _identity(subject: Subject) -> None:
     if not has_identity_start(subject.fresh()):
         return
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -280,7 +188,7 @@ def _identity(subject: _Subject) -> None:
     _expect(moved, "at its identity start no parameter gets a gradient, so it will never leave it")
 
 
-def _gate(subject: _Subject) -> None:
+def _gate(subject: Subject) -> None:
     if not has_gate(subject.fresh()):
         return
     for dtype in (torch.float32, torch.bfloat16):
@@ -301,13 +209,13 @@ def _fits(gate: Tensor, value: Tensor) -> bool:
         return False
 
 
-def _at_identity(subject: _Subject) -> nn.Module:
+def _at_identity(subject: Subject) -> nn.Module:
     block = subject.fresh()
     block.identity_init()  # type: ignore[operator]
     return block
 
 
-def _count(subject: _Subject) -> None:
+def _count(subject: Subject) -> None:
     formula = getattr(subject.factory, "count", None)
     if not callable(formula):
         return
@@ -316,7 +224,7 @@ def _count(subject: _Subject) -> None:
     _expect(claimed == built, f"`count` says {claimed:,} parameters, there are {built:,}")
 
 
-def _repeatable(subject: _Subject) -> None:
+def _repeatable(subject: Subject) -> None:
     block, value = subject.stirred(), subject.value()
     before = _facts(block), torch.get_rng_state(), torch.get_default_dtype(), torch.is_grad_enabled()
     results = [block(value) for _ in range(2)]
@@ -353,7 +261,7 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def _copies(subject: _Subject) -> None:
+def _copies(subject: Subject) -> None:
     block, value = subject.stirred(), subject.value()
     wanted = block(value)
     _expect(torch.equal(copy.deepcopy(block)(value), wanted), "a deep copy computes something else")
@@ -363,7 +271,7 @@ def _copies(subject: _Subject) -> None:
     _expect(torch.equal(other(value), wanted), "with the same state dict another block computes something else")
 
 
-def _meta(subject: _Subject) -> None:
+def _meta(subject: Subject) -> None:
     with torch.device("meta"):
         block = subject.fresh()
         value = torch.empty(2, subject.channels, *subject.size)
@@ -373,22 +281,22 @@ def _meta(subject: _Subject) -> None:
             _same_kind(block(value), value, "on the meta device, at its identity start")
 
 
-def _script(subject: _Subject) -> None:
+def _script(subject: Subject) -> None:
     block = subject.stirred()
     compiled = scripted(block)
     for batch in BATCHES:
         _close(compiled(subject.value(batch)), block(subject.value(batch)), f"scripted at batch {batch}, the result")
 
 
-def _pt2(subject: _Subject) -> None:
+def _pt2(subject: Subject) -> None:
     _exported(subject, ".pt2")
 
 
-def _onnx(subject: _Subject) -> None:
+def _onnx(subject: Subject) -> None:
     _exported(subject, ".onnx")
 
 
-def _exported(subject: _Subject, suffix: str) -> None:
+def _exported(subject: Subject, suffix: str) -> None:
     """Export a convolution with the block behind it; `export` runs the file at every batch and compares."""
     entry = getattr(nn, f"Conv{subject.rank}d")(3, subject.channels, 1)
     network = nn.Sequential(entry, subject.stirred()).eval()
@@ -400,7 +308,7 @@ def _exported(subject: _Subject, suffix: str) -> None:
 
 
 class _Check(NamedTuple):
-    function: Callable[[_Subject], None]
+    function: Callable[[Subject], None]
     hint: str
 
 

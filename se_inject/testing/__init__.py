@@ -1,0 +1,18 @@
+"""For authors of blocks: one call that checks a block against everything this package will ask of it.
+
+In: a block's class or name, and its options. Out: nothing, or an ``AssertionError`` that lists the checks it fails.
+Must not know: networks, sites, plans, or the command line.
+
+::
+
+    from se_inject.testing import check_block
+
+    def test_my_gate():
+        check_block(MyGate)
+        check_block(MyGate, rank=3, kernel=5)
+"""
+
+from se_inject.testing.checks import CHECKS, SIZES
+from se_inject.testing.conformance import ConformanceError, Failure, check_block
+
+__all__ = ["CHECKS", "SIZES", "ConformanceError", "Failure", "check_block"]
