@@ -6,7 +6,7 @@ from se_inject.errors import OptionError
 
 
 def odd_kernel(kernel: int) -> int:
-    """The kernel size itself, if a convolution of that size can keep the shape.
+    """Return the kernel size itself, if a convolution of that size can keep the shape.
 
     Raises:
         OptionError: it is even, or below 1.

@@ -74,7 +74,7 @@ class ConvolutionalBlockAttention(Bottleneck):
         return x * (self.gain * torch.sigmoid(self.norm(self.conv(pooled))))
 
     def channel_gate(self, x: Tensor) -> Tensor:
-        """The gate of each channel alone, before that of each position."""
+        """Compute the gate of each channel alone, before that of each position."""
         mean = self.excite(x.mean(self.space, keepdim=True))
         peak = self.excite(largest(x, self.space))
         return self.gain * torch.sigmoid(mean + peak)

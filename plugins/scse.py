@@ -73,5 +73,5 @@ class ConcurrentSqueezeExcitation(Bottleneck):
         return x * (channel + spatial)
 
     def channel_gate(self, x: Tensor) -> Tensor:
-        """The gate of each channel alone, before that of each position is added."""
+        """Compute the gate of each channel alone, before that of each position is added."""
         return self.gain * torch.sigmoid(self.excite(x.mean(self.space, keepdim=True)))

@@ -52,7 +52,7 @@ class SimAM(nn.Module):
         return x * self.gate(x)
 
     def gate(self, x: Tensor) -> Tensor:
-        """The gate of every position, as large as x."""
+        """Compute the gate of every position, as large as x."""
         wide = widened(x)
         squares = (wide - wide.mean(self.space, keepdim=True)).square()
         others = 1

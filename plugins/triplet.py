@@ -71,7 +71,7 @@ class TripletAttention(nn.Module):
         return x * self.gate(x)
 
     def gate(self, x: Tensor) -> Tensor:
-        """The mean of the three gates, as large as x."""
+        """Compute the mean of the three gates, as large as x."""
         # the gates are averaged, not the gated maps: (x + x + x) / 3 is not always x in floating point
         gates = self.over_channels(x) + self.over_height(x) + self.over_width(x)
         return self.gain * gates / 3

@@ -21,7 +21,7 @@ class Ratios(click.ParamType):  # type: ignore[type-arg]  # generic since click 
     name = "list"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """The numbers in the text."""
+        """Read the numbers in the text."""
         if isinstance(value, tuple):
             return value
         try:
@@ -31,7 +31,7 @@ class Ratios(click.ParamType):  # type: ignore[type-arg]  # generic since click 
 
 
 def together(*decorators: Decorator) -> Decorator:
-    """Several decorators as one; the first is the first in the help."""
+    """Make one decorator of several; the first is the first in the help."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for decorator in reversed(decorators):

@@ -106,7 +106,7 @@ def _label(value: Any) -> str:
 
 
 def _calls(module: nn.Module, value: Any, forward: Any) -> bool:
-    """Whether a callable is a wrapper of the generated forward, as far as what it holds shows."""
+    """Return whether a callable is a wrapper of the generated forward, as far as what it holds shows."""
     if getattr(value, "__func__", None) is forward and getattr(value, "__self__", None) is module:
         return False
     is_method = isinstance(value, types.MethodType) and value.__self__ is module

@@ -79,14 +79,14 @@ _CONSTANTS = {
 
 
 class Form:
-    """The length of ``*args``, or the names in ``**kwargs``."""
+    """Return the length of ``*args``, or the names in ``**kwargs``."""
 
     def __init__(self, form: int | tuple[str, ...]) -> None:
         self.form = form
 
 
 def function_name(function: Any) -> str:
-    """The name under which ``function_named`` finds a function.
+    """Return the name under which ``function_named`` finds a function.
 
     Raises:
         SurgeryError: it isn't one an edited forward may call.
@@ -114,7 +114,7 @@ def function_name(function: Any) -> str:
 
 
 def function_named(name: str) -> Callable[..., Any]:
-    """The function with a name that ``function_name`` gave.
+    """Return the function with a name that ``function_name`` gave.
 
     Raises:
         LoadError: no function that an edited forward may call has it.
@@ -168,13 +168,13 @@ def _function_in(space: str, short: str) -> Any:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether source text can hold this name: Python reads some letters as others (NFKC), and so another name."""
+    """Return whether source text can hold this name: Python reads some letters as others (NFKC), and so another name."""
     plain = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
     return plain and unicodedata.normalize("NFKC", name) == name
 
 
 def checked_keywords(kwargs: Any, kind: str, name: str) -> None:
-    """Look at the keywords of a call: of a submodule (``call``), a method, or a function.
+    """Check the keywords of a call: of a submodule (``call``), a method, or a function.
 
     Raises:
         LoadError: one is not a name, or makes a call of what is passed.
@@ -191,7 +191,7 @@ _PLAIN = (
 
 
 def method_named(name: Any) -> str:
-    """The name of a method, if a forward may call it.
+    """Return the name of a method, if a forward may call it.
 
     Raises:
         LoadError: it may not, or there is none.
@@ -204,7 +204,7 @@ def method_named(name: Any) -> str:
 
 
 def checked_path(name: Any) -> str:
-    """A dotted path: what fx writes into source text must not be able to end the text it stands in.
+    """Check a dotted path: what fx writes into source text must not be able to end the text it stands in.
 
     Raises:
         LoadError: it is none.
@@ -218,7 +218,7 @@ def checked_path(name: Any) -> str:
 
 
 def parameter_named(name: Any) -> str:
-    """The name of a parameter of a forward, with its stars.
+    """Check the name of a parameter of a forward, with its stars.
 
     Raises:
         LoadError: it is none.
@@ -229,14 +229,14 @@ def parameter_named(name: Any) -> str:
 
 
 def is_tensor_attribute(names: Any) -> bool:
-    """One name, as text: a node's value would only be known when the forward runs."""
+    """Return whether there is one name, as text, of a tensor's attribute: a node's value would only be known when the forward runs."""
     if len(names) != 1 or type(names[0]) is not str:
         return False
     return not names[0].startswith("_") and names[0] not in _FORBIDDEN_METHODS and hasattr(torch.Tensor, names[0])
 
 
 def plain(value: Any) -> Any:
-    """A value, if it is one that flows through a network: a tensor, a number, text, or a list, tuple or dict of such.
+    """Return a value, if it is one that flows through a network: a tensor, a number, text, or a list, tuple or dict of such.
 
     What a file's modules give could also be a module, its tables, or a function, which a forward could change or call.
 
@@ -256,12 +256,12 @@ def plain(value: Any) -> Any:
 
 
 def set_item(container: Any, key: Any, value: Any) -> None:
-    """``operator.setitem`` with nothing but values."""
+    """Call ``operator.setitem`` with nothing but values."""
     operator.setitem(container, key, plain(value))
 
 
 def encoded(value: Any) -> Any:
-    """A graph's argument as plain data; nodes by name.
+    """Encode a graph's argument as plain data; nodes by name.
 
     Raises:
         SurgeryError: it can't be written down.
@@ -293,7 +293,7 @@ def encoded(value: Any) -> Any:
 
 
 def decoded(value: Any, nodes: dict[str, fx.Node]) -> Any:
-    """A graph's argument out of plain data.
+    """Decode a graph's argument out of plain data.
 
     Args:
         value: what ``encoded`` gave.
@@ -328,7 +328,7 @@ def decoded(value: Any, nodes: dict[str, fx.Node]) -> Any:
 
 
 def checked_key(key: Any) -> Any:
-    """A key of a dict in a forward.
+    """Check a key of a dict in a forward.
 
     Raises:
         LoadError: it is neither text nor a small number, and many of them could have one hash.
@@ -339,7 +339,7 @@ def checked_key(key: Any) -> Any:
 
 
 def value_at(module: Any, path: str) -> Any:
-    """What a path leads to through submodules; a function, which nobody may read, if it leads elsewhere."""
+    """Get what a path leads to through submodules; a function, which nobody may read, if it leads elsewhere."""
     *through, last = path.split(".")
     for part in through:
         module = None if hasattr(type(module), part) else vars(module)["_modules"].get(part)

@@ -80,7 +80,7 @@ def function_called(name: str) -> Callable[..., Any]:
 
 
 def is_name(name: Any) -> bool:
-    """Whether a line may give a value this name."""
+    """Return whether a line may give a value this name."""
     known = isinstance(name, str) and name.isascii() and name.isidentifier() and not name.startswith("_")
     return known and not keyword.iskeyword(name) and name not in _TAKEN
 

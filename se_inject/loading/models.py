@@ -167,7 +167,7 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram | torch.jit.Sc
 
 
 def is_program(source: str | os.PathLike[str]) -> bool:
-    """Whether this is a file with a program that ``load`` makes modules of."""
+    """Return whether this is a file with a program that ``load`` makes modules of."""
     if not os.path.isfile(source):
         return False
     with opened(Path(source)) as file:
@@ -175,7 +175,7 @@ def is_program(source: str | os.PathLike[str]) -> bool:
 
 
 def describe(source: str | os.PathLike[str], model: nn.Module, arch: str | None = None) -> str | None:
-    """What a file was found to hold, in one line: its kind, the network's class, parameters; None for a name.
+    """Describe what a file was found to hold, in one line: its kind, the network's class, parameters; None for a name.
 
     No file of a whole network or of weights records the version of torch that wrote it.
 
@@ -259,7 +259,7 @@ def _from_file(
 
 
 def _network(path: Path, file: IO[bytes], form: str) -> nn.Module:
-    """The program in an archive, as an ordinary network."""
+    """Make an ordinary network of the program in an archive."""
     from se_inject.loading.exported.network import network_from_export
     from se_inject.loading.exported.reader import exported_program
     from se_inject.loading.torchscript.network import network_from_script
@@ -283,7 +283,7 @@ def _network(path: Path, file: IO[bytes], form: str) -> nn.Module:
 
 
 def _only_weights(path: Path, form: str, state: Mapping[str, Any]) -> LoadError:
-    """The error about weights without a network, with the network's name if its keys and shapes are known."""
+    """Make the error about weights without a network, with the network's name if its keys and shapes are known."""
     tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
     seen = f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors):,} numbers"
     names = architectures_of(state)

@@ -162,7 +162,7 @@ def _left_out(fit: Fitted, path: Path) -> str:
 
 
 def _other_network_hint(state: Mapping[str, Any], path: Path, *, blocks: bool = False) -> str:
-    """Which network the weights are of, or how one of one's own is named; ``blocks``: they have keys more, and all others."""
+    """Say which network the weights are of, or how one of one's own is named; ``blocks``: they have all keys, and more."""
     names = architectures_of(state)
     if blocks and not names:
         plan = either(

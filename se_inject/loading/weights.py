@@ -124,7 +124,7 @@ def _looked_for(found: Any, depth: int, known: dict[tuple[int, int], Any]) -> An
 
 
 def is_state_dict(found: Any) -> bool:
-    """Whether this is a mapping of tensors by name; numbers and text may be beside them."""
+    """Return whether this is a mapping of tensors by name; numbers and text may be beside them."""
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
         return False
     others = [(key, value) for key, value in found.items() if not isinstance(value, torch.Tensor)]
@@ -132,18 +132,18 @@ def is_state_dict(found: Any) -> bool:
 
 
 def _tensors(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict without the numbers and text beside its tensors."""
+    """Leave out of a state dict the numbers and text beside its tensors."""
     beside = {key for key, value in state.items() if type(value) in _PLAIN and not key.endswith("_extra_state")}
     return {key: value for key, value in state.items() if key not in beside} if beside else state
 
 
 def _is_large(found: Any) -> bool:
-    """Whether this is a network, or has weights of a module in a module: no mere table of numbers."""
+    """Return whether this is a network, or has weights of a module in a module: no mere table of numbers."""
     return isinstance(found, nn.Module) or any("." in key for key in found)
 
 
 def contents(found: Any) -> str:
-    """What a file holds instead, in a few words."""
+    """Describe what a file holds instead, in a few words."""
     if isinstance(found, Mapping) and found:
         return f"a dict with the keys {listed(map(str, found))}"
     if isinstance(found, list | tuple):
@@ -203,7 +203,7 @@ def _prefixes(state: Mapping[str, Any], needed: list[str]) -> list[str]:
 
 
 def other_classes(current: Mapping[str, Any], state: Mapping[str, Any]) -> int | None:
-    """The number of classes that weights were trained with, if that is all in which they don't fit a network.
+    """Get the number of classes that weights were trained with, if they don't fit a network in that alone.
 
     Only weights that the file really holds count: others could ask for a network of any size.
 
@@ -225,14 +225,14 @@ def other_classes(current: Mapping[str, Any], state: Mapping[str, Any]) -> int |
 
 
 def _is_there(mine: Any, theirs: Any) -> bool:
-    """Whether as many bytes are in memory for weights as a network's would take."""
+    """Return whether as many bytes are in memory for weights as a network's would take."""
     if not isinstance(theirs, torch.Tensor) or not isinstance(mine, torch.Tensor):
         return True
     return not theirs.is_meta and theirs.numel() * mine.element_size() <= 8 * theirs.untyped_storage().nbytes()
 
 
 def differences(current: Mapping[str, Any], state: Mapping[str, Any]) -> str:
-    """In what weights don't fit a network with this state dict; empty if they do."""
+    """Describe in what weights don't fit a network with this state dict; empty if they do."""
     kinds = {
         "missing": [key for key in current if key not in state],
         "unexpected": [key for key in state if key not in current],
@@ -246,7 +246,7 @@ def differences(current: Mapping[str, Any], state: Mapping[str, Any]) -> str:
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:
-    """The first names, and how many more there are."""
+    """List the first names, and say how many more there are."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(f"`{printable(name, 100)}`" for name in names[:most]) + more
