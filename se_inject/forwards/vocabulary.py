@@ -229,7 +229,7 @@ def parameter_named(name: Any) -> str:
 
 
 def is_tensor_attribute(names: Any) -> bool:
-    """Return whether there is one name, as text, of a tensor's attribute: a node's value would only be known when the forward runs."""
+    """Return whether this is one name of an attribute of a tensor, as text: a node's value would be known too late."""
     if len(names) != 1 or type(names[0]) is not str:
         return False
     return not names[0].startswith("_") and names[0] not in _FORBIDDEN_METHODS and hasattr(torch.Tensor, names[0])

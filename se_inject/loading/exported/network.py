@@ -1,7 +1,7 @@
 """A program of torch.export → ordinary modules.
 
 ``torch.export.unflatten`` puts the operations of the program back into the modules they came from; the graph of each
-becomes the lines of a program (``_programs``), and layers of torch.nn come back as themselves.
+becomes the lines of a program (``forwards``), and layers of torch.nn come back as themselves.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ A pickle is a program: ``REDUCE`` calls what it names, ``BUILD`` hands any state
 file's own arguments, network classes included, and it reads no whole module in the format before torch 1.6.
 So the opcodes that do something are replaced here, and one reader serves every format:
 
-* A network class (``_allowed.is_network``) is made empty by ``object.__new__`` and given its state by its
-  ``__setstate__``. The file never calls it, and ``_contents`` looks at every module when all has been read.
-* Called are only ``_builders``, which make tensors and plain data and check their arguments; an enum with one
+* A network class (``allowlist.is_network``) is made empty by ``object.__new__`` and given its state by its
+  ``__setstate__``. The file never calls it, and ``module_checks`` looks at every module when all has been read.
+* Called are only the ``constructors``, which make tensors and plain data and check their arguments; an enum with one
   value; ``functools.partial`` with one callable and nothing else; ``getattr`` for a module's own ``forward…``
   methods and torch's activations; and our own ``edited`` and ``frozen``, which check
   what they are given.
