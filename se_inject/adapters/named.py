@@ -113,9 +113,7 @@ def set_adapter_(model: nn.Module, name: str | None) -> nn.Module:
         SurgeryError: no adapter was loaded by name, or the blocks have been changed by other means since.
         OptionError: there is none of this name.
     """
-    known = _of(model)
-    _check_name(known, name)
-    _check_untouched(model, known)
+    known = _with(model, name)
     _switch_(model, known, name)
     return model
 
@@ -134,9 +132,7 @@ def remove_adapter_(model: nn.Module, name: str) -> nn.Module:
         SurgeryError: no adapter was loaded by name, or the blocks have been changed by other means since.
         OptionError: there is none of this name.
     """
-    known = _of(model)
-    _check_name(known, name)
-    _check_untouched(model, known)
+    known = _with(model, name)
     if name == known.active:
         _switch_(model, known, None)
     del known.plans[name], known.blocks[name]
@@ -182,7 +178,8 @@ def _switch_(model: nn.Module, known: _Named, name: str | None) -> None:
     known.active = name
 
 
-def _of(model: nn.Module) -> _Named:
+def _with(model: nn.Module, name: str | None) -> _Named:
+    """Return a network's adapters, this name among them, if the blocks in the network are as they were left."""
     known = _known.get(model)
     if known is None:
         raise SurgeryError(
@@ -190,14 +187,12 @@ def _of(model: nn.Module) -> _Named:
             seen=f"a {type(model).__name__}",
             hint='`si.load_adapter_(model, path, name="birds")`; a copy of a network has none',
         )
-    return known
-
-
-def _check_name(known: _Named, name: str | None) -> None:
     if name is not None and name not in known.plans:
         raise OptionError(
             f"no adapter `{name}`", seen=", ".join(known.plans), hint=did_you_mean(str(name), known.plans)
         )
+    _check_untouched(model, known)
+    return known
 
 
 def _check_untouched(model: nn.Module, known: _Named) -> None:

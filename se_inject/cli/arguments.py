@@ -49,6 +49,12 @@ def read_network(model: str, **options: Any) -> nn.Module:
     return network
 
 
+def network_of(given: dict[str, Any], **more: Any) -> nn.Module:
+    """Load the network that a command's own options name; ``more`` is for ``load``."""
+    named = {key: given[key] for key in ("arch", "weights", "entry")}
+    return read_network(given["model"], **named, trust=packages(given["trust"]), **more)
+
+
 def block_options(options: dict[str, Any]) -> dict[str, Any]:
     """Collect the block options that the command line has options for."""
     return {key: options[key] for key in ("reduction", "divisor", "bias") if options.get(key) is not None}

@@ -95,15 +95,7 @@ def excitations(**given: Any) -> None:
     metavar="FILE.py:FUNCTION",
     help="Measure with this function of the network instead, better the larger it is; the tolerance is the most it may lose.",
 )
-@click.option(
-    "-o",
-    "--output",
-    "outputs",
-    multiple=True,
-    required=True,
-    type=OutputPath(),
-    help="File to write: .onnx, .torchscript, .pt2 or .pt; may be repeated.",
-)
+@options.outputs("File to write: .onnx, .torchscript, .pt2 or .pt; may be repeated.")
 @options.force
 @options.targets
 @options.tables
@@ -186,6 +178,7 @@ def compare(**given: Any) -> None:
     Says how often they agree and, where there are labels, how accurate they are, with the standard error of the
     difference: nobody should take noise for gain.
     """
+    from se_inject.cli.arguments import network_of
     from se_inject.gates import compare as measure
     from se_inject.gates import comparison_data, comparison_text
     from se_inject.tables import as_json
@@ -193,7 +186,7 @@ def compare(**given: Any) -> None:
     first, second = given["models"]
     rest = {"arch": None, "weights": None, "entry": None}
     a, batches = loaded({**given, **rest, "model": first})
-    b = read_network({**given, **rest, "model": second})
+    b = network_of({**given, **rest, "model": second})
     batches = limited(batches, given["limit"])
     found = measure(a, b, batches, latency_seconds=3.0 if given["latency"] else 0.0, progress=progress())
     for line in batches.all_notes():
@@ -201,24 +194,12 @@ def compare(**given: Any) -> None:
     click.echo(as_json(comparison_data(found)) if given["as_json"] else comparison_text(found))
 
 
-def read_network(given: dict[str, Any]) -> nn.Module:
-    """Read the network that the options name."""
-    from se_inject.cli import arguments
-
-    return arguments.read_network(
-        given["model"],
-        arch=given["arch"],
-        weights=given["weights"],
-        entry=given["entry"],
-        trust=arguments.packages(given["trust"]),
-    )
-
-
 def loaded(given: dict[str, Any]) -> tuple[nn.Module, Data]:
     """Load the network and the data that the options name."""
+    from se_inject.cli.arguments import network_of
     from se_inject.gates import open_data, preprocessing_for
 
-    network = read_network(given)
+    network = network_of(given)
 
     def prepared() -> Any:
         return preprocessing_for(network, _shape(network, given["inputs"]), given["mean"], given["std"])

@@ -7,21 +7,13 @@ from typing import Any
 import click
 
 from se_inject.cli import options
-from se_inject.cli.running import OutputPath, WorkerCommand
+from se_inject.cli.running import WorkerCommand
 from se_inject.cli.talk import note
 
 
 @click.command(cls=WorkerCommand, short_help="Draw MODEL with the blocks in it.")
 @options.network
-@click.option(
-    "-o",
-    "--output",
-    "outputs",
-    multiple=True,
-    required=True,
-    type=OutputPath(),
-    help="File to write: .svg, or .png (needs matplotlib); may be repeated.",
-)
+@options.outputs("File to write: .svg, or .png (needs matplotlib); may be repeated.")
 @options.force
 @click.option("--stages", metavar="LIST", help="Stages as for the main command.")
 @click.option("--at", multiple=True, metavar="PATTERN", help="Sites by address, as for the main command.")
@@ -34,7 +26,7 @@ def draw(**given: Any) -> None:
     Of an injected MODEL, its own blocks are drawn; of another, those that the main command would put in. Nothing is
     computed or changed.
     """
-    from se_inject.cli.arguments import block_options, example, packages, read_network
+    from se_inject.cli.arguments import block_options, example, network_of
     from se_inject.cli.block_texts import parsed_blocks
     from se_inject.errors import OptionError
     from se_inject.pictures import check_picture
@@ -43,14 +35,7 @@ def draw(**given: Any) -> None:
 
     for path in given["outputs"]:
         check_picture(path, force=given["force"])
-    network = read_network(
-        given["model"],
-        arch=given["arch"],
-        weights=given["weights"],
-        entry=given["entry"],
-        trust=packages(given["trust"]),
-        mmap=True,
-    )
+    network = network_of(given, mmap=True)
     inputs = example(given["inputs"], network)
     if steps_of(network):
         if given["stages"] or given["at"]:
