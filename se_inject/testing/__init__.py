@@ -2,14 +2,6 @@
 
 In: a block's class or name, and its options. Out: nothing, or an ``AssertionError`` that lists the checks it fails.
 Must not know: networks, sites, plans, or the command line.
-
-::
-
-    from se_inject.testing import check_block
-
-    def test_my_gate():
-        check_block(MyGate)
-        check_block(MyGate, rank=3, kernel=5)
 """
 
 from se_inject.testing.checks import CHECKS, SIZES

@@ -1,4 +1,13 @@
-"""Run all checks on a block, and say in one error which it fails."""
+"""Run all checks on a block, and say in one error which it fails.
+
+::
+
+    from se_inject.testing import check_block
+
+    def test_my_gate():
+        check_block(MyGate)
+        check_block(MyGate, rank=3, kernel=5)
+"""
 
 from __future__ import annotations
 
