@@ -10,7 +10,7 @@ from torchvision.ops import StochasticDepth
 import se_inject as si
 from se_inject.errors import SurgeryError, VerificationError
 from se_inject.plans.planner import plan
-from se_inject.verification import checks as verification
+from se_inject.verification import gradients
 from se_inject.verification.verdicts import Check, Verdict
 from tests.common import randomise
 
@@ -465,7 +465,7 @@ def test_a_branch_that_was_dropped_at_random_is_asked_again(monkeypatch):
         unit.bn2 = nn.Sequential(unit.bn2, StochasticDepth(0.8, "batch"))
     injected = si.inject(network, X)
     assert si.verify(network, injected, X).passed
-    monkeypatch.setattr(verification, "DRAWS", 1)
+    monkeypatch.setattr(gradients, "DRAWS", 1)
     failed = [check.name for check in si.verify(network, injected, X).checks if check.passed is False]
     assert failed == ["blocks trainable"]  # each draw drops one of the two
 
