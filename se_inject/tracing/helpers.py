@@ -32,7 +32,7 @@ class Helper(NamedTuple):
 def helper_for(error: Exception) -> Helper | None:
     """Find a remedy for a forward that failed with this error; None if nothing is known."""
     text = str(error)
-    if text.startswith("part of it runs under another grad"):
+    if text.startswith(("part of it runs under another grad", "unwrap_if_dead()")):  # the latter in torch 2.9
         return _apply_around(error)
     if isinstance(error, Untraceable):
         if text == FOREIGN_TENSOR:
@@ -63,9 +63,8 @@ def _apply_around(error: Exception) -> Helper | None:
     step, caller = error.__traceback__, None
     while step is not None:
         frame = step.tb_frame
-        context = _first_argument(frame)
-        function = getattr(type(context), "_forward_cls", None)
-        if isinstance(context, torch.autograd.function.FunctionCtx) and function is not None:
+        function = _function_in(frame)
+        if function is not None:
             for holder, names in _holders(caller):
                 for name, value in names.items():
                     if type(value) is type(function.apply) and value == function.apply:
@@ -73,6 +72,15 @@ def _apply_around(error: Exception) -> Helper | None:
             return _patch(function, "apply", _applied)
         step, caller = step.tb_next, frame
     return None
+
+
+def _function_in(frame: FrameType) -> Any:
+    """Return the autograd function whose forward, or whose ``apply``, runs in a frame; None if none does."""
+    first = _first_argument(frame)
+    if isinstance(first, torch.autograd.function.FunctionCtx):
+        return getattr(type(first), "_forward_cls", None)
+    applies = frame.f_code.co_name == "apply" and isinstance(first, type) and issubclass(first, torch.autograd.Function)
+    return first if applies else None
 
 
 def _holders(frame: FrameType | None) -> Iterator[tuple[Any, dict[str, Any]]]:
