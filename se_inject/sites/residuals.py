@@ -54,8 +54,8 @@ def residual_units(ledger: Ledger, owner: OwnerGraph) -> None:
                 _postpone(ledger, owner, node, "its operands do not start from one value: it joins, it does not skip")
             continue
         parts = by_depth(ledger, addition.operands, common)
-        if parts is None or is_reparametrised(ledger, *parts, common):
-            continue  # branches only: a join
+        if parts is None or is_reparametrised(ledger, *parts, common) or _is_recurrent(ledger, owner, parts[0], common):
+            continue  # branches only: a join, or a state
         branch, shortcut = parts
         factors: set[fx.Node] = set().union(*map(lineage, addition.factors))
         inside = (lineage(branch) | factors) - lineage(shortcut)
@@ -235,6 +235,11 @@ def is_reparametrised(ledger: Ledger, branch: fx.Node, shortcut: fx.Node, common
     if ledger.depths.between(shortcut, common) or ledger.depths.is_bare(shortcut, common):
         return False
     return not any(ledger.depths.contains(node, "act") for node in lineage(branch) - common)
+
+
+def _is_recurrent(ledger: Ledger, owner: OwnerGraph, branch: fx.Node, common: set[fx.Node]) -> bool:
+    """Return whether an addition updates a state, as a gated recurrent unit's does: its module is called again, and gates lead to it."""
+    return ledger.trace.calls.get(owner.path, 0) > 1 and not ledger.depths.between(branch, common)
 
 
 def nodes_in_cells(owner: OwnerGraph) -> set[fx.Node]:

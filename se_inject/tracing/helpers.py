@@ -91,8 +91,16 @@ def _holders(frame: FrameType | None) -> Iterator[tuple[Any, dict[str, Any]]]:
     if isinstance(owner, torch.nn.Module):
         yield owner, dict(vars(owner))
     module = sys.modules.get(frame.f_globals.get("__name__", ""))
-    if module is not None:
+    if module is not None and vars(module) is frame.f_globals:
         yield module, dict(vars(module))
+    else:  # a forward that was made from text
+        names = _Names()
+        names.__dict__ = frame.f_globals
+        yield names, dict(frame.f_globals)
+
+
+class _Names:
+    """The global names of code, as attributes."""
 
 
 def _first_argument(frame: FrameType) -> Any:

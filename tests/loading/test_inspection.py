@@ -80,7 +80,7 @@ def test_trusted_packages_are_marked_and_not_imported(path):
     (named,) = inspect_file(path).names
     assert (named.name, named.verdict) == ("mine_that_is_not_here.nets.Net", "refused")
     (named,) = inspect_file(path, trust="mine_that_is_not_here").names
-    assert (named.verdict, named.by) == ("trusted", "its package was named with --trust")
+    assert (named.verdict, named.by) == ("trusted", "its package was named as `trust`")
 
 
 def test_blocks_of_a_plan(path):

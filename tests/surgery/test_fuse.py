@@ -368,9 +368,12 @@ SCALED = [
 @pytest.mark.parametrize("spelling, shape, taken_over", SCALED)
 def test_a_scale_between_block_and_addition(spelling, shape, taken_over):
     before = randomise(Stack(LayerScaled(spelling, shape), LayerScaled(spelling, shape, activation=nn.SiLU))).eval()
-    injected = si.inject(before, X, at="units.*.norm")
+    of_input = spelling == "of the input"  # the branch itself: nothing stands between the block and the addition
+    injected = si.inject(before, X, at="units.*.mul" if of_input else "units.*.norm", attended=True)
     fused = si.fuse_(copy.deepcopy(injected))
     ends = ["the addition and relu behind a scale", "the addition and silu behind a scale"]
+    if of_input:
+        ends, taken_over = ["the addition and relu", "the addition and silu"], True
     assert taken(fused) == (ends if taken_over else ["nothing"] * 2)
     assert torch.equal(fused(X), before(X))
     assert list(fused.state_dict()) == list(injected.state_dict())
