@@ -404,6 +404,7 @@ def test_other_threads_have_the_blocks_on():
     )
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo of torch 2.9 asks for it
 def test_a_compiled_network_is_compiled_again_without_blocks():
     network = strong()
     plain = without(network)

@@ -211,6 +211,8 @@ def test_a_branch_beyond_the_sizes_checked_is_told(suffix, tmp_path):
     exported = si.export(randomise(Tall()).eval(), tmp_path / f"net{suffix}", image(2, 3, 16, 16), dynamic_size=True)
     assert any(note.startswith("right for a height up to 100: beyond") for note in exported.notes)
     others = si.export(injected(), tmp_path / f"n{suffix}", image(2, 3, 16, 16), dynamic_size=True).notes
+    if torch.__version__.startswith("2.9."):  # its program compares with one element, and the note says so
+        others = [note for note in others if not (note.startswith("right where max(1, ") and note.endswith(" > 1"))]
     assert not any("right" in note for note in others)
 
 
