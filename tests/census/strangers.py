@@ -8,7 +8,7 @@
 Every network has random weights (normalisation statistics and affine parameters too) and runs in a process of its own with
 limits. It is planned with blocks at all units, those with attention of their own too; injected; verified; and its
 outputs are compared once more here, numbers and classes. Results: ``strangers.jsonl``, ``strangers.md``. The judgement
-of a table of stages is a person's: ``judged.jsonl``.
+of a table of stages was made by eye: ``judged.jsonl``.
 """
 
 import argparse
@@ -211,7 +211,7 @@ def tables(rows, judged):
         f"* Units with a block: {sum(row['units']['gated'] for row in measured):,} of "
         f"{sum(row['units']['gated'] + row['units']['unchosen'] + row['units']['missed'] for row in measured):,}.",
         f"* Planning: {seconds[len(seconds) // 2]} s of CPU in the median, {seconds[-1]} s at most.",
-        f"* Table of stages and places judged by a person: {len(judged)} networks, {yes} as an expert would have them.",
+        f"* Table of stages and places judged by eye: {len(judged)} networks, {yes} as an expert would have them.",
         "",
         "## Misses",
         "",
@@ -233,7 +233,7 @@ def tables(rows, judged):
     headers = ("package", "network", "kinds", "stages", "units with a block", "refused", "plan s", "returns", "same")
     parts += ["", "## Networks", "", table(headers, lines, "markdown"), "", "## Judgement", ""]
     parts += [
-        "By reading each network's source: are the stages where an expert would cut them, are the blocks where one would put them?",
+        "Judged from the printed tables and what is known of the architectures, seldom from the source: are the stages where an expert would cut them, are the blocks where one would put them?",
         "",
     ]
     headers = ("network", "stages", "blocks", "words")
