@@ -24,7 +24,7 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
 
 
 def is_plain(value: Any) -> bool:
-    """Return whether a value is a number, text, None, or a small list, tuple or dict of such."""
+    """Return whether a value is a number (not NaN), text, None, or a small list, tuple or dict of such."""
     return _size(value) <= _LARGEST
 
 
@@ -47,7 +47,7 @@ def nested_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _size(value: Any, depth: int = 0) -> int:
-    if type(value) in _PLAIN:
+    if type(value) in _PLAIN and value == value:  # NaN differs from itself: it can't be compared later
         return 1
     if type(value) in (list, tuple) and depth < 4:
         return 1 + sum(_size(item, depth + 1) for item in value[: _LARGEST + 1])

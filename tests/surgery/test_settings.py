@@ -112,3 +112,12 @@ def test_a_block_may_take_the_name_of_what_was_nothing():
 
     network = nn.Sequential(conv(3, 8), Named(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
     assert si.verify(network, si.inject(network, X), X).passed
+
+
+def test_a_setting_that_differs_from_itself_is_no_change():
+    network = network_reading(lambda self: 2.0 if self.pad != self.pad else 0.5)
+    network[1].pad = float("nan")
+    network[1].pads = [float("nan")]
+    injected = si.inject(network, X)
+    with torch.no_grad():
+        assert torch.equal(injected(X), network(X))
