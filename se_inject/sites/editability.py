@@ -21,6 +21,7 @@ from se_inject.tracing import (
     kind,
     returns_alike,
     training_graph,
+    writes_into,
 )
 
 UNREACHED = "nothing that the network returns is made from it"
@@ -154,7 +155,10 @@ class Values:
             if not means_the_same(owner.graph, training, written):
                 return f"its forward computes `{written.partition('#')[0]}` more often in one mode than in the other"
         write = last_write(value)
-        if write is not None and any(user < write and not _leads_to(user, write) for user in value.users):
+        filling = writes_into(value)
+        if write is not None and any(
+            user < write and user not in filling and not _leads_to(user, write) for user in value.users
+        ):
             return "it is written into after it was read"
         if not value.users:
             return "nobody reads its value: it is written into another, whose name is read"

@@ -214,11 +214,13 @@ def split(ledger: Ledger, owner: OwnerGraph, join: fx.Node) -> Split:
 
 
 def by_depth(ledger: Ledger, operands: list[fx.Node], common: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """Return the branch and the shortcut: with more convolutions on the shortest path, and with fewer; None if equal.
+    """Return the branch and the shortcut: with more convolutions on the shortest path, and with fewer; None if equal, or of more than two.
 
     If a path without convolutions leads to both, the one without any is the shortcut (``x + cat([x1, f(x2)])``), unless the
     other is linear.
     """
+    if len(operands) != 2:
+        return None
     one, other = operands
     depths = [ledger.depths.between(operand, common) for operand in operands]
     if depths == [0, 0]:
