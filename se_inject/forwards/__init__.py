@@ -6,6 +6,7 @@ Must not know: how a call is observed, what a site is, or what a file looks like
 
 from se_inject.forwards.checks import check_forward, stored_lines
 from se_inject.forwards.classes import addressed, made, reduction, shared
+from se_inject.forwards.constants import Form, decoded, encoded
 from se_inject.forwards.edited import check_lines, checked_class, edited, edited_graph, generated_class
 from se_inject.forwards.graphs import expectations, graph_of, lines_of
 from se_inject.forwards.lasting import give_back_forward_
@@ -40,10 +41,7 @@ from se_inject.forwards.programs import (
 )
 from se_inject.forwards.steps import check_blocks, is_block_name, is_code, is_trusted
 from se_inject.forwards.vocabulary import (
-    Form,
     checked_path,
-    decoded,
-    encoded,
     function_name,
     function_named,
     is_plain_name,

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from se_inject.errors import LoadError
+from se_inject.forwards.constants import decoded, encoded
 from se_inject.forwards.lines import names_in
-from se_inject.forwards.vocabulary import checked_path, decoded, encoded, function_name, function_named
+from se_inject.forwards.vocabulary import checked_path, function_name, function_named
 from se_inject.forwards.writer import is_name
 
 

@@ -1,6 +1,6 @@
 """The language of stored forwards, and questions about its lines.
 
-A forward is a list of lines. Each is a list that begins with its kind; values are written as ``vocabulary.encoded``
+A forward is a list of lines. Each is a list that begins with its kind; values are written as ``constants.encoded``
 gives them, ``{"node": name}`` for what an earlier line set, ``{"training": true}`` for the module's mode:
 
 * ``["set", names, function, args, kwargs]``: call a tensor operation, or an operator or builtin of Python;

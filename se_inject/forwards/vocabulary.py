@@ -1,8 +1,8 @@
-"""What a forward that is written as data may say: functions, methods, paths, names and constants.
+"""Check the functions, methods, paths and names that a forward written as data may refer to.
 
 Functions are tensor operations of torch, operators that anyone registered in this process (``torch.library``), and
-operators of Python; methods are those of tensors without an underscore in front. What of this a stranger's file may name
-is for ``se_inject.loading`` to say. Constants are JSON, with a word for what JSON hasn't.
+operators of Python; methods are those of tensors without an underscore in front. Which of these a stranger's file may name
+is for ``se_inject.loading`` to say. Constants are in ``constants``.
 """
 
 from __future__ import annotations
@@ -71,18 +71,6 @@ _FORBIDDEN_METHODS = frozenset(
         "data_ptr", "as_subclass", "update", "setdefault",
     }
 )  # fmt: skip
-_CONSTANTS = {
-    "dtype": torch.dtype,
-    "memory_format": torch.memory_format,
-    "layout": torch.layout,
-}
-
-
-class Form:
-    """Return the length of ``*args``, or the names in ``**kwargs``."""
-
-    def __init__(self, form: int | tuple[str, ...]) -> None:
-        self.form = form
 
 
 def function_name(function: Any) -> str:
@@ -258,84 +246,6 @@ def plain(value: Any) -> Any:
 def set_item(container: Any, key: Any, value: Any) -> None:
     """Call ``operator.setitem`` with nothing but values."""
     operator.setitem(container, key, plain(value))
-
-
-def encoded(value: Any) -> Any:
-    """Encode a graph's argument as plain data; nodes by name.
-
-    Raises:
-        SurgeryError: it can't be written down.
-    """
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if isinstance(value, Form):
-        return {"form": encoded(value.form)}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if value is ...:
-        return {"ellipsis": True}
-    if isinstance(value, slice):
-        return {"slice": [encoded(part) for part in (value.start, value.stop, value.step)]}
-    if isinstance(value, dict):
-        return {"dict": [[encoded(key), encoded(item)] for key, item in value.items()]}
-    if type(value) is tuple or isinstance(value, torch.Size):
-        return {"tuple": [encoded(item) for item in value]}
-    if isinstance(value, list):
-        return [encoded(item) for item in value]
-    for name, kind in _CONSTANTS.items():
-        if isinstance(value, kind):
-            return {name: str(value).removeprefix("torch.")}
-    if isinstance(value, torch.device):
-        return {"device": str(value)}
-    raise SurgeryError(f"its forward holds a {type(value).__name__} as a constant, which can't be written down")
-
-
-def decoded(value: Any, nodes: dict[str, fx.Node]) -> Any:
-    """Decode a graph's argument out of plain data.
-
-    Args:
-        value: what ``encoded`` gave.
-        nodes: the graph's nodes by name.
-
-    Raises:
-        LoadError: it is not a constant that a forward may hold.
-    """
-    if isinstance(value, list):
-        return [decoded(item, nodes) for item in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "node":
-        return nodes[content]
-    if kind == "tuple":
-        return tuple(decoded(item, nodes) for item in content)
-    if kind == "dict":
-        return {checked_key(key): decoded(item, nodes) for key, item in content}
-    if kind == "slice":
-        return slice(*(decoded(item, nodes) for item in content))
-    if kind == "ellipsis":
-        return ...
-    if kind == "float":
-        return float(content)
-    if kind == "device":
-        return torch.device(content)
-    constant = getattr(torch, content)
-    if not isinstance(constant, _CONSTANTS[kind]):
-        raise LoadError(f"a forward in this file holds `{content}` as a {kind}")
-    return constant
-
-
-def checked_key(key: Any) -> Any:
-    """Check a key of a dict in a forward.
-
-    Raises:
-        LoadError: it is neither text nor a small number, and many of them could have one hash.
-    """
-    if key is not None and type(key) not in (str, bool) and not (type(key) is int and abs(key) < 2**31):
-        raise LoadError("a forward in this file holds a dict whose keys are not names")
-    return key
 
 
 def value_at(module: Any, path: str) -> Any:

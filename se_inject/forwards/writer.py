@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 from se_inject.errors import LoadError, quoted
+from se_inject.forwards.constants import checked_key, decoded
 from se_inject.forwards.lines import names_in
 from se_inject.forwards.signatures import head_of, passed_on
 from se_inject.forwards.source import BUILTINS, compiled
 from se_inject.forwards.vocabulary import (
-    checked_key,
     checked_keywords,
     checked_path,
-    decoded,
     function_named,
     is_plain_name,
     is_tensor_attribute,
