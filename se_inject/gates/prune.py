@@ -1,32 +1,28 @@
-"""Blocks that can go: a gate that hardly depends on the image becomes its mean, folded into the weights in front."""
+"""Drop blocks whose gates hardly depend on the image: the mean of such a gate is folded into the weights before it."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from se_inject.blocks import is_fused
 from se_inject.cost import Cost, Latency, measure_latency, rows_of_steps
 from se_inject.errors import DataError, OptionError, SurgeryError, TraceError
 from se_inject.forwards import original_class
-from se_inject.gates.batches import Progress, moved, outputs_of
+from se_inject.gates.batches import Progress, moved
+from se_inject.gates.changes import ChangeMeter, Metric
 from se_inject.gates.excitations import eval_mode
 from se_inject.gates.folding import Fold, Folds, NotFoldable, fold_
 from se_inject.gates.statistics import Excitations
 from se_inject.gates.text import pruned_text
 from se_inject.surgery import Step, own_steps, put_back_, remove_
 from se_inject.tables import Printed, counted
-from se_inject.tracing import Trace, copied, observe_model
-
-Metric = Callable[[nn.Module], float]
-"""A figure of a network that is better the larger it is: its accuracy, say."""
+from se_inject.tracing import Trace, observe_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +154,7 @@ def prune_blocks_(
     folds, kept = _foldable(model, trace, excitations, steps)
     ranked = sorted(folds, key=lambda path: _variation(excitations, path))
     means = {path: _mean_gate(excitations, path) for path in ranked}
-    meter = _Meter(model, batches, metric, progress)
+    meter = ChangeMeter(model, batches, metric, progress)
     chosen: dict[str, float] = {}
     for path in ranked:
         constant = all(block.is_constant for block in excitations if block.path == path)
@@ -242,85 +238,6 @@ def _mean_gate(excitations: Excitations, path: str) -> Tensor:
     return torch.stack([block.mean * (block.examples / whole) for block in blocks]).sum(0)
 
 
-class _Meter:
-    """Measures what changes when some blocks are replaced by constant gates."""
-
-    def __init__(self, model: nn.Module, batches: Any, metric: Metric | None, progress: Progress | None) -> None:
-        self.model, self.batches, self.metric, self.progress = model, batches, metric, progress
-        self.passes = 1  # the excitations, by which the blocks are ranked
-        self.tries = 0
-        self.before: float | None = None
-        self.lost = 0
-
-    def change(self, gates: dict[str, Tensor]) -> float:
-        """Measure the change of the outputs, or the loss of the metric, with these blocks as constants."""
-        self.passes += 1
-        self.tries += 1
-        if self.metric is not None:
-            if self.before is None:
-                self.before = self._measured()
-                self.passes += 1
-            with constant_gates(self.model, gates):
-                return self.before - self._measured()
-        sums: dict[int, tuple[float, float]] = {}
-        self.lost = 0
-        with eval_mode(self.model):
-            for batch in moved(self.model, self.batches, self.progress):
-                again = batch._replace(args=copied(batch.args), kwargs=copied(batch.kwargs))
-                before = _numbers(outputs_of(self.model, batch))
-                with constant_gates(self.model, gates):
-                    after = _numbers(outputs_of(self.model, again))
-                if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
-                    return math.inf
-                for number, (one, other) in enumerate(zip(before, after, strict=True)):
-                    good = one.isfinite() & other.isfinite()
-                    self.lost += int((~good).sum())
-                    difference, size = sums.get(number, (0.0, 0.0))
-                    sums[number] = (
-                        difference + float((one - other)[good].square().sum()),
-                        size + float(one[good].square().sum()),
-                    )
-        if not sums:
-            raise DataError("the network's output holds no numbers to compare", hint="give a `metric`")
-        return max(_relative(difference, size) for difference, size in sums.values())
-
-    def _measured(self) -> float:
-        assert self.metric is not None
-        with eval_mode(self.model):
-            value = float(self.metric(self.model))
-        if not math.isfinite(value):
-            raise DataError("the metric is not a finite number", seen=str(value))
-        return value
-
-
-def _relative(difference: float, size: float) -> float:
-    return math.sqrt(difference / size) if size else (math.inf if difference else 0.0)
-
-
-def _numbers(output: Any) -> list[Tensor]:
-    return [leaf.double() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-@contextlib.contextmanager
-def constant_gates(model: nn.Module, gates: dict[str, Tensor]) -> Iterator[None]:
-    """Let these blocks multiply by a constant for each channel for a while, instead of by their gates."""
-    blocks = [(model.get_submodule(path), gate) for path, gate in gates.items()]
-    try:
-        for block, gate in blocks:
-            block.__dict__["forward"] = _constant(gate)
-        yield
-    finally:
-        for block, _ in blocks:
-            block.__dict__.pop("forward", None)
-
-
-def _constant(gate: Tensor) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        return x * gate.to(device=x.device, dtype=x.dtype).reshape(1, -1, *[1] * (x.dim() - 2))
-
-    return forward
-
-
 def _fold_all(
     model: nn.Module,
     trace: Trace,
@@ -331,7 +248,7 @@ def _fold_all(
     means: dict[str, Tensor],
     kept: dict[str, str],
     tolerance: float,
-    meter: _Meter,
+    meter: ChangeMeter,
 ) -> Pruned:
     """Fold the chosen blocks and take them out."""
     rows = {row.site: row.cost for row in rows_of_steps(trace, [steps[path] for path in chosen])}

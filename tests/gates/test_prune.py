@@ -13,8 +13,8 @@ import se_inject as si
 from se_inject.cli.entry import cli
 from se_inject.errors import DataError, OptionError, SurgeryError
 from se_inject.gates import pruned_data
+from se_inject.gates.changes import constant_gates
 from se_inject.gates.folding import Folds, NotFoldable
-from se_inject.gates.prune import constant_gates
 from se_inject.surgery import injected_blocks, put_back_, remove_, steps_of
 from se_inject.tracing import observe_model
 from tests.common import build, outputs, portrait, randomise, same_portrait, same_state
