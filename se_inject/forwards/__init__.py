@@ -39,6 +39,7 @@ from se_inject.forwards.programs import (
     program_module,
     recorded_inputs,
 )
+from se_inject.forwards.python import function_called, is_name
 from se_inject.forwards.steps import check_blocks, is_block_name, is_code, is_trusted
 from se_inject.forwards.vocabulary import (
     checked_path,
@@ -46,7 +47,6 @@ from se_inject.forwards.vocabulary import (
     function_named,
     is_plain_name,
 )
-from se_inject.forwards.writer import function_called, is_name
 
 __all__ = [
     "ALWAYS_ON",

@@ -11,8 +11,8 @@ from torch import fx
 from se_inject.errors import LoadError
 from se_inject.forwards.constants import decoded, encoded
 from se_inject.forwards.lines import names_in
+from se_inject.forwards.python import is_name
 from se_inject.forwards.vocabulary import checked_path, function_name, function_named
-from se_inject.forwards.writer import is_name
 
 
 def lines_of(graph: fx.Graph) -> list[Any]:

@@ -18,8 +18,9 @@ from se_inject.errors import LoadError
 from se_inject.forwards.classes import addressed, made, reduction, shared, source_name
 from se_inject.forwards.lines import all_lines
 from se_inject.forwards.marks import original_class
+from se_inject.forwards.python import function_called
 from se_inject.forwards.vocabulary import LONGEST
-from se_inject.forwards.writer import Writer, function_called
+from se_inject.forwards.writer import Writer
 
 ATTRIBUTES = ("dtype", "device", "shape", "layout", "requires_grad", "is_cuda", "ndim")
 """The attributes of tensors that programs out of files read."""

@@ -18,12 +18,12 @@ import torch
 from se_inject.errors import LoadError, quoted
 from se_inject.forwards.constants import checked_key, decoded
 from se_inject.forwards.lines import names_in
+from se_inject.forwards.python import IN_PLACE, INFIX, PREFIX, function_called, is_name
 from se_inject.forwards.signatures import head_of, passed_on
-from se_inject.forwards.source import BUILTINS, compiled
+from se_inject.forwards.source import compiled
 from se_inject.forwards.vocabulary import (
     checked_keywords,
     checked_path,
-    function_named,
     is_plain_name,
     is_tensor_attribute,
     method_named,
@@ -33,55 +33,7 @@ from se_inject.forwards.vocabulary import (
 
 MOST_LINES = 60_000
 _DEEPEST = 90
-_TAKEN = BUILTINS | {"self", "torch", "math"}
 _SAYABLE = {"torch": torch, "math": math}
-_INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**", "matmul": "@",
-    "and_": "&", "or_": "|", "xor": "^", "lshift": "<<", "rshift": ">>", "eq": "==", "ne": "!=", "lt": "<", "le": "<=",
-    "gt": ">", "ge": ">=",
-}  # fmt: skip
-_IN_PLACE = {
-    "iadd": "+=", "isub": "-=", "imul": "*=", "itruediv": "/=", "ifloordiv": "//=", "imod": "%=", "ipow": "**=",
-    "imatmul": "@=", "iand": "&=", "ior": "|=", "ixor": "^=",
-}  # fmt: skip
-_PREFIX = {"neg": "-", "pos": "+", "invert": "~", "inv": "~", "not_": "not "}
-_PYTHON: dict[str, Callable[..., Any]] = {
-    "python:len": len,
-    "python:int": int,
-    "python:float": float,
-    "python:bool": bool,
-    "python:list": list,
-    "python:max": max,
-    "python:min": min,
-    "python:abs": abs,
-    "python:sum": sum,
-    "python:str": str,
-    "python:is_tensor": torch.is_tensor,
-    "python:is_list": lambda value: isinstance(value, list),
-    "python:append": list.append,
-    "python:extend": list.extend,
-    "python:insert": list.insert,
-    "python:reverse": list.reverse,
-    "python:pop": list.pop,
-    "python:dict": dict,
-    "python:range_length": lambda start, stop, step: len(range(start, stop, step)),
-    "python:derive_index": lambda turn, start, step: start + turn * step,
-}
-
-
-def function_called(name: str) -> Callable[..., Any]:
-    """Return the function that a line may call by this name.
-
-    Raises:
-        LoadError: there is none.
-    """
-    return _PYTHON[name] if name in _PYTHON else function_named(name)
-
-
-def is_name(name: Any) -> bool:
-    """Return whether a line may give a value this name."""
-    known = isinstance(name, str) and name.isascii() and name.isidentifier() and not name.startswith("_")
-    return known and not keyword.iskeyword(name) and name not in _TAKEN
 
 
 class Writer:
@@ -194,10 +146,10 @@ class Writer:
 
     def _in_place(self, name: str, operator: str, args: list[Any]) -> list[str]:
         """Return an operator in place as two statements: the value it changes goes under the result's name first."""
-        if operator not in _IN_PLACE or len(args) != 2 or name in names_in(args):
+        if operator not in IN_PLACE or len(args) != 2 or name in names_in(args):
             return []
         value, other = (self._value(arg) for arg in args)
-        return [f"{self._target(name)} = {value}", f"{name} {_IN_PLACE[operator]} {other}"]
+        return [f"{self._target(name)} = {value}", f"{name} {IN_PLACE[operator]} {other}"]
 
     def _expected(self, what: str, name: str, value: Any) -> list[str]:
         """Return the check of an argument or plain attribute that the forward was written for."""
@@ -249,10 +201,10 @@ class Writer:
         space, _, short = name.partition(":")
         if space != "operator" or kwargs:
             return ""
-        if short in _INFIX and len(args) == 2:
-            return f"{self._operand(args[0])} {_INFIX[short]} {self._operand(args[1])}"
-        if short in _PREFIX and len(args) == 1:
-            return f"{_PREFIX[short]}{self._operand(args[0])}"
+        if short in INFIX and len(args) == 2:
+            return f"{self._operand(args[0])} {INFIX[short]} {self._operand(args[1])}"
+        if short in PREFIX and len(args) == 1:
+            return f"{PREFIX[short]}{self._operand(args[0])}"
         if short == "getitem" and len(args) == 2:
             return f"{self._operand(args[0])}[{self._index(args[1])}]"
         return ""

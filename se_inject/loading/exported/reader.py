@@ -1,4 +1,4 @@
-"""Exported programs (``.pt2``) out of a stranger's file.
+"""Read an exported program (``.pt2``) without executing anything of the file.
 
 ``torch.export.load`` has no ``weights_only``, and more than its pickles runs. Read in torch 2.14.1 (``torch/export``,
 ``torch/_export/serde``), it hands these parts of a file to something that executes them:
@@ -16,7 +16,6 @@ So the archive is read here, each of these parts is checked or left out, and tor
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import io
 import json
@@ -30,6 +29,7 @@ from torch.export import ExportedProgram
 
 from se_inject.errors import LoadError, quoted
 from se_inject.forwards import checked_path, function_named, is_plain_name
+from se_inject.loading.exported.expressions import SYMBOL, check_expression
 from se_inject.loading.operators import is_allowed_check, is_allowed_function
 from se_inject.loading.pickles.constructors import check_view
 from se_inject.loading.pickles.containers import unpickle
@@ -40,70 +40,6 @@ _LARGEST_JSON = 4 << 20
 _SHARE_OF_JSON = 32
 """What of the file's size a record of JSON may have besides: in memory it may be forty times as much."""
 
-_SYMBOL = re.compile(r"[a-z]{1,4}\d{1,5}")
-_POWERS = ("Pow", "PowByNatural", "FloatPow", "LShift")
-_NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?(e[+-]?\d{1,2})?")
-_EXPRESSION_NODES = (
-    ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Call, ast.Name, ast.Constant, ast.Load,
-    ast.keyword, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
-)  # fmt: skip
-_EXPRESSION_FUNCTIONS = frozenset(
-    [
-        "FloorDiv",
-        "ModularIndexing",
-        "Where",
-        "PythonMod",
-        "Mod",
-        "CleanDiv",
-        "CeilToInt",
-        "FloorToInt",
-        "CeilDiv",
-        "LShift",
-        "RShift",
-        "PowByNatural",
-        "FloatPow",
-        "FloatTrueDiv",
-        "IntTrueDiv",
-        "IsNonOverlappingAndDenseIndicator",
-        "TruncToFloat",
-        "TruncToInt",
-        "RoundToInt",
-        "RoundDecimal",
-        "ToFloat",
-        "Identity",
-        "Symbol",
-        "Integer",
-        "Float",
-        "Rational",
-        "Add",
-        "Mul",
-        "Pow",
-        "Max",
-        "Min",
-        "And",
-        "Or",
-        "Not",
-        "Abs",
-        "Eq",
-        "Ne",
-        "Lt",
-        "Le",
-        "Gt",
-        "Ge",
-        "Equality",
-        "Unequality",
-        "GreaterThan",
-        "LessThan",
-        "StrictGreaterThan",
-        "StrictLessThan",
-        "floor",
-        "ceiling",
-    ]
-)
-_EXPRESSION_CONSTANTS = frozenset(["oo", "int_oo", "true", "false", "True", "False"])
-_ASSUMPTIONS = frozenset(["positive", "negative", "nonnegative", "nonpositive", "integer", "real", "finite", "zero"])
-_LARGEST_EXPONENT = 8
-_MOST_EXPRESSION_NODES = 200
 _HIGHER_ORDER = frozenset(["wrap_with_set_grad_enabled", "wrap_with_autocast", "cond"])
 _SYMBOLIC = frozenset(["sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite", "sym_sum", "_sym_sqrt"])
 _TREES = frozenset([None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"])
@@ -226,7 +162,7 @@ def _checked_program(program: Any) -> Any:
     Raises:
         LoadError: it holds what no exported network does.
     """
-    if any(not _SYMBOL.fullmatch(name) for name in program["range_constraints"]):
+    if any(not SYMBOL.fullmatch(name) for name in program["range_constraints"]):
         raise LoadError("a symbol of an exported program that is not a name")
     program["guards_code"] = []
     program["graph_module"]["metadata"] = {}
@@ -352,59 +288,12 @@ def _is_key(key: Any) -> bool:
 _KEY = re.compile(r"[\w.:/ -]{0,200}")
 
 
-def _check_expression(text: Any) -> None:
-    """Check an expression of sizes, which torch evaluates as Python: only numbers, symbols, and functions of sizes."""
-    try:
-        nodes = list(ast.walk(ast.parse(text, mode="eval")))
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        raise LoadError("an exported program with a size that is not an expression") from error
-    if len(nodes) > _MOST_EXPRESSION_NODES or not all(map(_may_be_evaluated, nodes)):
-        raise LoadError("an exported program with a size that is not an expression of sizes", seen=quoted(text))
-
-
-def _may_be_evaluated(node: ast.AST) -> bool:
-    if isinstance(node, ast.Name):
-        return node.id in _EXPRESSION_FUNCTIONS | _EXPRESSION_CONSTANTS or bool(_SYMBOL.fullmatch(node.id))
-    if isinstance(node, ast.Constant):
-        is_text = isinstance(node.value, str) and bool(_SYMBOL.fullmatch(node.value) or _NUMBER.fullmatch(node.value))
-        return is_text or (isinstance(node.value, int | float) and abs(node.value) < 2**63)
-    if isinstance(node, ast.keyword) and node.arg == "precision":
-        return isinstance(node.value, ast.Constant) and node.value.value == 53  # that of Python's floats
-    if isinstance(node, ast.keyword):
-        return node.arg in _ASSUMPTIONS and isinstance(node.value, ast.Constant)
-    if isinstance(node, ast.Call):
-        is_power = isinstance(node.func, ast.Name) and node.func.id in _POWERS
-        names = isinstance(node.func, ast.Name) and node.func.id in _EXPRESSION_FUNCTIONS
-        is_float = isinstance(node.func, ast.Name) and node.func.id == "Float"  # a second argument would be its digits
-        return names and (not is_power or _is_small_power(node.args)) and not (is_float and len(node.args) != 1)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow | ast.LShift):
-        return _is_small_power([node.left, node.right])
-    return isinstance(node, _EXPRESSION_NODES)
-
-
-def _is_small_power(parts: list[ast.expr]) -> bool:
-    """Return whether an exponent is a small number, and its base holds no power: sympy would multiply it out."""
-    if len(parts) != 2:
-        return False
-    exponent = parts[1]
-    if isinstance(exponent, ast.Call) and isinstance(exponent.func, ast.Name) and exponent.func.id == "Float":
-        exponent = exponent.args[0] if exponent.args else exponent  # its precision is beside it
-    numbers = [node.value for node in ast.walk(exponent) if isinstance(node, ast.Constant)]
-    if len(numbers) == 1 and isinstance(numbers[0], str) and _NUMBER.fullmatch(numbers[0]):
-        numbers = [float(numbers[0])]
-    is_number = len(numbers) == 1 and isinstance(numbers[0], int | float) and abs(numbers[0]) <= _LARGEST_EXPONENT
-    return is_number and not any(
-        isinstance(node, ast.Pow | ast.LShift) or (isinstance(node, ast.Name) and node.id in _POWERS)
-        for node in ast.walk(parts[0])
-    )
-
-
 _CHECKS: dict[str, Callable[[Any], None]] = {
     "name": _check_name,
     "as_name": _check_name,
     "target": _check_target,
     "as_operator": _check_target,
-    "expr_str": _check_expression,
+    "expr_str": check_expression,
     "in_spec": _check_keywords,
     "out_spec": _check_tree,
     **{
