@@ -137,6 +137,8 @@ def excite(
     """
     if not _fit(value, weights[0], names[0]):
         return None
+    if not torch.is_grad_enabled():
+        return torch.ops.se_inject.excite_from(value, value, shortcut, *weights, *names, activation)  # type: ignore
     out: Tensor = torch.ops.se_inject.excite(value, shortcut, *weights, *names, activation)[0]
     return out
 

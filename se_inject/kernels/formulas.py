@@ -13,6 +13,11 @@ from se_inject.kernels.plain import activated, plain_tail
 
 aten: Any = torch.ops.aten
 
+Sigma = tuple[str, bool]
+"""The name of σ, and whether it is the one of the identity start."""
+GIVEN: Sigma = ("given", False)
+"""The σ of a gate that is given itself, not its logits."""
+
 
 class Excitation(NamedTuple):
     """W2 δ(W1 z) and its gate: the weights as matrices, and the names of δ and σ."""
@@ -25,18 +30,25 @@ class Excitation(NamedTuple):
     gate: str
     one_at_zero: bool
 
+    @property
+    def sigma(self) -> Sigma:
+        """The σ of the logits."""
+        return self.gate, self.one_at_zero
 
-def excited(mean: Tensor, e: Excitation, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compute the hidden units before δ (N, R), unless they are given, and the gates (N, C), in the mean's precision."""
+
+def excited(mean: Tensor, e: Excitation) -> tuple[Tensor, Tensor]:
+    """Compute the hidden units before δ (N, R) and the logits of the gates (N, C), in the mean's precision."""
     kind = mean.dtype
-    if hidden is None:
-        hidden = F.linear(mean, e.w1.to(kind), None if e.b1 is None else e.b1.to(kind))
+    hidden = F.linear(mean, e.w1.to(kind), None if e.b1 is None else e.b1.to(kind))
     logits = F.linear(activated(hidden, e.inner), e.w2.to(kind), None if e.b2 is None else e.b2.to(kind))
-    return hidden, gate_of(logits, e.gate, e.one_at_zero)
+    return hidden, logits
 
 
-def gate_of(a: Tensor, gate: str, one_at_zero: bool) -> Tensor:
-    """Compute σ of the logits, by its name; with ``one_at_zero`` that of the identity start."""
+def gate_of(a: Tensor, sigma: Sigma) -> Tensor:
+    """Compute σ of the logits, by its name."""
+    gate, one_at_zero = sigma
+    if gate == "given":
+        return a
     if gate == "tanh":
         return 1 + torch.tanh(a) if one_at_zero else torch.tanh(a)
     if gate == "relu":
@@ -45,7 +57,8 @@ def gate_of(a: Tensor, gate: str, one_at_zero: bool) -> Tensor:
     return 2 * s if one_at_zero else s
 
 
-def _gate_backward(d: Tensor, a: Tensor, gate: str, one_at_zero: bool) -> Tensor:
+def _gate_backward(d: Tensor, a: Tensor, sigma: Sigma) -> Tensor:
+    gate, one_at_zero = sigma
     shifted = 1 + a if one_at_zero and gate == "relu" else a
     d = 2 * d if one_at_zero and gate in ("sigmoid", "hard_sigmoid") else d
     return _GATES_BACKWARD[gate](d, shifted)
@@ -57,6 +70,7 @@ def activation_backward(d: Tensor, x: Tensor, activation: str) -> Tensor:
 
 
 _GATES_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "given": lambda d, a: d,
     "sigmoid": lambda d, a: aten.sigmoid_backward(d, torch.sigmoid(a)),
     "hard_sigmoid": lambda d, a: aten.hardsigmoid_backward(d, a),
     "tanh": lambda d, a: aten.tanh_backward(d, torch.tanh(a)),
@@ -72,17 +86,15 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def hidden_backward(d_gate: Tensor, mean: Tensor, hidden: Tensor, e: Excitation) -> tuple[Tensor, list[Tensor | None]]:
-    """Compute the gradients of the mean (N, C), and of W1, b1, W2, b2, from that of the gates (N, C)."""
+def hidden_backward(
+    d_logits: Tensor, mean: Tensor, hidden: Tensor, e: Excitation
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Compute the gradients of the mean (N, C), and of W1, b1, W2, b2, from that of the logits (N, C)."""
     kind = mean.dtype
-    w1, w2 = e.w1.to(kind), e.w2.to(kind)
-    h = activated(hidden, e.inner)
-    logits = F.linear(h, w2, None if e.b2 is None else e.b2.to(kind))
-    d_logits = _gate_backward(d_gate, logits, e.gate, e.one_at_zero)
-    d_hidden = activation_backward(d_logits @ w2, hidden, e.inner)
+    d_hidden = activation_backward(d_logits @ e.w2.to(kind), hidden, e.inner)
     d_b1 = None if e.b1 is None else d_hidden.sum(0)
     d_b2 = None if e.b2 is None else d_logits.sum(0)
-    return d_hidden @ w1, [d_hidden.T @ mean, d_b1, d_logits.T @ h, d_b2]
+    return d_hidden @ e.w1.to(kind), [d_hidden.T @ mean, d_b1, d_logits.T @ activated(hidden, e.inner), d_b2]
 
 
 def wide(value: Tensor) -> torch.dtype:
@@ -95,46 +107,47 @@ def spread(gate: Tensor, value: Tensor) -> Tensor:
     return gate.reshape(*gate.shape, *[1] * (value.dim() - 2))
 
 
-def tail(value: Tensor, gate: Tensor, shortcut: Tensor | None, activation: str) -> Tensor:
-    """Compute act(value · gate + shortcut), for a gate of (N, C)."""
-    return plain_tail(value, spread(gate, value).to(value.dtype), shortcut, activation)
+def tail(value: Tensor, gate: Tensor, shortcut: Tensor | None, activation: str, sigma: Sigma = GIVEN) -> Tensor:
+    """Compute act(value · gate + shortcut), for a gate of (N, C) or, with a ``sigma``, its logits."""
+    return plain_tail(value, spread(gate_of(gate, sigma), value).to(value.dtype), shortcut, activation)
 
 
 def tail_backward(
-    grad: Tensor, value: Tensor, gate: Tensor, other: Tensor | None, activation: str, adds: bool, scale: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Compute the gradients of shortcut (None: it is ``grad`` itself), value (only with ``scale``) and gate (N, C)."""
-    g = spread(gate, value).to(value.dtype)
+    grad: Tensor, value: Tensor, gate: Tensor, other: Tensor | None, activation: str, adds: bool, scale: bool,
+    sigma: Sigma = GIVEN,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """Compute the gradients of shortcut (None: it is ``grad`` itself), value (only with ``scale``) and ``gate`` (N, C)."""
+    g = spread(gate_of(gate, sigma), value).to(value.dtype)
     x = other
     if activation not in ("none", "relu", "relu6"):
         x = value * g if other is None else value * g + other
     d = grad if x is None or activation == "none" else activation_backward(grad, x, activation)
-    d_gate = (d.to(gate.dtype) * value.to(gate.dtype)).flatten(2).sum(2)
+    d_gate = _gate_backward((d.to(gate.dtype) * value.to(gate.dtype)).flatten(2).sum(2), gate, sigma)
     return (d if adds and activation != "none" else None), (d * g if scale else None), d_gate
 
 
-def excite(value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the whole block and its tail: the output, the mean (N, C) and the hidden units before δ (N, R)."""
-    return excite_from(value, value, shortcut, e, activation)
+def excite(
+    value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute a block and its tail: the output, the mean (N, C), the hidden units before δ (N, R), the logits (N, C)."""
+    mean = value.flatten(2).mean(2, dtype=wide(value))
+    hidden, logits = excited(mean, e)
+    return tail(value, logits, shortcut, activation, e.sigma), mean, hidden, logits
 
 
-def excite_from(
-    source: Tensor, value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the same as ``excite``, with the mean of another value."""
+def excite_from(source: Tensor, value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str) -> Tensor:
+    """Compute the output with the mean of another value."""
     mean = source.flatten(2).mean(2, dtype=wide(value))
-    hidden, gate = excited(mean, e)
-    return tail(value, gate, shortcut, activation), mean, hidden
+    return tail(value, excited(mean, e)[1], shortcut, activation, e.sigma)
 
 
 def excite_backward(
-    grad: Tensor, value: Tensor, other: Tensor | None, mean: Tensor, hidden: Tensor, e: Excitation, activation: str,
-    adds: bool,
+    grad: Tensor, value: Tensor, other: Tensor | None, mean: Tensor, hidden: Tensor, logits: Tensor, e: Excitation,
+    activation: str, adds: bool,
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:  # fmt: skip
     """Compute the gradients of value, shortcut (None: it is ``grad`` itself), and of W1, b1, W2, b2."""
-    gate = excited(mean, e, hidden)[1]
-    d_shortcut, d_value, d_gate = tail_backward(grad, value, gate, other, activation, adds, scale=True)
-    d_mean, weights = hidden_backward(d_gate, mean, hidden, e)
+    d_shortcut, d_value, d_logits = tail_backward(grad, value, logits, other, activation, adds, True, e.sigma)
+    d_mean, weights = hidden_backward(d_logits, mean, hidden, e)
     positions = value.numel() // max(1, value.shape[0] * value.shape[1])
     assert d_value is not None
     return (d_value + spread(d_mean, value).to(value.dtype) / positions).to(value.dtype), d_shortcut, weights

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from se_inject.kernels import programs
-from se_inject.kernels.formulas import Excitation, excited, hidden_backward
+from se_inject.kernels.formulas import GIVEN, Excitation, Sigma, excited, hidden_backward
 
 FEW = 8
 """Up to this batch the bottleneck is a kernel of its own and each tile of the tail makes its gates: three launches."""
@@ -59,10 +59,14 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def sums(value: Tensor, layout: Layout) -> Tensor:
-    """Launch sums over parts of the positions: (N, splits, C), float32."""
+def parts_of_mean(value: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Launch sums over parts of the positions, divided by the number of all: (N, splits, C).
+
+    Their sum over ``splits`` is the mean. A single part is of the ``dtype`` asked for, several are float32.
+    """
     splits, length = layout.split(value.device)
-    partial = value.new_empty((layout.batch, splits, layout.channels), dtype=torch.float32)
+    kind = dtype if splits == 1 else torch.float32
+    partial = value.new_empty((layout.batch, splits, layout.channels), dtype=kind)
     across = layout.tiles[1]
     programs.squeeze[(layout.batch * splits * across,)](
         value, partial, *layout.strides, layout.positions, layout.channels, splits, length, across,
@@ -71,21 +75,28 @@ def sums(value: Tensor, layout: Layout) -> Tensor:
     return partial
 
 
-def tail(value: Tensor, gate: Tensor, shortcut: Tensor | None, activation: str) -> Tensor:
-    """Compute act(value · gate + shortcut), for a gate of (N, C)."""
+def _added(partial: Tensor) -> Tensor:
+    """Add what parts of the positions contributed: (N, splits, C) to (N, C)."""
+    return partial.squeeze(1) if partial.shape[1] == 1 else partial.sum(1)
+
+
+def tail(value: Tensor, gate: Tensor, shortcut: Tensor | None, activation: str, sigma: Sigma = GIVEN) -> Tensor:
+    """Compute act(value · gate + shortcut), for a gate of (N, C) or, with a ``sigma``, its logits."""
     layout, out = Layout.of(value), torch.empty_like(value)
     along, across = layout.tiles
     programs.tail[(layout.batch * along * across,)](
         value, gate, shortcut, out, *layout.strides, layout.positions, layout.channels, along, across,
-        ADD=shortcut is not None, ACT=activation, EXACT=value.is_cuda, BP=layout.tile[0], BC=layout.tile[1],
+        ADD=shortcut is not None, GATE=sigma[0], ONE=sigma[1], ACT=activation, EXACT=value.is_cuda,
+        BP=layout.tile[0], BC=layout.tile[1],
     )  # fmt: skip
     return out
 
 
 def tail_backward(
-    grad: Tensor, value: Tensor, gate: Tensor, other: Tensor | None, activation: str, adds: bool, scale: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Compute the gradients of shortcut (None: it is ``grad`` itself), value (only with ``scale``) and gate (N, C), float32."""
+    grad: Tensor, value: Tensor, gate: Tensor, other: Tensor | None, activation: str, adds: bool, scale: bool,
+    sigma: Sigma = GIVEN,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """Compute the gradients of shortcut (None: it is ``grad`` itself), value (only with ``scale``) and ``gate`` (N, C), float32."""
     layout = Layout.of(value)
     splits, length = layout.split(value.device)
     store = adds and activation != "none"
@@ -95,65 +106,79 @@ def tail_backward(
     across = layout.tiles[1]
     programs.tail_backward[(layout.batch * splits * across,)](
         grad, value, other, gate, d_shortcut, d_value, partial, *layout.strides, layout.positions, layout.channels,
-        splits, length, across, ADD=adds, STORE=store, SCALE=scale, ACT=activation, EXACT=value.is_cuda,
-        BP=layout.tile[0], BC=layout.tile[1],
+        splits, length, across, ADD=adds, STORE=store, SCALE=scale, GATE=sigma[0], ONE=sigma[1], ACT=activation,
+        EXACT=value.is_cuda, BP=layout.tile[0], BC=layout.tile[1],
     )  # fmt: skip
-    return d_shortcut, d_value, partial.sum(1)
+    return d_shortcut, d_value, _added(partial)
 
 
-def excite(value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the whole block and its tail: the output, the mean (N, C) and the hidden units before δ (N, R), both float32."""
-    return excite_from(value, value, shortcut, e, activation)
-
-
-def excite_from(
-    source: Tensor, value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the same as ``excite``, with the mean of another value."""
-    layout, read = Layout.of(value), Layout.of(source)
-    partial = sums(source, read)
+def excite(
+    value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute a block and its tail: the output, and what backward needs in float32: mean, hidden units before δ, logits."""
+    layout = Layout.of(value)
+    partial = parts_of_mean(value, layout, torch.float32)
     if layout.batch > FEW:
-        mean = partial.sum(1).div_(read.positions)
-        hidden, gate = excited(mean, e)
-        return tail(value, gate, shortcut, activation), mean, hidden
-    width = e.w1.shape[0]
-    mean = value.new_empty((layout.batch, read.channels), dtype=torch.float32)
+        mean = _added(partial)
+        hidden, logits = excited(mean, e)
+        return tail(value, logits, shortcut, activation, e.sigma), mean, hidden, logits
+    mean, logits = (value.new_empty((layout.batch, layout.channels), dtype=torch.float32) for _ in range(2))
+    out, hidden = _excite_few(partial, value, shortcut, e, activation, mean, logits)
+    return out, mean, hidden, logits
+
+
+def excite_from(source: Tensor, value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str) -> Tensor:
+    """Compute the same with the mean of another value, and the output alone; products in the weights' dtype, as unfused."""
+    layout = Layout.of(value)
+    partial = parts_of_mean(source, Layout.of(source), e.w1.dtype)
+    if layout.batch > FEW:
+        logits = excited(_added(partial).to(e.w1.dtype), e)[1]
+        return tail(value, logits, shortcut, activation, e.sigma)
+    return _excite_few(partial, value, shortcut, e, activation, None, None)[0]
+
+
+def _excite_few(
+    partial: Tensor, value: Tensor, shortcut: Tensor | None, e: Excitation, activation: str, mean: Tensor | None,
+    logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute the output and the hidden units of a small batch in two launches; fill in mean and logits."""
+    layout, (width, read), out = Layout.of(value), e.w1.shape, torch.empty_like(value)
     hidden = value.new_empty((layout.batch, width), dtype=torch.float32)
-    out = torch.empty_like(value)
-    biased = e.b1 is not None
     programs.bottleneck[(layout.batch * width,)](
-        partial, e.w1, e.b1, mean, hidden, read.positions, read.channels, width, partial.shape[1],
-        BIAS=biased, BC=min(1024, _power(read.channels)),
+        partial, e.w1, e.b1, mean, hidden, read, width, partial.shape[1], BIAS=e.b1 is not None,
+        BC=min(1024, _power(read)),
     )  # fmt: skip
     along, across = layout.tiles
     programs.tail_with_gate[(layout.batch * along * across,)](
-        value, shortcut, out, hidden, e.w2, e.b2, *layout.strides, layout.positions, layout.channels, width, along,
-        across, ADD=shortcut is not None, INNER=e.inner, BIAS=e.b2 is not None, GATE=e.gate, ONE=e.one_at_zero,
-        ACT=activation, EXACT=value.is_cuda, BP=layout.tile[0], BC=layout.tile[1], BR=min(32, _power(width)),
+        value, shortcut, out, hidden, logits, e.w2, e.b2, *layout.strides, layout.positions, layout.channels, width,
+        along, across, ADD=shortcut is not None, INNER=e.inner, BIAS=e.b2 is not None, GATE=e.gate,
+        ONE=e.one_at_zero, ACT=activation, EXACT=value.is_cuda, BP=layout.tile[0], BC=layout.tile[1],
+        BR=min(32, _power(width)),
     )  # fmt: skip
-    return out, mean, hidden
+    return out, hidden
 
 
 def excite_backward(
-    grad: Tensor, value: Tensor, other: Tensor | None, mean: Tensor, hidden: Tensor, e: Excitation, activation: str,
-    adds: bool,
+    grad: Tensor, value: Tensor, other: Tensor | None, mean: Tensor, hidden: Tensor, logits: Tensor, e: Excitation,
+    activation: str, adds: bool,
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:  # fmt: skip
     """Compute the gradients of value, shortcut (None: it is ``grad`` itself), and of W1, b1, W2, b2 in float32."""
-    gate = excited(mean, e, hidden)[1]
-    d_shortcut, _, d_gate = tail_backward(grad, value, gate, other, activation, adds, scale=False)
-    d_mean, weights = hidden_backward(d_gate, mean, hidden, e)
-    before = (grad, activation) if d_shortcut is None else (d_shortcut, "none")
-    return value_backward(before[0], value, other, gate, d_mean, before[1], adds), d_shortcut, weights
+    d_shortcut, _, d_logits = tail_backward(grad, value, logits, other, activation, adds, False, e.sigma)
+    d_mean, weights = hidden_backward(d_logits, mean, hidden, e)
+    before, left = (grad, activation) if d_shortcut is None else (d_shortcut, "none")
+    return value_backward(before, value, other, logits, d_mean, left, adds, e.sigma), d_shortcut, weights
 
 
 def value_backward(
-    grad: Tensor, value: Tensor, other: Tensor | None, gate: Tensor, d_mean: Tensor, activation: str, adds: bool
-) -> Tensor:
+    grad: Tensor, value: Tensor, other: Tensor | None, gate: Tensor, d_mean: Tensor, activation: str, adds: bool,
+    sigma: Sigma = GIVEN,
+) -> Tensor:  # fmt: skip
     """Compute the gradient of a value that was scaled by a gate made of its mean."""
     layout, d_value = Layout.of(value), torch.empty_like(value)
     along, across = layout.tiles
     programs.value_backward[(layout.batch * along * across,)](
         grad, value, other, gate, d_mean, d_value, *layout.strides, layout.positions, layout.channels, along, across,
-        ADD=adds, ACT=activation, EXACT=value.is_cuda, BP=layout.tile[0], BC=layout.tile[1],
+        ADD=adds, GATE=sigma[0], ONE=sigma[1], ACT=activation, EXACT=value.is_cuda, BP=layout.tile[0],
+        BC=layout.tile[1],
     )  # fmt: skip
     return d_value

@@ -24,10 +24,10 @@ _WEIGHTS = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str inner, str sigma, 
 for _schema in (
     "tail(Tensor value, Tensor gate, Tensor? shortcut, str activation) -> Tensor",
     "tail_backward(Tensor grad, Tensor value, Tensor gate, Tensor? other, str activation, bool adds) -> Tensor[]",
-    f"excite(Tensor value, Tensor? shortcut, {_WEIGHTS}, str activation) -> (Tensor, Tensor, Tensor)",
+    f"excite(Tensor value, Tensor? shortcut, {_WEIGHTS}, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
     f"excite_from(Tensor source, Tensor value, Tensor? shortcut, {_WEIGHTS}, str activation) -> Tensor",
-    f"excite_backward(Tensor grad, Tensor value, Tensor? other, Tensor mean, Tensor hidden, {_WEIGHTS}, "
-    "str activation, bool adds) -> Tensor[]",
+    f"excite_backward(Tensor grad, Tensor value, Tensor? other, Tensor mean, Tensor hidden, Tensor logits, "
+    f"{_WEIGHTS}, str activation, bool adds) -> Tensor[]",
 ):
     _library.define(_schema)
 
@@ -35,12 +35,16 @@ _failed: set[str] = set()
 
 
 def _run(name: str, *args: Any) -> Any:
-    """Run a kernel, or the same in torch's operators where it can't be compiled: a warning says so once."""
+    """Run a kernel, or the same in torch's operators where it can't be compiled: a warning says so once.
+
+    Triton launches on the current device, whatever device its arguments are on: it is made that of the first.
+    """
     if name not in _failed:
         try:
             from se_inject.kernels import launch
 
-            return getattr(launch, name)(*args)
+            with torch.cuda.device_of(args[0]):  # type: ignore[no-untyped-call]
+                return getattr(launch, name)(*args)
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -93,11 +97,11 @@ def _tail_backward(
         return [d_value, d_gate.to(gate.dtype).reshape(gate.shape), *([] if d_shortcut is None else [d_shortcut])]
 
 
-def _excite(value: Tensor, shortcut: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _excite(value: Tensor, shortcut: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *weights, activation = rest
     with torch._C._DisableAutocast():
         full, other = _alike(value, value, shortcut)
-        result: tuple[Tensor, Tensor, Tensor] = _run("excite", full, other, _excitation(*weights), activation)
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = _run("excite", full, other, _excitation(*weights), activation)
         return result
 
 
@@ -106,18 +110,18 @@ def _excite_from(source: Tensor, value: Tensor, shortcut: Tensor | None, *rest: 
     with torch._C._DisableAutocast():
         full, other = _alike(value, value, shortcut)
         (read,) = _alike(source, source)
-        out: Tensor = _run("excite_from", read, full, other, _excitation(*weights), activation)[0]
+        out: Tensor = _run("excite_from", read, full, other, _excitation(*weights), activation)
         return out
 
 
 def _excite_backward(
-    grad: Tensor, value: Tensor, other: Tensor | None, mean: Tensor, hidden: Tensor, *rest: Any
+    grad: Tensor, value: Tensor, other: Tensor | None, mean: Tensor, hidden: Tensor, logits: Tensor, *rest: Any
 ) -> list[Tensor]:
     *weights, activation, adds = rest
     with torch._C._DisableAutocast():
         d, v, o = _alike(value, grad, value, other)
         e = _excitation(*weights)
-        d_value, d_shortcut, d_weights = _run("excite_backward", d, v, o, mean, hidden, e, activation, adds)
+        d_value, d_shortcut, d_weights = _run("excite_backward", d, v, o, mean, hidden, logits, e, activation, adds)
         found = [
             found.to(weight.dtype).reshape(weight.shape)
             for found, weight in zip(d_weights, weights[:4], strict=True)
@@ -143,15 +147,17 @@ def _fake_tail_backward(
     return [_like(value), torch.empty_like(gate), *([_like(value)] if adds and activation != "none" else [])]
 
 
-def _fake_excite(value: Tensor, shortcut: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_excite(
+    value: Tensor, shortcut: Tensor | None, w1: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kind = formulas.wide(value)
-    batch = value.shape[0]
-    mean, hidden = (value.new_empty((batch, width), dtype=kind) for width in (value.shape[1], w1.shape[0]))
-    return _like(value), mean, hidden
+    (batch, channels), units = value.shape[:2], w1.shape[0]
+    mean, hidden, logits = (value.new_empty((batch, width), dtype=kind) for width in (channels, units, channels))
+    return _like(value), mean, hidden, logits
 
 
 def _fake_excite_backward(
-    grad: Tensor, value: Tensor, other: Tensor | None, mean: Tensor, hidden: Tensor, *rest: Any
+    grad: Tensor, value: Tensor, other: Tensor | None, mean: Tensor, hidden: Tensor, logits: Tensor, *rest: Any
 ) -> list[Tensor]:
     weights, activation, adds = rest[:4], rest[-2], rest[-1]
     extra = [_like(value)] if adds and activation != "none" else []
@@ -184,22 +190,22 @@ def _grads_of_tail(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return d_value, d_gate, (rest[0] if rest else grad if ctx.adds else None), None
 
 
-def _keep_excite(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _keep_excite(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     value, shortcut, w1, b1, w2, b2, *names, activation = inputs
-    out, mean, hidden = output
-    ctx.mark_non_differentiable(mean, hidden)
+    out, mean, hidden, logits = output
+    ctx.mark_non_differentiable(mean, hidden, logits)
     ctx.set_materialize_grads(False)
     ctx.names, ctx.activation, ctx.adds = names, activation, shortcut is not None
     kept = _kept(activation, out, shortcut)
     ctx.biased = b1 is not None, b2 is not None
     tensors = [tensor for tensor in (w1, b1, w2, b2) if tensor is not None]
-    ctx.save_for_backward(value, mean, hidden, *tensors, *([] if kept is None else [kept]))
+    ctx.save_for_backward(value, mean, hidden, logits, *tensors, *([] if kept is None else [kept]))
 
 
 def _grads_of_excite(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 10
-    value, mean, hidden, *rest = ctx.saved_tensors
+    value, mean, hidden, logits, *rest = ctx.saved_tensors
     one, two = ctx.biased
     weights = [rest.pop(0), rest.pop(0) if one else None, rest.pop(0), rest.pop(0) if two else None]
     other = rest[0] if rest else None
@@ -213,7 +219,7 @@ def _grads_of_excite(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         d_value, *d_weights, d_shortcut = _twice(grad, [value, *weights], other, ctx.activation, ctx.adds, whole)
         return d_value, d_shortcut, *d_weights, *nothing
     d_value, *found = torch.ops.se_inject.excite_backward(
-        grad, value, other, mean, hidden, *weights, *ctx.names, ctx.activation, ctx.adds
+        grad, value, other, mean, hidden, logits, *weights, *ctx.names, ctx.activation, ctx.adds
     )
     d_weights = [None if weight is None else found.pop(0) for weight in weights]
     return d_value, (found[0] if found else grad if ctx.adds else None), *d_weights, *nothing

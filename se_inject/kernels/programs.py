@@ -69,7 +69,8 @@ def _slope(x, ACT: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _gate(a, GATE: tl.constexpr, ONE: tl.constexpr, EXACT: tl.constexpr):
-    """Compute σ of the logits. With ONE it is exactly 1 at 0."""
+    """Compute σ of the logits; with ONE it is exactly 1 at 0. ``given``: it is the gate already."""
+    g = a
     if GATE == "sigmoid":
         g = _sigmoid(a, EXACT)
         if ONE:
@@ -90,6 +91,27 @@ def _gate(a, GATE: tl.constexpr, ONE: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _gate_slope(a, GATE: tl.constexpr, ONE: tl.constexpr, EXACT: tl.constexpr):
+    """Compute the derivative of ``_gate`` by the logits."""
+    d = tl.full(a.shape, 1.0, tl.float32)
+    if GATE == "sigmoid":
+        s = _sigmoid(a, EXACT)
+        d = s * (1.0 - s)
+    if GATE == "hard_sigmoid":
+        d = tl.where((a > -3.0) & (a < 3.0), 0.16666666666666666, 0.0)
+    if ONE and (GATE == "sigmoid" or GATE == "hard_sigmoid"):
+        d = 2.0 * d
+    if GATE == "tanh":
+        t = 2.0 * _sigmoid(2.0 * a, EXACT) - 1.0
+        d = 1.0 - t * t
+    if GATE == "relu":
+        if ONE:
+            a = 1.0 + a
+        d = tl.where(a <= 0.0, 0.0, 1.0)
+    return d
+
+
+@triton.jit
 def _tile(sn, sc, sp, P, C, tiles_p, tiles_c, BP: tl.constexpr, BC: tl.constexpr):
     """Locate the work of this program: example, first channel, and for its tile the offsets, the mask and the channels."""
     program = tl.program_id(0)
@@ -107,7 +129,7 @@ def _tile(sn, sc, sp, P, C, tiles_p, tiles_c, BP: tl.constexpr, BC: tl.constexpr
 
 @triton.jit
 def squeeze(value, partial, sn, sc, sp, P, C, splits, length, tiles_c, BP: tl.constexpr, BC: tl.constexpr):
-    """Sum over a part of the positions: (N, C, *) to (N, splits, C)."""
+    """Sum over a part of the positions, divided by the number of all: (N, C, *) to (N, splits, C), which add up to the mean."""
     program = tl.program_id(0)
     n = program // (splits * tiles_c)
     rest = program % (splits * tiles_c)
@@ -122,15 +144,16 @@ def squeeze(value, partial, sn, sc, sp, P, C, splits, length, tiles_c, BP: tl.co
         offsets = p[:, None].to(tl.int64) * sp + c[None, :].to(tl.int64) * sc
         x = tl.load(start + offsets, (p[:, None] < high) & (c[None, :] < C), 0.0)
         total += tl.sum(x.to(tl.float32), 0)
-    tl.store(partial + (n.to(tl.int64) * splits + split) * C + c, total, c < C)
+    share = (total / P).to(partial.dtype.element_ty)
+    tl.store(partial + (n.to(tl.int64) * splits + split) * C + c, share, c < C)
 
 
 @triton.jit
 def bottleneck(
-    partial, w1, b1, mean, hidden, P, C, R, splits,
+    partial, w1, b1, mean, hidden, C, R, splits,
     BIAS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute one unit of W1 z + b1 for one example, and z: for small batches, where launches count."""
+    """Compute one unit of W1 z + b1 for one example, and z where it is asked for: for small batches, where launches count."""
     n = (tl.program_id(0) // R).to(tl.int64)
     r = tl.program_id(0) % R
     total = tl.zeros((BC,), tl.float32)
@@ -139,9 +162,9 @@ def bottleneck(
         z = tl.zeros((BC,), tl.float32)
         for split in range(splits):
             z += tl.load(partial + (n * splits + split) * C + c, c < C, 0.0)
-        z = z / P
-        if r == 0:
-            tl.store(mean + n * C + c, z, c < C)
+        if mean is not None:  # noqa: SIM102 -- for Triton it is a constant
+            if r == 0:
+                tl.store(mean + n * C + c, z, c < C)
         total += z * tl.load(w1 + r * C + c, c < C, 0.0).to(tl.float32)
     a = tl.sum(total, 0)
     if BIAS:
@@ -151,22 +174,28 @@ def bottleneck(
 
 @triton.jit
 def tail_with_gate(
-    value, shortcut, out, hidden, w2, b2, sn, sc, sp, P, C, R, tiles_p, tiles_c,
+    value, shortcut, out, hidden, logits, w2, b2, sn, sc, sp, P, C, R, tiles_p, tiles_c,
     ADD: tl.constexpr, INNER: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, ONE: tl.constexpr,
     ACT: tl.constexpr, EXACT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Compute act(value · σ(W2 δ(a) + b2) + shortcut), each program making the gates of its own channels."""
+    """Compute act(value · σ(W2 δ(a) + b2) + shortcut), each program making the gates of its own channels.
+
+    The logits are stored where they are asked for, by the programs of the first positions.
+    """
     n, c, offsets, mask = _tile(sn, sc, sp, P, C, tiles_p, tiles_c, BP, BC)
-    logits = tl.zeros((BC,), tl.float32)
+    a = tl.zeros((BC,), tl.float32)
     for first in range(0, R, BR):
         r = first + tl.arange(0, BR)
         h = _activate(tl.load(hidden + n.to(tl.int64) * R + r, r < R, 0.0), INNER, EXACT)
         h = tl.where(r < R, h, 0.0)
         w = tl.load(w2 + c[:, None] * R + r[None, :], (c[:, None] < C) & (r[None, :] < R), 0.0).to(tl.float32)
-        logits += tl.sum(w * h[None, :], 1)
+        a += tl.sum(w * h[None, :], 1)
     if BIAS:
-        logits += tl.load(b2 + c, c < C, 0.0).to(tl.float32)
-    g = _gate(logits, GATE, ONE, EXACT)
+        a += tl.load(b2 + c, c < C, 0.0).to(tl.float32)
+    if logits is not None:  # noqa: SIM102
+        if (tl.program_id(0) // tiles_c) % tiles_p == 0:
+            tl.store(logits + n.to(tl.int64) * C + c, a, c < C)
+    g = _gate(a, GATE, ONE, EXACT)
     x = tl.load(value + offsets, mask, 0.0).to(tl.float32) * g[None, :]
     if ADD:
         x += tl.load(shortcut + offsets, mask, 0.0).to(tl.float32)
@@ -177,11 +206,12 @@ def tail_with_gate(
 @triton.jit
 def tail(
     value, gate, shortcut, out, sn, sc, sp, P, C, tiles_p, tiles_c,
-    ADD: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, ONE: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute act(value · gate + shortcut)."""
+    """Compute act(value · gate + shortcut), the gate given or made of its logits."""
     n, c, offsets, mask = _tile(sn, sc, sp, P, C, tiles_p, tiles_c, BP, BC)
-    g = tl.load(gate + n.to(tl.int64) * C + c, c < C, 0.0).to(tl.float32)
+    g = _gate(tl.load(gate + n.to(tl.int64) * C + c, c < C, 0.0).to(tl.float32), GATE, ONE, EXACT)
     x = tl.load(value + offsets, mask, 0.0).to(tl.float32) * g[None, :]
     if ADD:
         x += tl.load(shortcut + offsets, mask, 0.0).to(tl.float32)
@@ -207,16 +237,20 @@ def _before_activation(grad, value, other, g, offsets, mask, ADD: tl.constexpr, 
 @triton.jit
 def tail_backward(
     grad, value, other, gate, d_shortcut, d_value, partial, sn, sc, sp, P, C, splits, length, tiles_c,
-    ADD: tl.constexpr, STORE: tl.constexpr, SCALE: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr,
-    BP: tl.constexpr, BC: tl.constexpr,
+    ADD: tl.constexpr, STORE: tl.constexpr, SCALE: tl.constexpr, GATE: tl.constexpr, ONE: tl.constexpr,
+    ACT: tl.constexpr, EXACT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute the shortcut's gradient (STORE), the value's through the product (SCALE), and sums for the gate's: (N, splits, C)."""
+    """Compute the gradients of the shortcut (STORE), of the value through the product (SCALE), and sums for the gate's.
+
+    The sums (N, splits, C) are the gradient of the logits, where these are what is given.
+    """
     program = tl.program_id(0)
     n = (program // (splits * tiles_c)).to(tl.int64)
     rest = program % (splits * tiles_c)
     split = rest // tiles_c
     c = (rest % tiles_c) * BC + tl.arange(0, BC)
-    g = tl.load(gate + n * C + c, c < C, 0.0).to(tl.float32)
+    a = tl.load(gate + n * C + c, c < C, 0.0).to(tl.float32)
+    g = _gate(a, GATE, ONE, EXACT)
     total = tl.zeros((BC,), tl.float32)
     low = split * length
     high = tl.minimum(low + length, P)
@@ -230,17 +264,19 @@ def tail_backward(
         if SCALE:
             tl.store(d_value + offsets, (d * g[None, :]).to(d_value.dtype.element_ty), mask)
         total += tl.sum(d * v, 0)
+    total = total * _gate_slope(a, GATE, ONE, EXACT)
     tl.store(partial + (n * splits + split) * C + c, total, c < C)
 
 
 @triton.jit
 def value_backward(
     grad, value, other, gate, d_mean, d_value, sn, sc, sp, P, C, tiles_p, tiles_c,
-    ADD: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, ONE: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Compute the value's gradient: through the product, and through the mean."""
     n, c, offsets, mask = _tile(sn, sc, sp, P, C, tiles_p, tiles_c, BP, BC)
-    g = tl.load(gate + n.to(tl.int64) * C + c, c < C, 0.0).to(tl.float32)
+    g = _gate(tl.load(gate + n.to(tl.int64) * C + c, c < C, 0.0).to(tl.float32), GATE, ONE, EXACT)
     z = tl.load(d_mean + n.to(tl.int64) * C + c, c < C, 0.0) / P
     if ACT == "none":
         d = tl.load(grad + offsets, mask, 0.0).to(tl.float32)

@@ -156,8 +156,16 @@ def first(out):
 
 
 def exactness():
-    """Kernels against float64 and torch's own roundings, on this device."""
+    """Kernels against float64 and torch's own roundings, on this device, and on another card if there is one."""
     say("\n## Right\n")
+    if torch.cuda.device_count() > 1:
+        value = torch.randn(2, 8, 5, 5, device="cuda:1")
+        block = SqueezeExcitation(8, reduction=4).to("cuda:1")
+        block.identity_init()
+        fuse_block_(block)
+        expect(
+            torch.equal(block(value, value, "relu"), torch.relu(value + value)), "on a card that is not the current one"
+        )
     shapes = (
         [(2, 8, 5, 5), (10, 6, 3, 4)]
         if DRY
@@ -283,7 +291,6 @@ def step_of(model, how, batch, side):
 def bandwidth(batch):
     """What each kernel moves against the fewest bytes possible, as a share of what a copy reaches on this card."""
     from se_inject.kernels import launch
-    from se_inject.kernels.formulas import Excitation
 
     say(
         f"\n## Bytes (float16, channels_last, batch {batch}): the fewest possible over the time, as a share of a copy's\n"
@@ -301,7 +308,7 @@ def bandwidth(batch):
         layout, size = launch.Layout.of(value), value.numel() * value.element_size()
         runs = {
             "copy": (lambda v=value, o=out: o.copy_(v), 2),
-            "squeeze": (lambda v=value, k=layout: launch.sums(v, k), 1),
+            "squeeze": (lambda v=value, k=layout: launch.parts_of_mean(v, k, torch.float32), 1),
             "tail": (lambda v=value, g=gate, s=shortcut: launch.tail(v, g, s, "relu"), 3),
             "back": (lambda d=grad, v=value, g=gate, o=out: launch.tail_backward(d, v, g, o, "relu", True, False), 4),
             "value": (
@@ -319,14 +326,44 @@ def bandwidth(batch):
         )
         if not DRY and batch >= 64:
             expect(shares["tail"] >= 0.8, f"the tail of {shape} reaches {100 * shares['tail']:.0f} % of a copy")
-    del Excitation
+
+
+def few(batches):
+    """Up to which batch the bottleneck is faster as kernels (two launches) than as torch's products (four or five)."""
+    from se_inject.kernels import launch
+    from se_inject.kernels.formulas import Excitation
+
+    say(
+        f"\n## Bottleneck of a block as kernels, against torch's products (float16, CUDA graphs); now up to {launch.FEW}\n"
+    )
+    say("| value | " + " | ".join(f"batch {batch}, × " for batch in batches) + " |\n|---" + "|---" * len(batches) + "|")
+    limit, dtype = launch.FEW, torch.float32 if DRY else torch.float16
+    shapes = [(64, 4, 4)] if DRY else [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
+    for channels, height, width in shapes:
+        w1, b1, w2, b2 = (
+            torch.randn(size, device=DEVICE, dtype=dtype)
+            for size in ((channels // 16, channels), channels // 16, (channels, channels // 16), channels)
+        )
+        e, cells = Excitation(w1, b1, w2, b2, "relu", "sigmoid", True), []
+        for batch in batches:
+            value = torch.randn(batch, channels, height, width, device=DEVICE, dtype=dtype).to(memory_format=LAST)
+            runs = {}
+            for name, most in (("products", 0), ("kernels", 2**30)):
+                launch.FEW = most
+                with torch.no_grad():
+                    runs[name] = graphed(lambda v, e=e: launch.excite_from(v, v, v, e, "relu"), value)
+                if DRY:
+                    runs[name]()
+            launch.FEW = limit
+            cells.append(f"{in_turns(runs, calls=30)[1]['kernels']:.2f}")
+        say(f"| {(channels, height, width)} | " + " | ".join(cells) + " |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry", action="store_true", help="tiny shapes in Triton's interpreter, without a GPU")
     parser.add_argument("--models", default="resnet50,mobilenet_v2,convnext_tiny,yolo")
-    parser.add_argument("--parts", default="exactness,bandwidth,inference,training")
+    parser.add_argument("--parts", default="exactness,bandwidth,few,inference,training")
     options = parser.parse_args()
     if not DRY and not torch.cuda.is_available():
         parser.error("no CUDA device: --dry runs it in the interpreter")
@@ -340,6 +377,7 @@ def main():
     parts = {
         "exactness": exactness,
         "bandwidth": lambda: bandwidth(2 if DRY else 64),
+        "few": lambda: few((2,) if DRY else (1, 4, 8, 16, 32, 64)),
         "inference": lambda: inference(names, (1,) if DRY else (1, 64, 256)),
         "training": lambda: training(names, (2,) if DRY else (64, 256)),
     }

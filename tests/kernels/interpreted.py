@@ -3,16 +3,18 @@
 TRITON_INTERPRET=1 python -m pytest -n 0 tests/kernels/interpreted.py
 """
 
+import contextlib
 import copy
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import se_inject as si
 from se_inject.blocks import SqueezeExcitation, fuse_block_, how_computed
-from se_inject.kernels import dispatch, excite_from, plain_tail, tail
+from se_inject.kernels import dispatch, excite_from, launch, operators, plain_tail, programs, tail
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -139,6 +141,86 @@ def test_the_squeeze_of_another_value(batch):
         assert excite_from(*given, weights, ("relu", "sigmoid", False), "relu") is None  # no gradients
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batch", [3, 9])
+def test_without_gradients_in_the_dtype_of_the_weights(batch, dtype):
+    block = block_of((batch, 70, 6, 5), gate="tanh").to(dtype)
+    value, shortcut = (torch.randn(batch, 70, 6, 5).to(dtype) for _ in range(2))
+    with torch.no_grad():
+        out = block(value, shortcut, "silu")
+        wanted = copy.deepcopy(block).double()(value.double(), shortcut.double(), "silu")
+    assert out.dtype == dtype
+    assert relative(out, wanted) <= {**TOLERANCE, torch.float16: 1e-3}[dtype]
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched on a GPU: kernels, and torch's operators but for views and empty tensors."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names = []
+        for name in ("squeeze", "bottleneck", "tail", "tail_with_gate", "tail_backward", "value_backward"):
+            monkeypatch.setattr(programs, name, self.counted(name, getattr(programs, name)))
+
+    def counted(self, name, kernel):
+        class Counted:
+            def __getitem__(_, grid):
+                self.names.append(name)
+                return self.outside(kernel[grid])
+
+        return Counted()
+
+    def outside(self, function):
+        def run(*args, **options):
+            with _disable_current_modes():  # the interpreter works with tensors of its own
+                return function(*args, **options)
+
+        return run
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if not operator.is_view and "empty" not in operator.name():
+            self.names.append(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype, batch, most", [(torch.float32, 9, 6), (torch.float16, 9, 7), (torch.float16, 2, 3)])
+def test_launches_of_a_block_in_inference(monkeypatch, dtype, batch, most):
+    block = block_of((batch, 128, 6, 5)).to(dtype)
+    e = operators._excitation(
+        block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias, "relu", "sigmoid", True
+    )
+    value = torch.randn(batch, 128, 6, 5).to(dtype)
+    with torch.no_grad(), Launches(monkeypatch) as launches:
+        launch.excite_from(value, value, value, e, "relu")
+    assert len(launches.names) <= most, launches.names
+
+
+def test_launches_of_a_block_in_a_training_step(monkeypatch):
+    """Under autocast: the value is narrow, the weights are not."""
+    block = block_of((9, 128, 6, 5))
+    e = operators._excitation(
+        block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias, "relu", "sigmoid", True
+    )
+    value = torch.randn(9, 128, 6, 5).bfloat16()
+    with torch.no_grad(), Launches(monkeypatch) as launches:
+        out, *kept = launch.excite(value, value, e, "relu")
+    assert len(launches.names) <= 6, launches.names
+    monkeypatch.undo()
+    with torch.no_grad(), Launches(monkeypatch) as launches:
+        launch.excite_backward(value, value, out, *kept, e, "relu", True)
+    assert len(launches.names) <= 11, launches.names
+
+
+def test_kernels_are_launched_on_the_device_of_the_value(monkeypatch):
+    """Triton takes the current device otherwise, and cards don't read each other's memory."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: seen.append(tensor) or contextlib.nullcontext())
+    value = torch.randn(2, 4, 3, 3)
+    tail(value, torch.rand(2, 4, 1, 1), None, "relu")
+    assert len(seen) == 1
+    assert seen[0].data_ptr() == value.data_ptr()
+
+
 def test_torch_checks_the_operators():
     value, shortcut = (torch.randn(2, 4, 3, 3, requires_grad=True) for _ in range(2))
     gate = torch.rand(2, 4, 1, 1, requires_grad=True)
@@ -260,15 +342,16 @@ def test_autocast_and_compile():
 
 
 def test_no_more_is_kept_for_backward_than_unfused():
-    def kept(function):
+    def kept(function):  # parameters live anyway
         storages = {}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: storages.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
         ):
             function()
-        return sum(storages.values())
+        return sum(size for address, size in storages.items() if address not in own)
 
     block = block_of((4, 16, 16, 16))
+    own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     value, shortcut = (torch.randn(4, 16, 16, 16, requires_grad=True) for _ in range(2))
     for activation in ("relu", "silu", "none"):
         gate = type(block)._se_inject_unfused.gate
@@ -277,8 +360,6 @@ def test_no_more_is_kept_for_backward_than_unfused():
 
 
 def test_a_kernel_that_fails_is_said_once_and_torch_does_its_work(monkeypatch):
-    from se_inject.kernels import launch, operators
-
     def broken(*_):
         raise RuntimeError("no such instruction")
 
