@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.blocks.layers import batch_norm, chosen, convolution, squeeze_width, zero_
+from se_inject.errors import OptionError
 
 
 class BottleneckAttention(nn.Module):
@@ -39,7 +40,7 @@ class BottleneckAttention(nn.Module):
         (N, C, *) to (N, C, *), with ``rank`` dimensions for the star.
 
     Raises:
-        OptionError: no such rank, reduction or way to combine.
+        OptionError: no such rank, reduction, dilation or way to combine.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class BottleneckAttention(nn.Module):
         combine: str = "product",
     ) -> None:
         super().__init__()
+        if not 1 <= dilation <= 1024:
+            raise OptionError("the dilation is 1 to 1024", seen=f"dilation = {dilation}")
         layer, norm = convolution(rank), batch_norm(rank)
         m = self.width = squeeze_width(channels, reduction, divisor)
         self.channel = nn.Sequential(layer(channels, m, 1), norm(m), nn.ReLU(), layer(m, channels, 1))

@@ -15,8 +15,15 @@ from ._layers import odd_kernel
 
 
 def kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> int:
-    """k = |log2(C)/γ + b/γ|, the odd number next above where that is even."""
-    size = int(abs((math.log2(channels) + beta) / gamma))
+    """k = |log2(C)/γ + b/γ|, the odd number next above where that is even.
+
+    Raises:
+        OptionError: it is infinite, or nearly so.
+    """
+    exact = abs((math.log2(channels) + beta) / gamma)
+    if not exact < 2**31:
+        raise OptionError("γ and b give no kernel size", seen=f"gamma = {gamma}, beta = {beta}")
+    size = int(exact)
     return size if size % 2 else size + 1
 
 
@@ -46,7 +53,7 @@ class EfficientChannelAttention(nn.Module):
         (N, C, *) to (N, C, *), with ``rank`` dimensions for the star.
 
     Raises:
-        OptionError: no such rank, an even kernel, a γ that is not positive.
+        OptionError: no such rank, a kernel that is even or reaches beyond all channels, a γ that is not positive.
     """
 
     def __init__(
@@ -56,7 +63,7 @@ class EfficientChannelAttention(nn.Module):
         convolution(rank)
         if not gamma > 0:
             raise OptionError("γ must be positive", seen=f"gamma = {gamma}")
-        size = kernel_size(channels, gamma, beta) if kernel is None else odd_kernel(kernel)
+        size = odd_kernel(kernel_size(channels, gamma, beta) if kernel is None else kernel, 2 * channels + 1)
         self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
         self.space = list(range(2, 2 + rank))
         self.ones = [1] * rank

@@ -55,7 +55,7 @@ class GatherExcite(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = chosen("kind", kind, ("minus", "theta", "plus"))
-        if extent < 0 or extent == 1 or extent & (extent - 1):
+        if extent < 0 or extent == 1 or extent & (extent - 1) or extent > 2**24:
             raise OptionError("the extent is a power of 2, or 0 for global", seen=f"extent = {extent}")
         self.extent = extent
         self.size = [1, 1] if size is None else list(size)

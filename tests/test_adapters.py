@@ -22,6 +22,7 @@ from se_inject.errors import (
     ExportError,
     InjectError,
     LoadError,
+    OptionError,
     SurgeryError,
     UnsupportedModel,
     UntrustedGlobals,
@@ -292,7 +293,12 @@ HOSTILE = {
     "an unknown block": (replanned(block="eka"), InjectError, "step 1 of the plan: no block"),
     "another site": (replanned(site="layer9"), SurgeryError, "puts a block at `layer9`"),
     "other channels": (replanned(channels=64), LoadError, "step 1 needs"),
-    "a huge bottleneck": (replanned(options={"reduction": 1e-9}), LoadError, "step 1 needs"),
+    "a huge bottleneck": (replanned(options={"reduction": 1e-3}), LoadError, "step 1 needs"),
+    "one that is too wide": (
+        replanned(options={"reduction": 1e-9}),
+        OptionError,
+        "step 1 of the plan: the bottleneck is too wide",
+    ),
     "a place that is taken": (replanned(block_name="conv1"), LoadError, "step 1 needs"),
     "a tensor missing": (
         lambda tensors, content: tensors.pop("layer4.0.se.fc1.bias"),

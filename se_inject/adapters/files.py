@@ -88,11 +88,21 @@ class Adapter:
         return self.plan.fitted(model)
 
     def _check_tensors(self) -> None:
-        """Return whether the tensors are those of the plan's blocks, before any memory is taken for these."""
+        """Check that the tensors are those of the plan's blocks, before any memory is taken for these.
+
+        Raises:
+            LoadError: one is missing, of another shape, or belongs to no block.
+            OptionError: a block that can't be built.
+        """
         left = dict(self.tensors)
         for number, step in enumerate(self.plan.steps, 1):
-            with torch.device("meta"):
-                block = build_block(step.block, step.channels, step.size, step.options, step.init)
+            try:
+                with torch.device("meta"):
+                    block = build_block(step.block, step.channels, step.size, step.options, step.init)
+            except InjectError as error:
+                raise type(error)(
+                    f"step {number} of the plan: {error.message}", seen=error.seen, hint=error.hint
+                ) from error
             for name, tensor in block.state_dict(prefix=f"{step.path}.").items():
                 found = left.pop(name, None)
                 if found is None or found.shape != tensor.shape:

@@ -4,6 +4,14 @@ In: a name, a number of channels and options. Out: a module that gates a value, 
 Must not know: networks, traces, sites or plans.
 """
 
+from se_inject.blocks.building import (
+    block_numbers,
+    build_block,
+    check_block,
+    has_gate,
+    has_identity_start,
+    start_as_identity_,
+)
 from se_inject.blocks.fusion import (
     NoGate,
     can_fuse,
@@ -18,18 +26,13 @@ from se_inject.blocks.registry import (
     Factory,
     block_names,
     block_options,
-    build_block,
-    check_block,
     check_options,
     check_values,
     find_block,
     has_class_at,
-    has_gate,
-    has_identity_start,
     is_at_hand,
     parsed_options,
     register_block,
-    start_as_identity_,
 )
 from se_inject.blocks.squeeze_excitation import SqueezeExcitation
 from se_inject.forwards import is_fused
@@ -40,6 +43,7 @@ __all__ = [
     "NoGate",
     "SqueezeExcitation",
     "block_names",
+    "block_numbers",
     "block_options",
     "build_block",
     "can_fuse",

@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from se_inject.blocks.registry import has_gate
+from se_inject.blocks.building import has_gate
 from se_inject.blocks.squeeze_excitation import SqueezeExcitation
 from se_inject.errors import LoadError
 from se_inject.forwards import UNFUSED, addressed, class_when_unfused, is_fused

@@ -100,6 +100,8 @@ def mean_and_deviation(x: Tensor, space: list[int], epsilon: float) -> tuple[Ten
 
 LEAST_WIDTH = 4
 """The narrowest bottleneck that a reduction gives; no count of the paper changes by it."""
+WIDEST = 2**24
+"""The widest bottleneck there can be; how large a block may be is for ``build_block``."""
 
 
 def squeeze_width(
@@ -118,7 +120,8 @@ def squeeze_width(
         least: the least C // r.
 
     Raises:
-        OptionError: a reduction that is not positive and finite, a divisor or width below 1, a width beside the others.
+        OptionError: a reduction that is not positive and finite, a divisor or width below 1 or too large, a width beside the
+            others.
     """
     if width is not None:
         if reduction is not None or divisor is not None:
@@ -129,17 +132,29 @@ def squeeze_width(
             )
         if width < 1:
             raise OptionError("the bottleneck must be at least 1 wide", seen=f"width = {width}")
-        return width
+        return int(_at_most(width, f"width = {width}"))
     reduction = 16 if reduction is None else reduction
     if not 0 < reduction < math.inf:
         raise OptionError(
             "the reduction r must be positive and finite", seen=f"r = {reduction}", hint="the paper uses 16"
         )
+    exact = _at_most(channels / reduction, f"r = {reduction} at {channels} channels")
     if divisor is None:
         return max(min(least, channels), int(channels // reduction))
     if divisor < 1:
         raise OptionError("the divisor must be at least 1", seen=f"divisor = {divisor}")
-    return max(divisor, int(channels / reduction + divisor / 2) // divisor * divisor)
+    return max(int(_at_most(divisor, f"divisor = {divisor}")), int(exact + divisor / 2) // divisor * divisor)
+
+
+def _at_most(width: float, seen: str) -> float:
+    """Return a width that tensors can have.
+
+    Raises:
+        OptionError: it is beyond.
+    """
+    if width > WIDEST:
+        raise OptionError("the bottleneck is too wide", seen=seen, hint=f"at most {WIDEST:,}")
+    return width
 
 
 class Bottleneck(nn.Module):

@@ -1,4 +1,4 @@
-"""The registry in which blocks are found by name, and what a block must do."""
+"""The registry in which blocks are found by name, and the options that each takes."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ import importlib.metadata
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from se_inject.blocks.squeeze_excitation import SqueezeExcitation
-from se_inject.errors import InjectError, OptionError, PluginError
-from se_inject.user_code import did_you_mean, fact, named
+from se_inject.errors import OptionError, PluginError
+from se_inject.user_code import did_you_mean, named
 
 GROUP = "se_inject.blocks"
 """The entry-point group in which packages announce their blocks."""
-INITS = ("identity", "paper")
-"""How a block starts: as x ↦ x, by its ``identity_init``; or as its authors have it."""
 FILLED_IN = ("rank", "size")
 """Parameters of a block that it gets from its site: number of spatial dimensions, and the spatial size."""
+_LARGEST = 2**31
 Factory = Callable[..., nn.Module]
 _registered: dict[str, Factory] = {"se": SqueezeExcitation}
 _imported: dict[tuple[str, str], Factory] = {}
@@ -136,7 +134,7 @@ def _announced(name: str) -> Factory:
 
 def block_options(name: str) -> dict[str, inspect.Parameter]:
     """Return the options a block takes: its factory's parameters but the first (the channels) and those filled in."""
-    parameters = list(_parameters(name).values())[1:]
+    parameters = list(parameters_of(name).values())[1:]
     return {parameter.name: parameter for parameter in parameters if parameter.name not in FILLED_IN}
 
 
@@ -178,7 +176,12 @@ def _parsed(key: str, text: str, parameter: inspect.Parameter) -> Any:
     return text
 
 
-def _parameters(name: str) -> dict[str, inspect.Parameter]:
+def parameters_of(name: str) -> dict[str, inspect.Parameter]:
+    """List the parameters of a block's factory, the channels first.
+
+    Raises:
+        PluginError: it has no signature, or takes no argument.
+    """
     factory = find_block(name)
     try:
         parameters = dict(inspect.signature(factory).parameters)
@@ -193,8 +196,13 @@ def check_options(name: str, options: dict[str, Any]) -> None:
     """Check that a block takes these options.
 
     Raises:
-        OptionError: one it doesn't know.
+        OptionError: one it doesn't know, or an integer that no tensor has a use for.
     """
+    for key, value in options.items():
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise OptionError(
+                f"option `{key}` of block `{name}` is too large", seen=f"an integer of {value.bit_length()} bits"
+            )
     known = block_options(name)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
@@ -236,118 +244,3 @@ def _fits(value: Any, parameter: inspect.Parameter) -> bool:
         return True
     kinds = [kind for word in words for kind in _TYPES[word]]
     return type(value) in kinds or (not isinstance(value, bool) and isinstance(value, tuple(kinds)))
-
-
-def build_block(name: str, channels: int, size: Sequence[int], options: dict[str, Any], init: str) -> nn.Module:
-    """Build one new block.
-
-    Args:
-        name: of the block.
-        channels: C of the values it will gate.
-        size: their spatial size.
-        options: keyword arguments of the block.
-        init: ``identity`` or ``paper``.
-
-    Raises:
-        OptionError: no such block or option, a value that it refuses, or a start or rank it doesn't have.
-        PluginError: the block can't be built.
-    """
-    if init not in INITS:
-        raise OptionError(f"no start is called `{init}`", seen=", ".join(INITS))
-    factory = find_block(name)
-    check_options(name, options)
-    filled = {"rank": len(size), "size": tuple(size)}
-    parameters = _parameters(name)
-    if len(size) != 2 and "rank" not in parameters:
-        raise OptionError(f"block `{name}` is for two spatial dimensions", seen=f"a value with {len(size)}")
-    try:
-        block = factory(channels, **{key: value for key, value in filled.items() if key in parameters}, **options)
-    except InjectError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise PluginError(
-            f"block `{name}` can't be built for {channels} channels with {options or 'no options'}",
-            seen=f"{type(error).__name__}: {error}",
-        ) from error
-    if not isinstance(block, nn.Module):
-        raise PluginError(f"block `{name}` is not an nn.Module", seen=f"it returned a {type(block).__name__}")
-    if init == "identity":
-        start_as_identity_(name, block)
-    return block
-
-
-def start_as_identity_(name: str, block: nn.Module) -> None:
-    """Let a new block start as x ↦ x.
-
-    Args:
-        name: of the block.
-        block: as its authors start it.
-
-    Raises:
-        OptionError: it has no such start.
-        PluginError: it fails.
-    """
-    if not has_identity_start(block):
-        raise OptionError(f"block `{name}` has no identity start", hint="init `paper`: as its authors start it")
-    try:
-        block.identity_init()  # type: ignore[operator]
-    except (Exception, SystemExit) as error:
-        raise PluginError(
-            f"block `{name}` fails in its identity_init", seen=f"{type(error).__name__}: {error}"
-        ) from error
-
-
-def check_block(name: str, block: nn.Module, channels: int, size: Sequence[int], dtype: torch.dtype) -> None:
-    """Check that a block maps a value to a new one of the same shape and dtype, in both modes and at any batch size.
-
-    Args:
-        name: of the block.
-        block: on the meta device, so that nothing is computed.
-        channels: C of the values.
-        size: their spatial size.
-        dtype: of the network.
-
-    Raises:
-        PluginError: it fails, changes the shape or dtype, or overwrites what it is given.
-    """
-    try:
-        block = block.to(dtype)
-    except Exception as error:
-        raise PluginError(f"block `{name}` can't be of type {dtype}", seen=fact(error)) from error
-    for training, batch in ((False, 2), (True, 3), (False, 1)):
-        value = torch.zeros((batch, channels, *size), device="meta", dtype=dtype)
-        _check_call(name, block, value, training)
-
-
-def _check_call(name: str, block: nn.Module, value: Tensor, training: bool) -> None:
-    version = value._version
-    try:
-        with torch.no_grad():
-            result = block.train(training)(value)
-    except (Exception, SystemExit) as error:
-        raise PluginError(
-            f"block `{name}` fails on a value of {tuple(value.shape)} in {'training' if training else 'eval'}",
-            seen=fact(error),
-            hint="a block can't look at numbers (`if`, `.item()`): it is checked on tensors without any, and exported"
-            if "meta tensor" in str(error)
-            else None,
-        ) from error
-    if not isinstance(result, Tensor) or (result.shape, result.dtype) != (value.shape, value.dtype):
-        returned = (
-            f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
-        )
-        raise PluginError(
-            f"block `{name}` must return what it was given: {tuple(value.shape)} {value.dtype}", seen=returned
-        )
-    if value._version != version:
-        raise PluginError(f"block `{name}` overwrites the value it is given", hint="return a new tensor")
-
-
-def has_identity_start(block: nn.Module) -> bool:
-    """Return whether a block can start as x ↦ x."""
-    return callable(getattr(block, "identity_init", None))
-
-
-def has_gate(block: nn.Module) -> bool:
-    """Tell whether a block is ``value * gate(value)``: whether its class has a method ``gate`` (a submodule is not one)."""
-    return inspect.isfunction(getattr(type(block), "gate", None))

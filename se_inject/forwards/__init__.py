@@ -40,7 +40,7 @@ from se_inject.forwards.programs import (
     recorded_inputs,
 )
 from se_inject.forwards.python import function_called, is_name
-from se_inject.forwards.steps import check_blocks, is_block_name, is_code, is_trusted
+from se_inject.forwards.steps import check_blocks, is_block_name, is_code, is_possible, is_trusted
 from se_inject.forwards.vocabulary import (
     checked_path,
     function_name,
@@ -93,6 +93,7 @@ __all__ = [
     "is_name",
     "is_of_training",
     "is_plain_name",
+    "is_possible",
     "is_trusted",
     "lines_of",
     "made",

@@ -6,6 +6,7 @@ to be imported and called: no file may name one unless its package is trusted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,17 @@ from se_inject.forwards.marks import body_of
 from se_inject.forwards.vocabulary import is_plain_name
 
 _LARGEST = 2**24
+_MOST = 2**40
 _POSITIONS = ("standard", "pre", "post", "identity", "conv3x3")
 
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 < value <= _LARGEST
+
+
+def is_possible(channels: int, size: Sequence[int]) -> bool:
+    """Return whether a value of this size could be in any memory: a terabyte numbers at most."""
+    return channels * math.prod(size) <= _MOST
 
 
 def is_block_name(name: Any) -> bool:
@@ -64,6 +71,8 @@ def check_steps(body: dict[str, Any]) -> None:
                 )
         if len(step["size"]) != step["rank"]:
             raise LoadError(f"a step of rank {step['rank']} has {len(step['size'])} numbers for its `size`")
+        if not is_possible(step["channels"], step["size"]):
+            raise LoadError("a step gates a value that no memory holds", seen=f"{step['channels']} × {step['size']}")
     names, before = {step["block_name"] for step in steps}, body["was_none"]
     if not before.keys() <= names or not all(value in ("module", "attribute") for value in before.values()):
         raise LoadError("a damaged file: an edited forward of an unknown form", seen=f"was None: {quoted(before)}")

@@ -28,7 +28,7 @@ from se_inject.plans.candidates import ratios_of
 from se_inject.plans.stored import check_trust
 from se_inject.plans.value import Plan, already
 from se_inject.sites import POSITIONS, HeldBack, Place, Site, Sites, place_of, sites_in
-from se_inject.surgery import Step, check_unfused, method_notes, own_steps
+from se_inject.surgery import Step, check_sizes, check_unfused, method_notes, own_steps
 from se_inject.tables import counted
 from se_inject.tracing import Trace, float_like, observe_model, shapes_of
 
@@ -80,7 +80,7 @@ def plan(
     Raises:
         NoSites: the network has no place for a block, or no blocks fit the budget.
         SiteNotFound: a stage or pattern matches nothing.
-        OptionError: an option that the block refuses.
+        OptionError: an option that the block refuses, or blocks that are far larger than the network.
         TraceError: the network's own forward fails on the inputs, or with ``require_all`` a module can't be traced.
         UnsupportedModel: a wrapped, compiled, scripted or quantised module.
         AlreadyInjected: every chosen site holds a block of ours.
@@ -107,6 +107,7 @@ def plan(
     draft = Step("", "", None, 0, 0, block, dict(block_options), start, position=position)
     steps = tuple(_step(draft, site, place, name) for site, place in places)
     _check_names(model, steps)
+    check_sizes(model, steps)
     notes = [*trace.notes, *notes, *unplaced, *odd, *method_notes(model, steps)]
     args, kwargs = trace.inputs
     shapes = None if kwargs or (listed := shapes_of(args)) is None else tuple(listed)

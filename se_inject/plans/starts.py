@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,11 +13,14 @@ from se_inject.errors import PluginError
 from se_inject.random_numbers import seeded
 from se_inject.surgery import Step
 
+_ENOUGH = 2**24
+"""Numbers in an example of a value."""
+
 
 def start_factor(name: str, channels: int, size: Sequence[int], options: dict[str, Any], init: str) -> float:
     """Compute the factor by which a new block scales its input: the a for which a·x is nearest to its output y.
 
-    a = Σ x·y / Σ x², for one random normal example x, in eval mode. An identity has 1, a gate around σ(0) has 0.5.
+    a = Σ x·y / Σ x², for one random normal example x, in eval mode; of a very large value a part is enough. An identity has 1, a gate around σ(0) has 0.5.
     No random state of the caller is used or changed.
 
     Args:
@@ -31,7 +35,7 @@ def start_factor(name: str, channels: int, size: Sequence[int], options: dict[st
     """
     with seeded(0), torch.device("cpu"), torch.no_grad():
         block = build_block(name, channels, size, options, init).eval()
-        x = torch.randn(1, channels, *size)
+        x = torch.randn(1, channels, *_cropped(channels, size))
         try:
             y = block(x)
         except Exception as error:
@@ -39,6 +43,15 @@ def start_factor(name: str, channels: int, size: Sequence[int], options: dict[st
                 f"block `{name}` fails on a value of {tuple(x.shape)}", seen=f"{type(error).__name__}: {error}"
             ) from error
         return float((x * y).sum() / x.square().sum())
+
+
+def _cropped(channels: int, size: Sequence[int]) -> list[int]:
+    """Return a spatial size at which a value has at most ``_ENOUGH`` numbers: this one, or half of its longest side, …"""
+    sides = list(size)
+    while channels * math.prod(sides) > _ENOUGH and max(sides) > 1:
+        longest = sides.index(max(sides))
+        sides[longest] //= 2
+    return sides
 
 
 def start_factors(steps: Iterable[Step]) -> dict[str, tuple[float, float]]:

@@ -12,6 +12,7 @@ from se_inject.surgery.remove import put_back_, remove_
 from se_inject.surgery.schema import first_problem, with_integers
 from se_inject.surgery.step import Step
 from se_inject.surgery.swap import (
+    check_sizes,
     check_unfused,
     eject_,
     inject_,
@@ -26,6 +27,7 @@ __all__ = [
     "Fused",
     "FusedBlock",
     "Step",
+    "check_sizes",
     "check_unfused",
     "edited_lines",
     "eject_",

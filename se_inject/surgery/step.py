@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from se_inject.errors import LoadError
+from se_inject.forwards import is_possible
 from se_inject.surgery.schema import first_problem, with_integers
 
 
@@ -70,6 +71,8 @@ class Step:
         data = with_integers(data)
         if len(data["size"]) != data["rank"]:
             raise LoadError(f"a step of rank {data['rank']} has {len(data['size'])} numbers for its `size`")
+        if not is_possible(data["channels"], data["size"]):
+            raise LoadError("a step gates a value that no memory holds", seen=f"{data['channels']} × {data['size']}")
         readers = None if data.get("readers") is None else tuple(data["readers"])
         return cls(**{**data, "size": tuple(data["size"]), "readers": readers})
 

@@ -8,15 +8,15 @@ before that, and if something does go wrong after all, the owners already swappe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from se_inject.blocks import build_block
-from se_inject.errors import InjectError, PluginError, SurgeryError, either
+from se_inject.blocks import block_numbers, build_block
+from se_inject.errors import InjectError, OptionError, PluginError, SurgeryError, either
 from se_inject.forwards import (
     body_of,
     generated_class,
@@ -29,7 +29,11 @@ from se_inject.forwards import (
 from se_inject.surgery.edit import edited_lines
 from se_inject.surgery.freeze import freeze_statistics_, thaw_statistics_
 from se_inject.surgery.step import Step
+from se_inject.tables import counted, short
 from se_inject.tracing import Trace
+
+_SPARE = 2**26
+"""Numbers that blocks may have however small the network is."""
 
 
 @dataclass
@@ -55,8 +59,11 @@ def inject_(
 
     Raises:
         SurgeryError: a step does not fit; the model is as it was.
+        OptionError: the blocks are too large for it.
     """
     check_unfused(model)
+    steps = list(steps)
+    check_sizes(model, steps)
     by_owner: dict[str, list[Step]] = {}
     for step in steps:
         by_owner.setdefault(step.owner, []).append(step)
@@ -122,6 +129,23 @@ def set_class(module: nn.Module, kind: Any) -> None:
     module.__class__ = kind
     if frozen:
         freeze_statistics_(module)
+
+
+def check_sizes(model: nn.Module, steps: Sequence[Step]) -> None:
+    """Check that these blocks together are not far larger than the network, before any is built.
+
+    Raises:
+        OptionError: they have more than four times its numbers and ``_SPARE``.
+    """
+    own = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    most = 4 * own + _SPARE
+    total = sum(block_numbers(step.block, step.channels, step.size, step.options) for step in steps)
+    if total > most:
+        raise OptionError(
+            f"{counted(len(steps), 'block')} for this {original_class(model).__name__} would be too large",
+            seen=f"{short(total)} numbers in them, {short(own)} in the network; {short(most)} at most",
+            hint="a larger reduction, or fewer stages",
+        )
 
 
 def check_unfused(model: nn.Module) -> None:

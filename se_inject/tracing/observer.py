@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from se_inject.errors import TraceError, either
 from se_inject.guarding import under_guard
@@ -283,7 +284,10 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
         TraceError: the model's own forward fails on these inputs.
     """
     first: Exception | None = None
+    last: Exception | None = None
     for how in ("meta", "fake", "real"):
+        if how == "real" and type(first) is type(last) and _are_large((args, kwargs)):
+            break  # both failed alike, so numbers won't help, and they would take long
         try:
             return _observed(model, args, kwargs or {}, how)
         except Exception as error:
@@ -355,6 +359,10 @@ def forward_of(module: nn.Module, training: bool) -> Callable[..., Any]:
     exec(compile(code.src, f"<{type(module).__name__}>", "exec"), scope)
     forward: Callable[..., Any] = scope["forward"]
     return forward
+
+
+def _are_large(inputs: Any) -> bool:
+    return sum(leaf.numel() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)) > 2**24
 
 
 def _is_from_forward(error: BaseException | None) -> bool:

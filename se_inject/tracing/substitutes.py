@@ -107,8 +107,10 @@ def standing_in(model: nn.Module, how: str) -> Iterator[tuple[nn.Module, Callabl
         def matching(tensor: Tensor) -> Tensor:
             if how == "meta":
                 return tensor.detach().to("meta")
+            if mode is not None and tensor.device.type == "meta":  # within the mode no memory is taken
+                return torch.empty(tensor.shape, dtype=tensor.dtype, device=like)
             if mode is not None:
-                return mode.from_tensor(_with_numbers(tensor).to(like), static_shapes=True)  # type: ignore[no-any-return]
+                return mode.from_tensor(tensor.detach().to(like), static_shapes=True)  # type: ignore[no-any-return]
             return _with_numbers(tensor).to(like, copy=True)
 
         yield twin, lambda inputs: tree_map_only(Tensor, matching, inputs)

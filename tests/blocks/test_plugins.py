@@ -18,7 +18,8 @@ from timm.layers.coord_attn import CoordAttn
 from torch import nn
 
 import se_inject as si
-from se_inject.blocks.registry import GROUP, block_names, block_options, find_block, has_identity_start
+from se_inject.blocks.building import has_identity_start
+from se_inject.blocks.registry import GROUP, block_names, block_options, find_block
 from se_inject.errors import OptionError, PluginError
 from se_inject.forwards import is_edited
 from se_inject.testing import check_block

@@ -214,7 +214,7 @@ def test_the_grid_in_four_formats(se_inject):
 
 
 def test_the_options_offer_what_the_package_knows():
-    from se_inject.blocks.registry import INITS
+    from se_inject.blocks.building import INITS
     from se_inject.sites.positions import POSITIONS
 
     choices = {option.name: getattr(option.type, "choices", None) for option in cli.cli.commands["cost"].params}
