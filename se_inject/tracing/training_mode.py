@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
@@ -19,6 +19,7 @@ from se_inject.tracing.outlines import filled
 from se_inject.tracing.patches import quiet
 from se_inject.tracing.proxy import Untraceable
 from se_inject.tracing.record import Record
+from se_inject.tracing.settings import is_plain
 from se_inject.tracing.snapshots import drawing, own_numbers, preserved, random_state
 from se_inject.tracing.substitutes import shapes_only, substituted
 from se_inject.tracing.trace import Guards, OwnerGraph, Trace, float_like
@@ -115,12 +116,50 @@ def _in_training(trace: Trace, path: str) -> tuple[Any] | None:
         trace.known[key] = None
         owner = trace.graphs.get(path)
         if owner is not None and (owner.reads_training or any(map(partial(_in_training, trace), _children(owner)))):
-            with contextlib.suppress(Untraceable):
-                value = _returned(training_graph(trace, owner)[0])
-                if _structure(value) != _structure(_returned(owner.graph)):
-                    trace.known[key] = (value,)
+            read = _everything_read(trace, owner)
+            twin = path if read is None else trace.known.setdefault(("everything read", read), path)
+            trace.known[key] = _changed_output(trace, owner) if twin == path else _in_training(trace, twin)
     found: tuple[Any] | None = trace.known[key]
     return found
+
+
+def _changed_output(trace: Trace, owner: OwnerGraph) -> tuple[Any] | None:
+    with contextlib.suppress(Untraceable):
+        value = _returned(training_graph(trace, owner)[0])
+        if _structure(value) != _structure(_returned(owner.graph)):
+            return (value,)
+    return None
+
+
+def _everything_read(trace: Trace, owner: OwnerGraph) -> str | None:
+    """Return a text that is the same for two modules whose forwards can't differ in what they return.
+
+    They are of one class, hold the same shapes and plain attributes, call nothing but torch's own modules, and were
+    called on values of the same shapes. None: the module holds or was given something else.
+    """
+    if any(path in trace.graphs or path in trace.failures for path in _children(owner)):
+        return None
+    held = [(name, id(type(module)), _state(module)) for name, module in owner.module.named_modules()]
+    given = _described(owner.inputs[:2])
+    return None if given is None or any(state is None for *_, state in held) else repr((held, given))
+
+
+def _state(module: nn.Module) -> str | None:
+    """Describe what a module holds, its submodules left out; None if there is more than tensors and plain values."""
+    tensors = {**module._parameters, **module._buffers}
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if name not in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        and (value or not isinstance(value, dict))
+    }
+    return _described([tensors, plain])
+
+
+def _described(value: Any) -> str | None:
+    """Describe tensors by type and shape and plain values as they are; None if there is something else among them."""
+    shapes = tree_map_only(Tensor, lambda tensor: [str(tensor.dtype), *map(int, tensor.shape)], value)
+    return repr(shapes) if is_plain(shapes) else None
 
 
 def _children(owner: OwnerGraph) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import se_inject as si
-from se_inject.tracing import Counts, Untraceable, float_like, observe_model, training_graph
+from se_inject.tracing import Counts, Untraceable, float_like, observe_model, returns_alike, training_graph
 
 X = torch.rand(2, 3, 8, 8)
 
@@ -134,3 +134,35 @@ def test_a_network_by_name_has_the_same_weights_each_time():
     one, other = (from_zoo("torchvision", "squeezenet1_1").state_dict() for _ in range(2))
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Doubled(nn.Module):
+    """Returns two values in training, if it has been set so."""
+
+    def __init__(self, pair, norm):
+        super().__init__()
+        self.pair = pair
+        self.norm = norm
+
+    def forward(self, x):
+        y = self.norm(x)
+        if self.training and (self.pair or self.norm.weight is None or x.shape[-1] == 4):
+            return y, x
+        return y
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_modules_that_return_alike_in_training_differ_in_nothing_that_is_read(order):
+    """One of each kind is observed in training; what an attribute, a parameter or a size decides is of another kind."""
+    kinds = [
+        (False, nn.BatchNorm2d(3), True),
+        (False, nn.BatchNorm2d(3), True),
+        (True, nn.BatchNorm2d(3), False),
+        (False, nn.BatchNorm2d(3, affine=False), False),
+        (True, nn.BatchNorm2d(3), False),
+        (False, nn.BatchNorm2d(3), True),
+    ][::order]
+    parts = [Doubled(pair, norm) for pair, norm, _ in kinds] + [nn.AvgPool2d(2), Doubled(False, nn.BatchNorm2d(3))]
+    trace = observe_model(nn.Sequential(*parts).eval(), torch.rand(2, 3, 8, 8))
+    assert [returns_alike(trace, str(number)) for number in range(len(kinds))] == [alike for *_, alike in kinds]
+    assert not returns_alike(trace, str(len(parts) - 1))
