@@ -30,7 +30,7 @@ from se_inject.loading.formats import PICKLES, PROGRAMS, form_of, unreadable
 from se_inject.loading.opened import checked_read, opened
 from se_inject.loading.pickles.allowlist import within
 from se_inject.loading.pickles.containers import unpickle
-from se_inject.loading.pickles.module_checks import holds_inert
+from se_inject.loading.pickles.module_checks import holds_placeholder
 from se_inject.loading.refusals import trustworthy, untrusted
 from se_inject.loading.weight_files import (
     NO_ENTRIES,
@@ -242,11 +242,11 @@ def _from_file(
         except LoadError:
             if not refused:
                 raise
-            # something inert was in the way, and that is the better thing to say
+            # a placeholder was in the way, and that is the better thing to say
             whole, found, several = None, None, False
     if is_state_dict(found):
         raise _only_weights(path, "state dict", found)
-    is_whole = isinstance(found, nn.Module) and not holds_inert(found)
+    is_whole = isinstance(found, nn.Module) and not holds_placeholder(found)
     if refused and not (is_whole and all(within(name, _BESIDE_A_NETWORK) for name in refused)):
         raise untrusted(path, refused, has_weights=found is not None)
     if not isinstance(found, nn.Module):

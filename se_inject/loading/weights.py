@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from se_inject.errors import printable
-from se_inject.loading.pickles.unpickler import Inert
+from se_inject.loading.pickles.reading import Placeholder
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params")
 _AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_ema")
@@ -105,7 +105,7 @@ def _inner(found: Any, depth: int, known: dict[tuple[int, int], Any]) -> Any:
 def _looked_for(found: Any, depth: int, known: dict[tuple[int, int], Any]) -> Any:
     if isinstance(found, nn.DataParallel):
         found = found._modules.get("module")
-    if isinstance(found, nn.Module) and not (type(found) is Inert and not found.state_dict()):
+    if isinstance(found, nn.Module) and not (type(found) is Placeholder and not found.state_dict()):
         return found
     if is_state_dict(found):
         return _tensors(found)
@@ -148,7 +148,7 @@ def contents(found: Any) -> str:
         return f"a dict with the keys {listed(map(str, found))}"
     if isinstance(found, list | tuple):
         return f"a {type(found).__name__} of {listed(type(part).__name__ for part in found)}"
-    return "something that is neither" if isinstance(found, Inert) else f"a {type(found).__name__}"
+    return "something that is neither" if isinstance(found, Placeholder) else f"a {type(found).__name__}"
 
 
 @dataclass(frozen=True)

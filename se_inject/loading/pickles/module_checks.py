@@ -20,7 +20,7 @@ from se_inject.forwards import check_blocks, check_forward
 from se_inject.loading.operators import check_vocabulary
 from se_inject.loading.pickles.allowlist import within
 from se_inject.loading.pickles.layers import check_layer
-from se_inject.loading.pickles.unpickler import Inert, Reading
+from se_inject.loading.pickles.reading import Placeholder, Reading
 from se_inject.loading.pickles.values import ValueChecks
 
 MOST_PATHS = 100_000
@@ -49,16 +49,16 @@ def check_modules(reading: Reading) -> None:
     for module in reading.modules:
         state = vars(module)
         state.pop("__overloads__", None)  # torch.jit.script leaves it behind, and makes it anew
-        is_inert = type(module) is Inert
+        is_placeholder = type(module) is Placeholder
         for name, kind in _TABLES.items():
             values = state.get(name)
-            if (name, id(values), is_inert) in seen:
+            if (name, id(values), is_placeholder) in seen:
                 continue
             if not isinstance(values, dict) or not all(v is None or isinstance(v, kind) for v in values.values()):
                 raise pickle.UnpicklingError(f"a {type(module).__name__} whose {name} are none")
             _check_names(values, _QUOTES | {"."})
-            seen.add((name, id(values), is_inert))
-        if not is_inert:
+            seen.add((name, id(values), is_placeholder))
+        if not is_placeholder:
             _check_names(state)
     _check_tree(reading.modules)
     checked: set[tuple[type, int]] = set()
@@ -75,7 +75,7 @@ def check_modules(reading: Reading) -> None:
 
 def _check_one(module: nn.Module, trust: Sequence[str], values: ValueChecks, checked: set[tuple[type, int]]) -> None:
     kind, state = type(module), vars(module)
-    if kind is not Inert and not within(kind.__module__, trust):
+    if kind is not Placeholder and not within(kind.__module__, trust):
         _check_attributes(module, state)
         _check_twice(kind, state)
         for table in (state[name] for name in _TABLES):
@@ -117,7 +117,7 @@ def _check_config(module: nn.Module, state: dict[str, Any]) -> None:
             raise LoadError(f"a {type(module).__name__} in this file has a `{name}` that can't be right", seen=shown)
 
 
-def holds_inert(model: nn.Module) -> bool:
+def holds_placeholder(model: nn.Module) -> bool:
     """Return whether a model holds a placeholder for something that was refused. Other objects in its file don't matter."""
     todo: list[Any] = [model]
     seen: set[int] = set()
@@ -126,7 +126,7 @@ def holds_inert(model: nn.Module) -> bool:
         if id(part) in seen:
             continue
         seen.add(id(part))
-        if isinstance(part, Inert):
+        if isinstance(part, Placeholder):
             return True
         if isinstance(part, dict):
             todo += [*part.keys(), *part.values()]

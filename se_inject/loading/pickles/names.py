@@ -12,7 +12,8 @@ from torch.serialization import MAGIC_NUMBER
 
 from se_inject.loading.pickles.allowlist import BUILDERS, may_be_got
 from se_inject.loading.pickles.constructors import builder
-from se_inject.loading.pickles.unpickler import Inert, Reading, Unpickler, spelled_today
+from se_inject.loading.pickles.reading import Placeholder, Reading
+from se_inject.loading.pickles.unpickler import Unpickler, spelled_today
 from se_inject.loading.zip_archive import Archive
 
 _STORED_FORWARDS = tuple(name for name in BUILDERS if name.rpartition(".")[2] in ("edited", "program", "program_class"))
@@ -35,7 +36,7 @@ class Names:
     texts: list[str] = field(default_factory=list)
 
 
-class _Name(Inert):
+class _Name(Placeholder):
     """Stands for one name of a pickle, and for whatever it would have made."""
 
     def __init__(self, full: str) -> None:
@@ -52,7 +53,7 @@ class _Reader(Unpickler):
         self._nothing = _Name("")
         self._known: dict[str, _Name] = {}
 
-    def _inert(self) -> Inert:
+    def _placeholder(self) -> Placeholder:
         return self._nothing
 
     def _nested(self, data: Any) -> None:

@@ -12,7 +12,7 @@ So the opcodes that do something are replaced here, and one reader serves every 
   methods and torch's activations; and our own ``edited`` and ``frozen``, which check
   what they are given.
 * Functions of tensors may be referred to: networks keep them as attributes and call them in their forward.
-* Everything else, name or call, becomes an ``Inert`` module that keeps its tensors and does nothing. Reading
+* Everything else, name or call, becomes a ``Placeholder`` module that keeps its tensors and does nothing. Reading
   goes on, so that an error can name all of it at once, and the tensors in such a file can still be had.
 * A trusted package is outside all this: its code is imported, called and given state as the file says.
 * The program's length, and the memory that it takes, have limits.
@@ -27,8 +27,7 @@ import pickle
 import re
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import IO, Any, ClassVar
 
 import torch
@@ -44,19 +43,14 @@ from se_inject.loading.pickles.allowlist import (
     within,
 )
 from se_inject.loading.pickles.constructors import Malformed, builder, checked_key
-from se_inject.loading.zip_archive import SLACK_BYTES
+from se_inject.loading.pickles.reading import BoundedFile, OpcodeTable, Placeholder, Reading
 from se_inject.user_code import printable
 
-MOST_OPCODES = 1_000_000
-"""The largest network of timm has a quarter of a million."""
-
-_BYTES_OF_AN_ITEM = 64
 _BYTES_OF_A_MODULE = 2000
 _BYTES_OF_A_SET = 216
 _WIDE = re.compile(rb"[\xc4-\xff]")
 """In text, the beginning of a letter that takes more than one byte in memory; then every letter does."""
 
-_LONG_READ = 1 << 20
 _TABLES = ("_modules", "_parameters", "_buffers")
 _MOST_LAYERS_OF_AN_RNN = 100
 _BYTES_OF_AN_RNN_LAYER = 10_000
@@ -69,55 +63,6 @@ _UNUSED = (
 )  # fmt: skip
 
 
-class Inert(nn.Module):
-    """Stands for what a file named and nobody allowed."""
-
-
-@dataclass
-class Reading:
-    """One file being read: what it may do, and what it has done so far.
-
-    Attributes:
-        trust: packages whose code the file may use.
-        spare_bytes: what it may still take beyond the bytes that are read.
-        refused: the names of what became ``Inert``, each with the reason if it could not be imported.
-        modules: every module that it made.
-        opcodes: how many have been carried out.
-    """
-
-    trust: tuple[str, ...]
-    spare_bytes: int
-    refused: dict[str, str | None] = field(default_factory=dict)
-    modules: list[nn.Module] = field(default_factory=list)
-    opcodes: int = 0
-
-    @classmethod
-    def of(cls, size: int, trust: Sequence[str]) -> Reading:
-        """Start reading a file of this many bytes."""
-        return cls(tuple(trust), size + SLACK_BYTES)
-
-    def copies(self, data: Any) -> None:
-        """Count something that is about to be copied: bytes by their number, what a container holds by its size.
-
-        Raises:
-            UnpicklingError: that is more than any file needs.
-        """
-        if isinstance(data, bytes | str | bytearray | memoryview):
-            self.takes(len(data))
-        elif isinstance(data, list | tuple | dict | set | frozenset):
-            self.takes(len(data) * _BYTES_OF_AN_ITEM)
-
-    def takes(self, size: int) -> None:
-        """Count bytes of memory; fewer than none are given back.
-
-        Raises:
-            UnpicklingError: that is more than any file needs.
-        """
-        self.spare_bytes -= size
-        if self.spare_bytes < 0:
-            raise Malformed("it unfolds to far more than its own size")
-
-
 def spelled_today(module: str) -> str:
     """Return the name that a module has now."""
     return _OLD_NAMES.get(module, module)
@@ -128,37 +73,6 @@ def _may_be_partial(function: Any) -> bool:
     is_bound = isinstance(function, nn.Module | functools.partial | types.MethodType)
     hands_on = getattr(function, "__name__", "") == "_pass_through_h"  # the only one that returns what it is given
     return callable(function) and not is_bound and not hands_on
-
-
-class _Opcodes(dict[int, Callable[..., None]]):
-    """The table of opcodes; it counts the look-ups."""
-
-    reading: Reading
-
-    def __getitem__(self, code: int) -> Callable[..., None]:
-        self.reading.opcodes += 1
-        if self.reading.opcodes > MOST_OPCODES:
-            raise Malformed(f"it holds more than {MOST_OPCODES:,} opcodes")
-        try:
-            return super().__getitem__(code)
-        except KeyError:
-            raise pickle.UnpicklingError(f"opcode {bytes([code])!r}, which no pickle of a network has") from None
-
-
-class _Bounded:
-    """A file, of which nobody reads more than it has: Python would first make room for all that is asked for."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        start = file.tell()
-        self._end = file.seek(0, 2)
-        file.seek(start)
-        self.readline = file.readline
-
-    def read(self, size: int) -> bytes:
-        if size > _LONG_READ and size > self._end - self._file.tell():
-            raise EOFError("the file ends before its data does")
-        return self._file.read(size)
 
 
 class Unpickler(pickle._Unpickler):
@@ -184,16 +98,16 @@ class Unpickler(pickle._Unpickler):
         persistent: Callable[[Any], Any] | None = None,
         load_bytes: Callable[[bytes], Any] | None = None,
     ) -> None:
-        super().__init__(_Bounded(file), encoding="utf-8")
+        super().__init__(BoundedFile(file), encoding="utf-8")
         self._reading = reading
         self._persistent_id = persistent
         self._load_bytes = load_bytes
         self._callable: dict[int, Any] = {}
-        self.dispatch = _Opcodes(self._OPCODES)  # type: ignore[misc]
+        self.dispatch = OpcodeTable(self._OPCODES)  # type: ignore[misc]
         self.dispatch.reading = reading
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the object of this name if the file may have it, else an inert placeholder."""
+        """Return the object of this name if the file may have it, else a placeholder."""
         module = spelled_today(module)
         name = "range" if (module, name) == ("builtins", "xrange") else name  # protocol 2 calls it so
         full = f"{module}.{name}"
@@ -222,16 +136,16 @@ class Unpickler(pickle._Unpickler):
         self._callable[id(found)] = found
         return found
 
-    def _refuse(self, name: str, why: str | None = None) -> Inert:
+    def _refuse(self, name: str, why: str | None = None) -> Placeholder:
         self._reading.refused[printable(name)] = why and printable(why)
-        return self._inert()
+        return self._placeholder()
 
-    def _inert(self) -> Inert:
+    def _placeholder(self) -> Placeholder:
         self._reading.takes(_BYTES_OF_A_MODULE)
-        self._reading.modules.append(Inert())
+        self._reading.modules.append(Placeholder())
         return self._reading.modules[-1]  # type: ignore[return-value]
 
-    def _refuse_call(self, function: Any) -> Inert:
+    def _refuse_call(self, function: Any) -> Placeholder:
         kind = function if isinstance(function, type | types.FunctionType) else type(function)
         return self._refuse(f"{kind.__module__}.{kind.__qualname__}(…)")
 
@@ -258,7 +172,7 @@ class Unpickler(pickle._Unpickler):
         self.append(self._call(function, args))
 
     def _call(self, function: Any, args: Any) -> Any:
-        if isinstance(function, Inert):  # TorchScript writes an enum's one value without a tuple
+        if isinstance(function, Placeholder):  # TorchScript writes an enum's one value without a tuple
             args = ()
         if type(args) is not tuple:
             raise pickle.UnpicklingError("arguments that are not a tuple")
@@ -267,8 +181,8 @@ class Unpickler(pickle._Unpickler):
             may_call = may_call or (len(args) == 1 and checked_key(args[0]) is args[0])
         elif function is functools.partial:
             may_call = len(args) == 1 and _may_be_partial(args[0])
-        if any(isinstance(part, Inert) for part in (function, *args)):
-            return self._inert()
+        if any(isinstance(part, Placeholder) for part in (function, *args)):
+            return self._placeholder()
         if not may_call:
             return self._refuse_call(function)
         for arg in args:
@@ -284,11 +198,11 @@ class Unpickler(pickle._Unpickler):
 
     def _newobj(self) -> None:
         args, kind = self.stack.pop(), self.stack.pop()
-        if isinstance(kind, Inert):
-            self.append(self._inert())
+        if isinstance(kind, Placeholder):
+            self.append(self._placeholder())
         elif isinstance(kind, type) and within(kind.__module__, self._reading.trust):
             self.append(self._made(kind.__new__(kind, *args)))
-        elif args == () and (is_network(kind) or is_data(kind)) and kind is not Inert:
+        elif args == () and (is_network(kind) or is_data(kind)) and kind is not Placeholder:
             self.append(self._made(object.__new__(kind)))
         else:
             self.append(self._refuse_call(kind))
@@ -310,7 +224,7 @@ class Unpickler(pickle._Unpickler):
         if within(kind.__module__, self._reading.trust):
             self.append(state)
             pickle._Unpickler.dispatch[pickle.BUILD[0]](self)  # type: ignore[arg-type]
-        elif kind is Inert:
+        elif kind is Placeholder:
             tables = {name: state.get(name) for name in _TABLES} if type(state) is dict else {}
             vars(instance).update({name: table for name, table in tables.items() if isinstance(table, dict)})
         elif kind is OrderedDict:
@@ -338,7 +252,7 @@ class Unpickler(pickle._Unpickler):
         if isinstance(target, dict):
             for key, value in zip(items[::2], items[1::2], strict=True):
                 target[checked_key(key)] = value
-        elif not isinstance(target, Inert):
+        elif not isinstance(target, Placeholder):
             raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
 
     def _add_items(self, items: list[Any]) -> None:
@@ -347,7 +261,7 @@ class Unpickler(pickle._Unpickler):
             target.extend(items)
         elif isinstance(target, set):
             target.update(map(checked_key, items))
-        elif not isinstance(target, Inert):
+        elif not isinstance(target, Placeholder):
             raise pickle.UnpicklingError(f"members for a {type(target).__name__}")
 
     def _list(self) -> None:

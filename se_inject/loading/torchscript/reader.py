@@ -20,8 +20,8 @@ import torch
 
 from se_inject.errors import LoadError
 from se_inject.loading.operators import is_allowed_instruction
-from se_inject.loading.pickles.containers import check_script_pickles
 from se_inject.loading.pickles.module_checks import MOST_PATHS
+from se_inject.loading.pickles.script_pickles import check_script_pickles
 from se_inject.loading.torchscript.source import FORBIDDEN, checked_sources
 from se_inject.loading.zip_archive import Archive
 
