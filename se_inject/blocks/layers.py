@@ -223,18 +223,19 @@ class Bottleneck(nn.Module):
     def rest_(self) -> None:
         """Start with W2 zero and every inner unit on: a ReLU that is off for all inputs would never learn.
 
-        b1 is 1, and W1 z is well below 1 for inputs that a normalisation made. Without a bias, every second row of W1 is the
-        one before it turned round, so that some units are on whatever z is.
+        b1 is 1, and W1 z is well below 1 for inputs that a normalisation made. The second row of W1 is the first one turned
+        round, so that one of the two is on however large z is; without a bias, every second row is the one before it turned round.
         """
         zero_(self.fc2)
         if self.bn is not None:
             nn.init.ones_(self.bn.bias)
-        elif self.fc1.bias is not None:
+            return
+        pairs = self.width // 2 * 2
+        if self.fc1.bias is not None:
             nn.init.ones_(self.fc1.bias)
-        else:
-            with torch.no_grad():
-                pairs = self.width // 2 * 2
-                self.fc1.weight[1:pairs:2] = -self.fc1.weight[0:pairs:2]
+            pairs = min(pairs, 2)
+        with torch.no_grad():
+            self.fc1.weight[1:pairs:2] = -self.fc1.weight[0:pairs:2]
 
     def excite(self, z: Tensor) -> Tensor:
         """Compute W2 δ(W1 z), for z of (N, C, *)."""

@@ -35,7 +35,7 @@ class SqueezeExcitation(Bottleneck):
     Not when: latency on a device that is slow at small kernels counts more than accuracy; with ``norm`` not when
     training with one example per device, since the norm then has one value for each channel; with ``gate=relu`` not in
     float16 with large values: it has no upper bound, so y grows as x² (and table 12 has it below no SE at all).
-    Start: the identity is exact, with W2 zero, b1 = 1 (no inner unit is off) and a gate that is 1 at 0; else the factor is about 0.5 for the sigmoids
+    Start: the identity is exact, with W2 zero, b1 = 1 (no inner unit is off, and of W1's first two rows one is on for any input) and a gate that is 1 at 0; else the factor is about 0.5 for the sigmoids
     and about 0 for tanh and ReLU.
 
     The gate g(a) of the paper's start, and that of the identity start, with its slope at 0:

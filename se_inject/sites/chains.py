@@ -12,8 +12,9 @@ from torch import fx, nn
 
 from se_inject.sites.ledger import Ledger
 from se_inject.sites.operations import path_of, returned
+from se_inject.sites.roles import lays_out
 from se_inject.sites.site import HeldBack
-from se_inject.tracing import OwnerGraph, is_data, kind
+from se_inject.tracing import OwnerGraph, function_name_of, is_data, kind
 
 
 def plain_convolutions(ledger: Ledger, owners: list[OwnerGraph]) -> None:
@@ -33,6 +34,7 @@ def plain_convolutions(ledger: Ledger, owners: list[OwnerGraph]) -> None:
         ledger.add(owner, value, "conv", _readers(value), held)
 
 
+_RESIZING = frozenset({"interpolate", "upsample", "pad", "Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d"})
 _MANY = 3
 """With so many runs of convolutions a network is made of them, and a module that can't be traced, alone of its class, is not a unit of it."""
 
@@ -41,8 +43,12 @@ def _readers(value: fx.Node) -> Iterator[fx.Node]:
     """Yield who reads a value, also past what only hands it on."""
     for user in value.users:
         yield user
-        if kind(user) == "pass":
+        if kind(user) == "pass" or lays_out(user):
             yield from _readers(user)
+
+
+_CONTINUE = ("norm", "act", "conv", "pass", "pool")
+"""What a run goes on with."""
 
 
 class _Runs:
@@ -68,30 +74,73 @@ class _Runs:
         for node in owner.graph.nodes:
             if node in inside:
                 continue
-            continues = any(source in running for source in node.all_input_nodes)
-            what = self._operation(node, continues=continues)
-            if what == "module" and continues and self.values.past_our_blocks(owner, node) is not node:
+            read = [source for source in node.all_input_nodes if source in running]
+            what = self._operation(node, continues=bool(read))
+            if kind(node) == "module" and read and self.values.past_our_blocks(owner, node) is not node:
                 continue
-            if what == "conv" or (continues and what in ("norm", "pass", "pool")):
+            if what == "conv" and kind(node) == "module":
+                for source in read:  # a module that activates what it reads first, and convolves it then
+                    if self._is_activated_in(node, source):
+                        yield self._laid_out(source), True
+                        running.discard(source)
+            if what == "conv" or (read and what in ("norm", "pass", "pool")):
                 running.add(node)
-            elif continues and what == "act":
+            elif read and what == "act":
                 if self._is_depthwise_start(owner, node):
                     running.add(node)
                 else:
-                    yield node, True
-            elif continues and node.op == "output" and owner.path and returned(owner.graph) in running:
+                    yield self._gated_by_itself(node, read), True
+            elif read and node.op == "output" and owner.path and returned(owner.graph) in running:
                 self._open.add(owner.path)
-            elif continues:
-                for source in node.all_input_nodes:
-                    if source in running and not self._goes_on(source):
-                        yield source, False
+            else:
+                for source in read:
+                    if not self._goes_on(source):
+                        value = self._laid_out(source)
+                        yield value, self._is_activated_later(value)
                         running.discard(source)
 
     def _operation(self, node: fx.Node, *, continues: bool) -> str:
         """Return what a node is to a run: a module that ends in an open convolution is one, one that only activates an activation."""
         if kind(node) == "module" and path_of(node) in self._open:
             return "conv"
-        return "act" if continues and self.values.activates(node) else kind(node)
+        return "act" if continues and self.values.activates(node) else self.values.roles.of(node)
+
+    def _laid_out(self, value: fx.Node) -> fx.Node:
+        """Return a value before it was given another form, or handed on as it is."""
+        while self.values.roles.of(value) == "pass":
+            before = {source for source in value.all_input_nodes if is_data(source)}
+            if len(before) != 1:
+                break
+            (value,) = before
+        return value
+
+    def _gated_by_itself(self, activation: fx.Node, read: list[fx.Node]) -> fx.Node:
+        """Return the product of a value and its activation, ``x * sigmoid(x)``, where an activation is written so; else itself."""
+        for user in activation.users:
+            if kind(user) == "mul" and set(user.all_input_nodes) <= {activation, *read} and len(activation.users) == 1:
+                return user
+        return activation
+
+    def _is_activated_in(self, call: fx.Node, value: fx.Node) -> bool:
+        """Return whether a module activates a value that it is given before it convolves it."""
+        inner = self.trace.graphs.get(path_of(call)) if call.op == "call_module" else None
+        given = [node for node in inner.graph.nodes if node.op == "placeholder"] if inner is not None else []
+        return any(node.meta["val"] is value.meta["val"] and self._is_activated_later(node) for node in given)
+
+    def _is_activated_later(self, value: fx.Node) -> bool:
+        """Return whether a value is activated in its graph, or a module called there, before it is convolved: perhaps normalised, joined or resized first."""
+        pending, seen = [value], set()
+        while pending:
+            node = pending.pop()
+            for user in node.users:
+                role = self.values.roles.of(user)
+                if role == "act" or (role == "module" and self._is_activated_in(user, node)):
+                    return True
+                handed_on = role in ("norm", "pass", "pool", "cat") or function_name_of(user) in _RESIZING
+                if user not in seen and handed_on and user.op != "output" and not lays_out(user):
+                    seen.add(user)
+                    pending.append(user)
+        return False
 
     def _is_depthwise_start(self, owner: OwnerGraph, activation: fx.Node) -> bool:
         """Return whether this activation stands between a depthwise convolution and a pointwise one, each perhaps in a module of its own."""
@@ -149,4 +198,4 @@ class _Runs:
         """Return whether the run of convolutions continues behind this value."""
         if node.op == "call_module" and path_of(node) in self._halves:
             return True
-        return bool({kind(user) for user in node.users} & {"norm", "act", "conv", "pass", "pool"})
+        return any(self._operation(user, continues=True) in _CONTINUE for user in node.users)

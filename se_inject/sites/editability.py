@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from se_inject.errors import LoadError, SurgeryError
 from se_inject.forwards import check_lines, expectations, lines_of, steps_data
 from se_inject.sites.dataflow import IN_PLACE, last_write, lineage, reaches_output
+from se_inject.sites.layouts import Layouts
 from se_inject.sites.operations import convolves, means_the_same, passed_through, path_of, returned
+from se_inject.sites.roles import Roles
 from se_inject.tracing import (
     OwnerGraph,
     Trace,
     Untraceable,
     function_name_of,
-    is_data,
     is_leaf,
     kind,
     returns_alike,
@@ -25,8 +26,6 @@ from se_inject.tracing import (
 )
 
 UNREACHED = "nothing that the network returns is made from it"
-_LINEAR = ("linear", "addmm", "mm")
-_VIEWS = ("view", "reshape", "_unsafe_view")
 
 
 class Values:
@@ -35,6 +34,8 @@ class Values:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.editable: dict[str, str | None] = {}
+        self.roles = Roles(trace)
+        self.layouts = Layouts(trace, self.roles)
 
     def module(self, node: fx.Node) -> nn.Module:
         """Return the module that a ``call_module`` node calls."""
@@ -69,7 +70,11 @@ class Values:
 
     def activates(self, node: fx.Node) -> bool:
         """Return whether a node calls a module with a graph of its own that is nothing but normalisation and activation."""
-        inner = self.trace.graphs.get(path_of(node)) if kind(node) == "module" else None
+        if kind(node) != "module":
+            return False
+        if self.roles.of(node) == "act":
+            return True
+        inner = self.trace.graphs.get(path_of(node))
         if inner is None:
             return False
         kinds = {kind(each) for each in inner.graph.nodes if each.op.startswith("call")}
@@ -134,7 +139,7 @@ class Values:
             return f"`{value.target}` is called several times in one forward: each call would get a block of its own"
         if value.op == "call_module" and not returns_alike(self.trace, path_of(value)):
             return f"`{value.target}` returns something of another structure in training"
-        reason = self._uneditable(owner, value, written) or self._misread(value)
+        reason = self._uneditable(owner, value, written) or self.layouts.misread(value)
         if reason is None and not reaches_output(self.trace, owner, value):
             return UNREACHED
         return reason
@@ -191,45 +196,6 @@ class Values:
         name = function_name_of(node)
         in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         return first if in_place or node.kwargs.get("inplace") is True else None
-
-    def _misread(self, value: fx.Node) -> str | None:
-        """Explain why dimension 1 of a value isn't its channels; None if it is, as far as the path back to a convolution shows."""
-        found = self._channels_at(value, 1)
-        if found is True or (not isinstance(found, bool) and found == 1):
-            return None
-        return f"its value is not of the form (N, C, …): its channels are not dimension 1 of {tuple(value.meta['val'].shape)}"
-
-    def _channels_at(self, node: fx.Node, axis: int) -> bool | int:
-        """Return whether an axis of a value is its channels; if the path back ends at the graph's input, which axis of that."""
-        while True:
-            tensor = node.meta.get("val")
-            data = [source for source in node.all_input_nodes if is_data(source)]
-            if node.op == "placeholder":
-                return axis
-            if not isinstance(tensor, Tensor) or not data or kind(node) in ("conv", "pool"):
-                return axis == 1
-            name = function_name_of(node)
-            before = data[0].meta["val"]
-            inner = self.trace.graphs.get(path_of(node)) if kind(node) == "module" else None
-            result = returned(inner.graph) if inner is not None else None
-            if inner is not None and result is not None:
-                found = self._channels_at(result, axis)
-                if isinstance(found, bool):
-                    return found
-                axis = found
-            elif (node.op == "call_module" and isinstance(self.module(node), nn.Linear)) or name in _LINEAR:
-                return axis == tensor.dim() - 1
-            elif name in _VIEWS and axis == tensor.dim() - 1 and before.shape[-1] == tensor.shape[-1]:
-                axis = before.dim() - 1
-            elif name == "permute":
-                dims = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-                axis = int(dims[axis]) % tensor.dim()  # type: ignore[arg-type]
-            elif name in ("transpose", "swapaxes", "swapdims"):
-                one, other = (int(dim) % tensor.dim() for dim in node.args[1:3])  # type: ignore[arg-type]
-                axis = {one: other, other: one}.get(axis, axis)
-            elif before.dim() != tensor.dim() and (axis != 1 or before.shape[1] != tensor.shape[1]):
-                return axis == 1 and tensor.dim() > 3
-            node = max(data, key=lambda source: source.meta["val"].numel())
 
     def steps(self, path: str) -> list[dict[str, Any]]:
         """Return the injected steps that an owner's forward was edited by."""

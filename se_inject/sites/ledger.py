@@ -85,7 +85,10 @@ class Ledger:
             join: the addition or concatenation that the site belongs to.
         """
         refusals = len(self.refused)
-        site = self._site(owner, value, site_kind)
+        place, gated = self.values.layouts.channels_first(owner, value)
+        if place is not owner and site_kind != "conv":
+            gated = self.values.unscaled(place, gated)
+        site = self._site(owner, place, gated, site_kind)
         if site is None and site_kind != "conv" and held is None and len(self.refused) > refusals:
             refusal = self.refused[-1]
             if refusal.reason != UNREACHED:
@@ -93,7 +96,7 @@ class Ledger:
                 self.missed[once] = refusal
         if site is None or site.address in self.found:
             return False
-        if held is None and site_kind != "residual" and is_narrow_output(self.trace, owner, value):
+        if held is None and site_kind != "residual" and is_narrow_output(self.trace, place, gated):
             held = HeldBack.OUTPUT
         if held is None and any(is_gating(node) or counts(node).gates for node in nodes):
             held = HeldBack.ATTENTION
@@ -125,11 +128,18 @@ class Ledger:
         """Return whether a module is a unit, or within one."""
         return any_prefix(owner.path, self.units)
 
-    def _site(self, owner: OwnerGraph, value: fx.Node, site_kind: str) -> Site | None:
-        """Return the site of a value, written back where its forward can be edited; None if it is refused."""
+    def _site(self, owner: OwnerGraph, place: OwnerGraph, value: fx.Node, site_kind: str) -> Site | None:
+        """Return the site of a value, written back where its forward can be edited; None if it is refused.
+
+        Args:
+            owner: whose forward is, or holds, the unit.
+            place: in whose graph the value is: a module within, if the owner's values are not of the form (N, C, …).
+            value: the one that is gated.
+            site_kind: as for ``add``.
+        """
         tensor = value.meta["val"]
-        label = labels(owner.graph).get(value, value.name)
-        address = child_path(owner.path, label)
+        label = labels(place.graph).get(value, value.name)
+        address = child_path(place.path, label)
         if not isinstance(tensor, Tensor) or not 3 <= tensor.dim() <= 5:
             shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             self.refuse(address, f"its value is not of the form (N, C, …): {shape}")
@@ -142,8 +152,8 @@ class Ledger:
         if not tensor.is_floating_point():
             self.refuse(address, f"its value is of {tensor.dtype}: a block gates real numbers")
             return None
-        path, written = self.values.written_back(owner, value, label)
-        reason = self.values.refusal(owner, value, path, written)
+        path, written = self.values.written_back(place, value, label)
+        reason = self.values.refusal(place, value, path, written)
         if reason:
             self.refuse(address, reason)
             return None
@@ -161,7 +171,7 @@ class Ledger:
             size=tuple(tensor.shape[2:]),
             stride=self.strides.of(tensor),
             order=value.meta["time"],
-            container=parent(unit) if unit != address or written is None else owner.path,
+            container=parent(unit) if unit != address or written is None else place.path,
             unit=unit,
         )
 

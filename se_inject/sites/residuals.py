@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from se_inject.forwards import class_of
 from se_inject.sites.additions import addition_of, joined_by_custom_operator, operands_of
-from se_inject.sites.dataflow import lineage, shared_lineage
+from se_inject.sites.dataflow import lineage, shared_lineage, since
 from se_inject.sites.ledger import Ledger
 from se_inject.sites.operations import (
     any_prefix,
@@ -54,6 +54,9 @@ def residual_units(ledger: Ledger, owner: OwnerGraph) -> None:
                 _postpone(ledger, owner, node, "its operands do not start from one value: it joins, it does not skip")
             continue
         parts = by_depth(ledger, addition.operands, common)
+        if parts is None and _attends_to_positions(addition.operands, common):
+            _refuse_attention(ledger, owner, node, since(addition.operands, common))
+            continue
         if parts is None or is_reparametrised(ledger, *parts, common) or _is_recurrent(ledger, owner, parts[0], common):
             continue  # branches only: a join, or a state
         branch, shortcut = parts
@@ -65,17 +68,32 @@ def residual_units(ledger: Ledger, owner: OwnerGraph) -> None:
             continue
         around = any(inside & {other} for other, _, _ in found) or ledger.hold_units(inside | own)
         if any(map(attends, inside | own)):
-            where = child_path(owner.path, labels(owner.graph)[node])
-            ledger.refuse(where, ATTENTION)
-            if not around:
-                ledger.attending.add(where)
+            _refuse_attention(ledger, owner, node, inside | own)
             continue
         held = HeldBack.NESTED if around else None
-        if held is None and is_image_output(ledger.trace, owner, node, inside):
+        is_map = ledger.values.layouts.misread(node) is None
+        if held is None and is_map and is_image_output(ledger.trace, owner, node, inside):
             held = HeldBack.OUTPUT
         found.append((node, inside, held))
         ledger.add(owner, ledger.values.unscaled(owner, branch), "residual", inside | own | {node}, held, node)
     ledger.mark(owner, [nodes for _, nodes, held in found if held is None])
+
+
+def _attends_to_positions(operands: list[fx.Node], common: set[fx.Node]) -> bool:
+    """Return whether one of two operands is attention with convolutions in it, and the other what it starts from."""
+    behind = [lineage(operand) - common for operand in operands]
+    return any(
+        any(map(attends, nodes)) and any(map(convolves, nodes)) and not any(map(convolves, other))
+        for nodes, other in (behind, behind[::-1])
+    )
+
+
+def _refuse_attention(ledger: Ledger, owner: OwnerGraph, node: fx.Node, inside: set[fx.Node]) -> None:
+    """Write down an addition whose branch is attention between positions."""
+    where = child_path(owner.path, labels(owner.graph)[node])
+    ledger.refuse(where, ATTENTION)
+    if not ledger.hold_units(inside):
+        ledger.attending.add(where)
 
 
 def _refuse_custom_operator(ledger: Ledger, owner: OwnerGraph, node: fx.Node) -> None:
@@ -186,9 +204,8 @@ def units_without_shortcut(ledger: Ledger, owners: list[OwnerGraph]) -> None:
     kin: dict[str, set[Any]] = {}
     for site in ledger.found.values():
         if site.held_back is not HeldBack.NESTED:
-            path = site.unit if site.unit == site.owner else site.owner
             for near in (parent(site.unit), parent(parent(site.unit))):
-                kin.setdefault(near, set()).add(class_of(ledger.trace.model.get_submodule(path)))
+                kin.setdefault(near, set()).add(class_of(ledger.trace.model.get_submodule(site.graph)))
     for owner in owners:
         classes = kin.get(parent(owner.path), set()) | kin.get(parent(parent(owner.path)), set())
         if not owner.path or owner.path in ledger.around or any_prefix(owner.path, ledger.units):

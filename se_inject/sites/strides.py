@@ -148,6 +148,8 @@ class Strides:
         shared = min(len(there), len(size))
         if len(there) != len(size):  # frames that became a dimension, or one of the batch
             alike = shared and len(stride) == len(there) and there[-shared:] == size[-shared:]
+            if not alike and size in self._by_size:  # tokens that became a map again
+                return self._by_size[size]
             return (1.0,) * (len(size) - shared) + (stride[-shared:] if alike else (1.0,) * shared)
         return tuple(each * _rounded(a, b) for each, a, b in zip(stride, there, size, strict=True))
 

@@ -157,11 +157,14 @@ def _decides(node: fx.Node) -> bool:
 
 
 def _unexpanded(node: fx.Node) -> fx.Node:
-    while (
-        node.op.startswith("call")
-        and function_name_of(node) in ("expand", "expand_as")
-        and isinstance(node.args[0], fx.Node)
-    ):
+    """Return the value that a node repeats along dimensions of one, ``g.expand(…)`` or ``g.repeat(1, 1, h, w)``; any other node itself."""
+    while node.op.startswith("call") and node.args and isinstance(node.args[0], fx.Node):
+        name, before, after = function_name_of(node), tensor_shape(node.args[0]), tensor_shape(node)
+        repeats = name == "repeat" and before is not None and after is not None and len(before) == len(after)
+        if name not in ("expand", "expand_as") and not (
+            repeats and all(a in (1, b) for a, b in zip(before or (), after or (), strict=True))
+        ):
+            break
         node = node.args[0]
     return node
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from se_inject.surgery import steps_of
 from se_inject.tables import counted
 from se_inject.verification.calls import run_awake
-from se_inject.verification.identity import is_identity
+from se_inject.verification.comparison import tensors_in
+from se_inject.verification.identity import is_identity, without_blocks
 from se_inject.verification.learning import DRAWS, Learning, redrawn
 from se_inject.verification.verdicts import Check
 from se_inject.verification.watching import calls_of, failure, named, watched
@@ -21,12 +23,13 @@ def gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> Ch
     """Ask for gradients of the new parameters, and of every unit in the blocks, over several inputs if need be."""
     name = "blocks trainable"
     learning = Learning(blocks)
-    woken = {**_awakened(after, learning.parameters), **learning.woken()}
+    old = _awakened(after, learning.parameters)
     ever: set[str] = set()
     for draw in range(DRAWS):
+        woken = {**old, **learning.woken(draw)}
         with calls_of(after, blocks) as calls, torch.enable_grad():
 
-            def backward(output: Any, draw: int = draw) -> tuple[Counter[str], bool]:
+            def backward(output: Any, draw: int = draw, woken: dict[str, Tensor] = woken) -> tuple[Counter[str], bool]:
                 made = calls.copy()  # before anything is called again in backward
                 learning.ask(output, woken, draw)
                 return made, after.training
@@ -60,8 +63,69 @@ def gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> Ch
     if not trained:  # a detector's best boxes need not come from everywhere
         seen = f"in eval mode no gradient reached {unreached[0]}"
         return Check(name, None, f"not checked: the network can't be trained on these inputs alone; {seen}")
-    owner = next(path for path in blocks if f"{unreached[0]}.".startswith(f"{path}."))
-    return Check(name, False, f"no gradient reaches {', '.join(unreached[:3])}: {named(after, owner)}")
+    silent = sorted({path for path in blocks for key in unreached if f"{key}.".startswith(f"{path}.")})
+    own = without_own_gradient(after, blocks, silent, old, inputs)
+    if None not in own.values() and "zero" not in own.values():
+        rest = f"; gradients reach the other {counted(len(blocks) - len(own), 'block')}" * (len(own) < len(blocks))
+        places = ", ".join(silent[:3]) + ", …" * (len(silent) > 3)
+        seen = f"without blocks, too, the network passes no gradient back to {counted(len(own), 'place')}: {places}"
+        return Check(name, None, seen + rest)
+    owner = next(path for path in silent if own[path] != "none")
+    unreached = [key for key in unreached if f"{key}.".startswith(f"{owner}.")]
+    zero = "; without blocks, too, the gradient at its place is zero" * (own[owner] == "zero")
+    return Check(name, False, f"no gradient reaches {', '.join(unreached[:3])}: {named(after, owner)}{zero}")
+
+
+def without_own_gradient(
+    after: nn.Module, blocks: dict[str, nn.Module], paths: list[str], old: dict[str, Tensor], inputs: Any
+) -> dict[str, str | None]:
+    """Find out which gradient arrives at the places of blocks in the network without blocks: it may round, detach, or be off itself.
+
+    Args:
+        after: the injected network.
+        blocks: the new blocks by their paths.
+        paths: of those that are asked for.
+        old: weights of the network that were zero, and random numbers for them.
+        inputs: of the calls.
+
+    Returns:
+        for each path ``none`` if no way leads back there, ``zero`` if the gradient is zero, None if one arrives, or if that isn't known.
+    """
+    connected: set[str] = set()
+    reached: set[str] = set()
+    values: dict[str, list[Tensor]] = {}
+
+    def taken(path: str, value: Tensor) -> Tensor:
+        value = value if value.requires_grad else value.detach().requires_grad_()
+        values.setdefault(path, []).append(value)
+        return value
+
+    def backward(output: Any) -> None:
+        outputs = [leaf for leaf in tensors_in(output) if leaf.requires_grad]
+        asked = [(path, value) for path, found in values.items() for value in found]
+        if not outputs or not asked:
+            return
+        generator = torch.Generator().manual_seed(3)
+        directions = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
+        grads = torch.autograd.grad(outputs, [value for _, value in asked], directions, allow_unused=True)
+        arrived = [(path, grad) for (path, _), grad in zip(asked, grads, strict=True) if grad is not None]
+        connected.update(path for path, _ in arrived)
+        reached.update(path for path, grad in arrived if grad.any())
+
+    with without_blocks(after, blocks), contextlib.ExitStack() as stack, torch.enable_grad():
+        for path in paths:
+            place = after.get_submodule(path)
+            hook = place.register_forward_pre_hook(
+                lambda _, args, path=path: (taken(path, args[0]), *args[1:]) if args else None
+            )
+            stack.callback(hook.remove)
+        for draw in range(DRAWS):
+            values.clear()
+            with contextlib.suppress(Exception):
+                run_awake(after, redrawn(inputs, draw), old, backward, draw + 1)
+            if values.keys() != set(paths):  # what isn't called tells nothing
+                return dict.fromkeys(paths)
+    return {path: None if path in reached else "zero" if path in connected else "none" for path in paths}
 
 
 def _awakened(model: nn.Module, new: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ from se_inject.verification.comparison import tensors_in
 
 DRAWS = 4
 """How often gradients are asked for: stochastic depth may drop a branch at random, and a unit may be off for some inputs."""
+_WOKEN_SCALES = (0.1, 1e-3, 1e-5, 0.1)
+"""The size of the random numbers among the new weights in each draw: where a network's values are huge, large ones saturate a gate."""
 _HALF_SCALES = (2.0**6, 2.0**12, 1.0, 2.0**3)
 """By what gradients in float16 are scaled in each draw: small ones are rounded to zero."""
 
@@ -36,11 +38,15 @@ class Learning:
         self._rows: dict[str, Tensor] = {}
         """For each parameter, which of its rows got a gradient that is not zero."""
 
-    def woken(self) -> dict[str, Tensor]:
-        """Return random numbers for the new weights that are all zero."""
+    def woken(self, draw: int) -> dict[str, Tensor]:
+        """Return random numbers for the new weights that are all zero.
+
+        Args:
+            draw: the number of this try; in some the numbers are small.
+        """
         generator = torch.Generator().manual_seed(5)
         return {
-            name: (0.1 * torch.randn(p.shape, generator=generator)).to(p).requires_grad_()
+            name: (_WOKEN_SCALES[draw] * torch.randn(p.shape, generator=generator)).to(p).requires_grad_()
             for name, p in self.parameters.items()
             if name.endswith("weight") and not p.any()
         }

@@ -8,6 +8,7 @@ from torch import nn
 import se_inject as si
 from se_inject.errors import NoSites, OptionError, SiteNotFound
 from se_inject.sites.site import HeldBack
+from tests.networks import layouts  # noqa: F401 - adds to PLACES
 from tests.networks.places import PLACES, C, branch, conv
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -116,3 +116,75 @@ def test_the_narrowest_bottleneck_is_four_wide_and_the_plan_says_so():
     assert any(note.startswith("r = 16 is too much for the 16 channels of some sites") for note in plan.notes)
     assert {block.width for _, block in injected_blocks(si.inject(before, X, width=2))} == {2}
     assert not any("too much" in note for note in si.plan(before, X, reduction=4).notes)
+
+
+class Rounds(nn.Module):
+    """A network whose first half no gradient reaches: its output is rounded to bytes, as an autoencoder's code may be."""
+
+    def __init__(self, detaches=True):
+        super().__init__()
+        self.detaches = detaches
+        self.stem, self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), Unit(16), Unit(16)
+        self.head = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x):
+        x = self.first(self.stem(x))
+        if self.detaches:
+            x = (x * 255).round().to(torch.int16).to(x.dtype) / 255
+        return self.head(self.second(x))
+
+
+def test_a_network_that_passes_no_gradient_itself_is_no_fault_of_the_blocks_and_is_named():
+    torch.manual_seed(0)
+    before = Rounds().eval()
+    check = line(before, si.inject(before, X))
+    assert check.passed is None
+    assert check.detail == (
+        "without blocks, too, the network passes no gradient back to 1 place: first.se; gradients reach the other 1 block"
+    )
+    before.detaches = False
+    assert line(before, si.inject(before, X)).passed
+
+
+def test_a_block_that_cuts_the_gradient_itself_is_a_failure_in_such_a_network_too():
+    torch.manual_seed(0)
+    before = Rounds().eval()
+    after = si.inject(before, X)
+    block, forward = after.second.se, type(after.second.se).forward
+    block.forward = lambda x: forward(block, x).detach()
+    check = line(before, after)
+    assert check.passed is False and "second.se" in check.detail
+
+
+def test_a_gradient_of_zero_in_the_network_is_a_failure_and_is_said():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), Unit(16), Unit(16)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.first(x) * 0 + self.second(x)
+
+    torch.manual_seed(0)
+    before = Net().eval()
+    check = line(before, si.inject(before, X))
+    assert check.passed is False
+    assert check.detail.endswith("in `first.se`; without blocks, too, the gradient at its place is zero")
+
+
+@pytest.mark.parametrize("factor", [1e2, 1e5])
+def test_values_of_any_size_leave_a_unit_on(factor):
+    """Networks without normalisation have values of thousands: of the first two inner units one is on for each example."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        before = Net()
+        with torch.no_grad():
+            before.stem.weight.mul_(factor)
+        for unit in before.body:
+            unit.norm = nn.Identity()
+        after = si.inject(before.eval(), X)
+        assert line(before, after).passed
+        for _, block in injected_blocks(after):
+            hidden = block.fc1(factor * torch.randn(64, 16, 1, 1))
+            assert bool((hidden[:, :2] > 0).any(1).all())
