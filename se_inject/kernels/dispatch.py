@@ -31,7 +31,7 @@ class State:
 def prepare() -> None:
     """Find out whether there can be kernels, and import them. Costs nothing where there is no GPU.
 
-    It is done when a block is fused, so that no forward has to, and torch.compile sees a constant.
+    It is done when a block is fused, so that no forward has to.
     """
     if not torch.cuda.is_available() and not State.interpreted:
         State.why_not = "no CUDA device"
@@ -97,15 +97,18 @@ def _tail_by_kernel(
 def has_kernel(value: Tensor, shortcut: Tensor | None, activation: str) -> bool:
     """Tell whether a kernel can compute the tail of these very tensors, here and now.
 
-    Tracing and export get torch's own operators, so that files need nothing of this package.
+    Tracing and export get torch's own operators, so that files need nothing of this package. torch.compile gets
+    them too: it fuses them with the norm before the block, which it can't do around an operator of ours.
     """
     if (not value.is_cuda and not State.interpreted) or value.dtype not in DTYPES or activation not in _IN_KERNELS:
         return False
     if type(value) not in _PLAIN_TENSORS or value.dim() < 3 or value.numel() == 0 or State.why_not is not None:
         return False
-    if torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():  # type: ignore
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
-    if not torch.compiler.is_compiling() and _is_special(value):
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # type: ignore
+        return False
+    if _is_special(value):
         return False
     if shortcut is None:
         return True

@@ -2,7 +2,7 @@
 
 ``se_inject::tail`` is scale, addition and activation; ``se_inject::excite`` is squeeze, bottleneck and tail of an SE block;
 ``se_inject::excite_from`` the same with the mean of another value, for inference.
-torch.compile, export, CUDA graphs, FSDP and activation checkpointing see these alone. What is kept for backward is the value,
+CUDA graphs, FSDP and activation checkpointing see these alone; torch.compile can, but gets torch's own (dispatch.py). What is kept for backward is the value,
 the small tensors of the bottleneck, and of the full-size tensors one more: the output where it tells the activation's slope
 (ReLU; the next convolution keeps it anyway), else the shortcut; nothing for no activation.
 """

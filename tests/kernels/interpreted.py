@@ -339,6 +339,8 @@ def test_autocast_and_compile():
     out.sum().backward()
     assert relative(out, exact) < 1e-6
     assert given.grad is not None
+    code = str(torch._dynamo.export(block)(given, shortcut, "relu").graph_module.code)
+    assert "se_inject" not in code  # inductor fuses torch's own with what is before the block
 
 
 def test_no_more_is_kept_for_backward_than_unfused():
