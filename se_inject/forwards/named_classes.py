@@ -67,9 +67,9 @@ def class_named(name: str) -> Callable[..., Any] | None:
 
 def is_container(kind: Any) -> bool:
     """Return whether instances of a class only hold values: of a class of dicts, lists or tuples, a dataclass, or plain attributes."""
-    if not isinstance(kind, type) or issubclass(kind, Tensor | nn.Module | type):
+    if not isinstance(kind, type) or issubclass(kind, (Tensor, nn.Module, type)):
         return False
-    return issubclass(kind, dict | list | tuple) or dataclasses.is_dataclass(kind) or _has_attributes(kind)
+    return issubclass(kind, (dict, list, tuple)) or dataclasses.is_dataclass(kind) or _has_attributes(kind)
 
 
 def field(value: Any, name: str) -> Any:

@@ -19,12 +19,13 @@ from se_inject.forwards import is_container
 Form = Callable[[dict[Any, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 """From the contents by key, position or name to the arguments of the class."""
 _PLAIN = (tuple, list, dict, Size)
+_NOT_SPECIAL = frozenset([*_PLAIN, Tensor, nn.Parameter, bool, int, float, str, type(None)])
 
 
 def is_special(value: Any) -> bool:
     """Return whether a value is a container of another class than Python's own."""
     kind = type(value)
-    return kind not in _PLAIN and not isinstance(value, Tensor | nn.Module | type) and is_container(kind)
+    return kind not in _NOT_SPECIAL and not isinstance(value, (Tensor, nn.Module, type)) and is_container(kind)
 
 
 def contents(container: Any) -> dict[Any, Any]:

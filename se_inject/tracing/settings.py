@@ -36,13 +36,12 @@ def recorded(value: Any) -> Any:
 def nested_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Find the plain attributes of children and of plain objects that a module's forward names: ``self.config.scale``."""
     kind: Any = type(module)
-    named = _names(kind)
-    for name in named:
+    for name, fields in _pairs(kind).items():
         inner = module._modules.get(name, vars(module).get(name))
-        if not isinstance(inner, nn.Module) and (isinstance(inner, Tensor | type) or callable(inner)):
+        if not isinstance(inner, nn.Module) and (isinstance(inner, (Tensor, type)) or callable(inner)):
             continue
         for field, value in (getattr(inner, "__dict__", None) or {}).items():
-            if field in named and field not in _OWN and is_plain(value) and (name, field) in _pairs(kind):
+            if field in fields and field not in _OWN and is_plain(value):
                 yield f"{name}.{field}", recorded(value)
 
 
@@ -85,14 +84,9 @@ def _with_inner(code: CodeType) -> list[CodeType]:
 
 
 @functools.lru_cache(maxsize=2_000)
-def _names(kind: type) -> frozenset[str]:
-    return frozenset(name for code in _codes(kind) for name in code.co_names)
-
-
-@functools.lru_cache(maxsize=2_000)
-def _pairs(kind: type) -> frozenset[tuple[str, str]]:
-    """Return the attributes that a class's forward reads right after one another, as in ``self.config.scale``."""
-    found = set()
+def _pairs(kind: type) -> dict[str, set[str]]:
+    """Return, by attribute, the attributes that a class's forward reads right after it, as in ``self.config.scale``."""
+    found: dict[str, set[str]] = {}
     for code in _codes(kind):
         before = None
         for instruction in dis.get_instructions(code):
@@ -100,6 +94,6 @@ def _pairs(kind: type) -> frozenset[tuple[str, str]]:
                 continue
             name = instruction.argval if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") else None
             if before is not None and name is not None:
-                found.add((before, name))
+                found.setdefault(before, set()).add(name)
             before = name
-    return frozenset(found)
+    return found

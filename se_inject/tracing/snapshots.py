@@ -106,6 +106,7 @@ def set_python_state(state: Any) -> None:
         sys.modules["numpy"].random.set_state(state[1])
 
 
+_NO_GENERATORS = frozenset([dict, OrderedDict, bool, int, float, str, set, list, tuple, type(None)])
 _GENERATORS = ("Random", "RandomState", "Generator")
 
 
@@ -136,7 +137,11 @@ def draws_in_python(found: Callable[[], None]) -> Iterator[None]:
 
 def states_of_generators(module: nn.Module) -> list[Any]:
     """Record the states of a module's own random generators of Python's and NumPy's."""
-    return [repr(_state_of(value)) for value in vars(module).values() if _is_generator(value)]
+    return [
+        repr(_state_of(value))
+        for value in vars(module).values()
+        if type(value) not in _NO_GENERATORS and _is_generator(value)
+    ]
 
 
 def _state_of(generator: Any) -> Any:
