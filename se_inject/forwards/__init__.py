@@ -28,6 +28,7 @@ from se_inject.forwards.marks import (
     steps_data,
 )
 from se_inject.forwards.named_classes import Unlike, field, is_container
+from se_inject.forwards.own_methods import OwnMethod, bodies_in, calls_own_method, with_bodies
 from se_inject.forwards.programs import (
     ATTRIBUTES,
     FixedBatchNorm,
@@ -55,11 +56,14 @@ __all__ = [
     "UNFUSED",
     "FixedBatchNorm",
     "Form",
+    "OwnMethod",
     "Program",
     "Unlike",
     "addressed",
     "all_lines",
+    "bodies_in",
     "body_of",
+    "calls_own_method",
     "check_blocks",
     "check_forward",
     "check_lines",
@@ -107,5 +111,6 @@ __all__ = [
     "shared",
     "steps_data",
     "stored_lines",
+    "with_bodies",
     "without_unused",
 ]

@@ -9,13 +9,14 @@ from torch import nn
 
 from se_inject.forwards.lines import check_module
 from se_inject.forwards.marks import body_of, original_class
+from se_inject.forwards.own_methods import bodies_in
 from se_inject.forwards.programs import Program
 
 
 def stored_lines(module: nn.Module) -> list[Any]:
     """Return the lines of every forward of this module that is data: an edited one, and the program it was made from."""
     body = body_of(module)
-    lines = list(body["lines"]) if body is not None else []
+    lines = [line for each in bodies_in(body).values() for line in each] if body is not None else []
     if isinstance(module, Program):
         kind: Any = original_class(module)
         lines += json.loads(kind.program)["lines"]

@@ -7,7 +7,7 @@ import hashlib
 import linecache
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -31,7 +31,13 @@ def source_name(label: str, *parts: str) -> str:
     return f"<se_inject {label} {digest[:16]}>"
 
 
-def made(base: Any, name: str, forward: Callable[..., Any], attributes: dict[str, Any]) -> Any:
+def made(
+    base: Any,
+    name: str,
+    forward: Callable[..., Any],
+    attributes: dict[str, Any],
+    methods: Iterable[Callable[..., Any]] = (),
+) -> Any:
     """Make a subclass with this forward, whose ``__init_subclass__`` is not called: it isn't a class of the author's.
 
     Args:
@@ -39,12 +45,20 @@ def made(base: Any, name: str, forward: Callable[..., Any], attributes: dict[str
         name: of the new class.
         forward: made by ``Writer.function``; its text is forgotten when the class is.
         attributes: of the class, ``__module__`` among them.
+        methods: others that ``Writer.function`` made.
     """
-    forward.__qualname__ = f"{name}.forward"
+    written = [forward, *methods]
+    for each in written:
+        each.__qualname__ = f"{name}.{each.__name__}"
     with _unannounced(base):
-        kind = type(base)(name, (base,), {"__qualname__": name, "forward": forward, **attributes})
-    end = weakref.finalize(kind, linecache.cache.pop, forward.__code__.co_filename, None)
-    end.atexit = False
+        kind = type(base)(
+            name,
+            (base,),
+            {"__qualname__": name, "forward": forward, **attributes, **{each.__name__: each for each in methods}},
+        )
+    for each in written:
+        end = weakref.finalize(kind, linecache.cache.pop, each.__code__.co_filename, None)
+        end.atexit = False
     return kind
 
 

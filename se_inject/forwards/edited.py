@@ -20,6 +20,7 @@ from se_inject.forwards.classes import addressed, made, reduction, shared, sourc
 from se_inject.forwards.lasting import UNGATED, lasting
 from se_inject.forwards.lines import is_at_output
 from se_inject.forwards.marks import BODY, ORIGINAL
+from se_inject.forwards.own_methods import bodies_in, is_method_name
 from se_inject.forwards.steps import check_steps
 from se_inject.forwards.vocabulary import LONGEST
 from se_inject.forwards.writer import Writer
@@ -27,6 +28,7 @@ from se_inject.forwards.writer import Writer
 KEYS = {"steps", "was_none", "lines"}
 """The data of an edited forward: the steps that edited it, attributes that were None before, and the lines.
 
+``methods``, if there, holds the lines of public methods that the forward calls and that hold blocks, by name.
 That of a fused owner has ``fused`` besides: the data ``before``, and in words what each of its ``tails`` took over.
 """
 
@@ -50,19 +52,35 @@ def check_lines(original: Any, lines: list[Any]) -> None:
     Raises:
         LoadError: it can't.
     """
-    Writer(inspect.signature(original.forward), original.__name__, guarded=False).text(lines)
+    _writer(original, "forward", {}).text(lines)
+
+
+def _writer(original: Any, name: str, data: dict[str, Any]) -> Writer:
+    """Return what writes the forward or a method of a class."""
+    label = original.__name__ if name == "forward" else f"{original.__name__}.{name}"
+    signature = inspect.signature(getattr(original, name))
+    return Writer(signature, label, guarded=False, name=name, methods=data.get("methods", ()))
+
+
+def _function(original: Any, name: str, data: dict[str, Any], body: str) -> Any:
+    """Make the forward or a method of a generated class."""
+    label = f"{original.__module__}.{original.__qualname__}" + f".{name}" * (name != "forward")
+    function: Any = _writer(original, name, data).function(bodies_in(data)[name], source_name(label, body))
+    author = getattr(original, name)
+    function.__doc__ = author.__doc__
+    function.__annotations__ = _annotations(author)
+    return function
 
 
 def _generated(original: Any, body: str) -> type:
     data = json.loads(body)
-    lines = data["lines"]
-    writer = Writer(inspect.signature(original.forward), original.__name__, guarded=False)
-    forward: Any = writer.function(lines, source_name(f"{original.__module__}.{original.__qualname__}", body))
-    forward.__doc__ = original.forward.__doc__
-    forward.__annotations__ = _annotations(original)
-    at_output = is_at_output(lines)
+    forward = _function(original, "forward", data, body)
+    methods = [_function(original, name, data, body) for name in data.get("methods", ())]
+    at_output = is_at_output(data["lines"])
     attributes = {
-        **lasting(original, forward, [step["block_name"] for step in data["steps"]], at_output=at_output),
+        **lasting(
+            original, forward, [step["block_name"] for step in data["steps"]], at_output=at_output, methods=methods
+        ),
         "__module__": original.__module__,
         "__doc__": original.__doc__,
         "__reduce_ex__": reduction(edited, original, body),
@@ -72,13 +90,13 @@ def _generated(original: Any, body: str) -> type:
     }
     if at_output:
         attributes[UNGATED] = _renamed(original.forward, UNGATED)
-    return made(original, f"Injected{original.__name__}", forward, attributes)  # type: ignore[no-any-return]
+    return made(original, f"Injected{original.__name__}", forward, attributes, methods)  # type: ignore[no-any-return]
 
 
-def _annotations(original: Any) -> dict[str, Any]:
-    """Return the forward's annotations, evaluated: TorchScript can't look up names in another module."""
+def _annotations(author: Any) -> dict[str, Any]:
+    """Return a method's annotations, evaluated: TorchScript can't look up names in another module."""
     try:
-        return typing.get_type_hints(original.forward)
+        return typing.get_type_hints(author)
     except Exception:  # a name that exists for type checkers only
         return {}
 
@@ -118,7 +136,7 @@ def checked_class(original: Any, body: Any) -> Any:
         raise LoadError("an edited forward is too long", seen=f"{len(body):,} characters")
     try:
         data = json.loads(body)
-        well_formed = _has_form(data)
+        well_formed = _has_form(data) and all(is_method_name(original, name) for name in data.get("methods", ()))
     except LoadError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -139,8 +157,10 @@ def _has_form(data: dict[str, Any]) -> bool:
     Raises:
         LoadError: its steps are none.
     """
-    well_formed = set(data) - {"fused"} == KEYS and isinstance(data["lines"], list)
+    well_formed = set(data) - {"fused", "methods"} == KEYS and isinstance(data["lines"], list)
     if not well_formed or not isinstance(data["was_none"], dict):
+        return False
+    if not isinstance(data.get("methods", {}), dict):
         return False
     check_steps(data)
     return "fused" not in data or _is_fused(data["fused"])

@@ -11,6 +11,7 @@ from torch import fx
 from se_inject.errors import LoadError
 from se_inject.forwards.constants import decoded, encoded
 from se_inject.forwards.lines import names_in
+from se_inject.forwards.own_methods import OwnMethod, calls_own_method
 from se_inject.forwards.python import is_name
 from se_inject.forwards.vocabulary import checked_path, function_name, function_named
 
@@ -35,6 +36,8 @@ def lines_of(graph: fx.Graph) -> list[Any]:
             lines.append(["call", target, str(node.target), args, kwargs])
         elif node.op == "call_method":
             lines.append(["method", target, str(node.target), args, kwargs])
+        elif calls_own_method(node):
+            lines.append(["own", target, node.target.__name__, args, kwargs])  # type: ignore[union-attr]
         elif node.op == "call_function" and node.target is getattr:
             lines.append(["attribute", target, *args])
         elif node.op == "call_function":
@@ -78,6 +81,8 @@ def _node(kind: str, parts: list[Any]) -> tuple[str, Any, list[Any], dict[str, A
     if kind == "attribute":
         return "call_function", getattr, parts, {}
     target, args, kwargs = parts
+    if kind == "own":
+        return "call_function", OwnMethod(target), args, kwargs
     if kind == "set":
         return "call_function", function_named(target), args, kwargs
     if kind in ("call", "method"):

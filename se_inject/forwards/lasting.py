@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -27,7 +27,9 @@ _HINT = (
 )
 
 
-def lasting(original: Any, forward: Any, blocks: list[str], *, at_output: bool) -> dict[str, Any]:
+def lasting(
+    original: Any, forward: Any, blocks: list[str], *, at_output: bool, methods: Iterable[Any] = ()
+) -> dict[str, Any]:
     """Return the attributes of a generated class that keep its blocks acting.
 
     Args:
@@ -35,21 +37,23 @@ def lasting(original: Any, forward: Any, blocks: list[str], *, at_output: bool) 
         forward: the generated one.
         blocks: the names of the blocks in it.
         at_output: whether all of them act on what the module returns.
+        methods: the generated methods that hold blocks as well.
     """
 
     if not blocks:
         return {}
+    written = {method.__name__: method for method in (forward, *methods)}
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        if name != "forward" or _calls(self, value, forward):
+        if name not in written or _calls(self, value, written[name]):
             original.__setattr__(self, name, value)
-        elif getattr(value, "__func__", None) is forward and value.__self__ is self:
+        elif getattr(value, "__func__", None) is written[name] and value.__self__ is self:
             vars(self).pop(UNGATED, None)
-            vars(self).pop("forward", None)
-        elif at_output:
+            vars(self).pop(name, None)
+        elif at_output and name == "forward":
             vars(self)[UNGATED] = value
         else:
-            raise _lost(original, f"another forward on the instance, {_label(value)},", blocks)
+            raise _lost(original, f"another {name} on the instance, {_label(value)},", blocks)
 
     def __delattr__(self: Any, name: str) -> None:
         original.__delattr__(self, UNGATED if name == "forward" and UNGATED in vars(self) else name)

@@ -6,6 +6,7 @@ gives them, ``{"node": name}`` for what an earlier line set, ``{"training": true
 * ``["set", names, function, args, kwargs]``: call a tensor operation, or an operator or builtin of Python;
 * ``["method", names, method, args, kwargs]``: call a method of the first argument, a tensor or list;
 * ``["call", names, path, args, kwargs]``: call a submodule;
+* ``["own", names, method, args, kwargs]``: call a method of the module itself that is stored beside the forward;
 * ``["original", names]``: call the forward that the author wrote, with the arguments as they came;
 * ``["read", names, path]``: a parameter, a buffer, or the mode;
 * ``["attribute", names, value, name]``: of a tensor;

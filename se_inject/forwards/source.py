@@ -31,7 +31,7 @@ _KINDS = (
 
 
 def compiled(source: str, filename: str, scope: dict[str, Any]) -> Callable[..., Any]:
-    """Compile the text of one function called ``forward`` and make it visible to tracebacks and ``inspect``.
+    """Compile the text of one function and make it visible to tracebacks and ``inspect``.
 
     Args:
         source: the text; it is checked first.
@@ -50,7 +50,7 @@ def compiled(source: str, filename: str, scope: dict[str, Any]) -> Callable[...,
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     exec(compile(tree, filename, "exec"), scope)
     scope.pop("__name__", None)  # the function has it; torch 2.9 takes a scope with a name for that module's
-    return scope["forward"]  # type: ignore[no-any-return]
+    return scope[tree.body[0].name]  # type: ignore[no-any-return,attr-defined]
 
 
 def check_text(tree: ast.Module, scope: dict[str, Any]) -> None:

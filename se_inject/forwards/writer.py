@@ -44,15 +44,27 @@ class Writer:
             ``[name]`` or ``[name, default]``.
         label: the class in messages of what the forward expects.
         guarded: whether what a submodule returns is checked to be a value, no module or function.
+        name: of the function.
+        methods: of the module itself, which the lines may call.
 
     Raises:
         LoadError: an input has no name.
     """
 
-    def __init__(self, signature: inspect.Signature | list[Any], label: str, *, guarded: bool) -> None:
+    def __init__(
+        self,
+        signature: inspect.Signature | list[Any],
+        label: str,
+        *,
+        guarded: bool,
+        name: str = "forward",
+        methods: Iterable[str] = (),
+    ) -> None:
         self.scope: dict[str, Any] = {"__name__": "se_inject.generated", "torch": torch}
         self._label = label
         self._guarded = guarded
+        self._name = name
+        self._methods = frozenset(methods)
         self._edits = isinstance(signature, inspect.Signature)
         self._set: set[str] = set()
         self._read: set[str] = set()
@@ -86,7 +98,7 @@ class Writer:
         body = self._block(lines, "    ", set(), own=True)
         if free := sorted(self._read - self._set - set(self._inputs)):
             raise LoadError(f"a forward in this file reads `{free[0]}`, which nothing sets")
-        return f"def forward({self._head}):\n" + "\n".join(body) + "\n"
+        return f"def {self._name}({self._head}):\n" + "\n".join(body) + "\n"
 
     # -- lines ---------------------------------------------------------------------------------------------
 
@@ -191,6 +203,8 @@ class Writer:
             return self._called(name, args, kwargs) or f"{self._function(name)}({', '.join(arguments)})"
         if kind == "method":
             return f"{self._operand(args[0])}.{method_named(name)}({', '.join(arguments[1:])})"
+        if kind == "own" and name in self._methods:
+            return f"{self._myself}.{name}({', '.join(arguments)})"
         if kind == "call":
             text = f"{self._path(name)}({', '.join(arguments)})"
             return f"{self._constant(plain)}({text})" if self._guarded else text

@@ -15,9 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from se_inject.errors import InjectError
-from se_inject.forwards import body_of, generated_class, graph_of, in_modes, is_at_output, lines_of, original_class
+from se_inject.forwards import (
+    bodies_in,
+    body_of,
+    generated_class,
+    graph_of,
+    in_modes,
+    is_at_output,
+    lines_of,
+    original_class,
+    with_bodies,
+)
 from se_inject.inference.norms import affine_of, is_convolution, is_plain_norm, scale_outputs_
-from se_inject.surgery import edited_lines, set_class
+from se_inject.surgery import edited_bodies, set_class
 from se_inject.tracing import Trace, function_name_of
 
 _LAYERS: dict[str, Any] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -43,10 +53,12 @@ def fold_in_forwards_(model: nn.Module, trace: Trace) -> int:
         body = body_of(owner)
         with contextlib.suppress(InjectError):
             if body is None:
-                lines = edited_lines(trace, path, [], [], training=False)
+                lines = edited_bodies(trace, path, [], [], training=False).bodies["forward"]
                 body = {"steps": [], "was_none": {}, "lines": lines}
-            if not is_at_output(body["lines"]):
-                folded += _fold_in_(owner, body)
+            for name in bodies_in(body):
+                if not is_at_output(body["lines"]):
+                    done, body = _fold_in_(owner, body, name)
+                    folded += done
     return folded
 
 
@@ -55,8 +67,10 @@ def _may_be_norm(node: fx.Node) -> bool:
 
 
 @torch.no_grad()
-def _fold_in_(owner: nn.Module, body: dict[str, Any]) -> int:
-    expected, _, evaluated = in_modes(body["lines"])
+def _fold_in_(owner: nn.Module, body: dict[str, Any], name: str) -> tuple[int, dict[str, Any]]:
+    """Fold in the forward or the method of this name; return how many norms, and the data with its new lines."""
+    bodies = bodies_in(body)
+    expected, _, evaluated = in_modes(bodies[name])
     graph = graph_of(evaluated)
     new: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
@@ -68,24 +82,24 @@ def _fold_in_(owner: nn.Module, body: dict[str, Any]) -> int:
         if norm is None or convolution is None:
             continue
         scale_outputs_(convolution, *norm)
-        name = next(
-            name
-            for number in range(len(graph.nodes))
-            if not hasattr(owner, name := f"folded_{number}") and name not in new
+        free = next(
+            free
+            for number in range(len(graph.nodes) + len(new))
+            if not hasattr(owner, free := f"folded_{number}") and free not in new
         )
-        new[name] = convolution
+        new[free] = convolution
         with graph.inserting_before(node):
-            call = graph.call_module(name, (source.args[0],))
+            call = graph.call_module(free, (source.args[0],))
         node.replace_all_uses_with(call)
         graph.erase_node(node)
         graph.erase_node(source)
     if new:
-        lines = [*expected, *lines_of(graph)]
-        kind = generated_class(original_class(owner), json.dumps({**body, "lines": lines}))
-        for name, module in new.items():
-            setattr(owner, name, module.eval())
+        body = with_bodies(body, {**bodies, name: [*expected, *lines_of(graph)]})
+        kind = generated_class(original_class(owner), json.dumps(body))
+        for free, module in new.items():
+            setattr(owner, free, module.eval())
         set_class(owner, kind)
-    return len(new)
+    return len(new), body
 
 
 def _norm(node: fx.Node, owner: nn.Module) -> tuple[Tensor, Tensor] | None:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from se_inject.blocks import NoGate, SqueezeExcitation, is_fused, unfuse_block_
 from se_inject.errors import InjectError, VerificationError
 from se_inject.forwards import (
+    bodies_in,
     body_of,
     class_when_unfused,
     generated_class,
@@ -22,6 +23,7 @@ from se_inject.forwards import (
     is_at_output,
     lines_of,
     original_class,
+    with_bodies,
 )
 from se_inject.guarding import under_guard
 from se_inject.inference.blocks import FixedGate, compacted, early
@@ -119,16 +121,22 @@ def _squeeze_early_(model: nn.Module) -> None:
         body = body_of(module)
         if body is None or is_at_output(body["lines"]):
             continue
-        expected, _, evaluated = in_modes(body["lines"])
-        graph = graph_of(evaluated)
-        for step in body["steps"]:
-            block = module.get_submodule(step["block_name"])
-            calls = [node for node in graph.nodes if node.op == "call_module" and node.target == step["block_name"]]
-            if len(calls) == 1 and len(calls[0].args) <= 3 and _can_be_early(block):
-                _make_early_(graph, calls[0], module)
+        bodies = {name: _with_early_squeezes_(module, body["steps"], lines) for name, lines in bodies_in(body).items()}
         tails = (body.get("fused") or {"tails": {}})["tails"]
-        new = {**body, "lines": [*expected, *lines_of(graph)], "fused": {"before": {}, "tails": tails}}
+        new = with_bodies({**body, "fused": {"before": {}, "tails": tails}}, bodies)
         set_class(module, generated_class(original_class(module), json.dumps(new)))
+
+
+def _with_early_squeezes_(owner: nn.Module, steps: list[dict[str, Any]], lines: list[Any]) -> list[Any]:
+    """Write the lines of eval mode in which an owner's blocks read what the convolutions in front of them read, where they can."""
+    expected, _, evaluated = in_modes(lines)
+    graph = graph_of(evaluated)
+    for step in steps:
+        block = owner.get_submodule(step["block_name"])
+        calls = [node for node in graph.nodes if node.op == "call_module" and node.target == step["block_name"]]
+        if len(calls) == 1 and len(calls[0].args) <= 3 and _can_be_early(block):
+            _make_early_(graph, calls[0], owner)
+    return [*expected, *lines_of(graph)]
 
 
 def _can_be_early(block: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from se_inject.errors import LoadError
-from se_inject.forwards import all_lines, body_of, stored_lines
+from se_inject.forwards import all_lines, bodies_in, body_of, stored_lines
 
 _PYTHON = ("getattr", "round", "assert")
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async")
@@ -115,7 +115,8 @@ def named_in_text(text: str) -> Iterator[tuple[str, Any]]:
     """List the operators, methods and attributes in the JSON text of a stored forward, each as its kind and name."""
     try:
         data = json.loads(text)
-        yield from list(_in_lines([*data["lines"], *_unfused_lines(data)]))
+        lines = [line for each in bodies_in(data).values() for line in each]
+        yield from list(_in_lines([*lines, *_unfused_lines(data)]))
     except (AttributeError, ValueError, TypeError, LookupError, RecursionError):
         return  # it is none
 
@@ -135,7 +136,8 @@ def _unfused_lines(body: dict[str, Any] | None) -> Iterator[Any]:
     """Yield the lines of what a fused forward was before, which ``si.unfuse_`` would make of it again."""
     while body and body.get("fused"):
         body = body["fused"]["before"]
-        yield from body.get("lines", [])
+        for lines in bodies_in(body).values() if body else ():
+            yield from lines
 
 
 def _in_lines(lines: Any) -> Iterator[tuple[str, Any]]:

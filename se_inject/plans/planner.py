@@ -108,7 +108,7 @@ def plan(
     steps = tuple(_step(draft, site, place, name) for site, place in places)
     _check_names(model, steps)
     check_sizes(model, steps)
-    notes = [*trace.notes, *notes, *unplaced, *odd, *method_notes(model, steps)]
+    notes = [*trace.notes, *notes, *unplaced, *odd, *method_notes(trace, model, steps)]
     args, kwargs = trace.inputs
     shapes = None if kwargs or (listed := shapes_of(args)) is None else tuple(listed)
     if trace.failures:

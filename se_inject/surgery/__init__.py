@@ -4,7 +4,7 @@ In: a network and steps (site, block, options). Out: the same network, its edite
 Must not know: how sites are found or chosen, or how anything is printed.
 """
 
-from se_inject.surgery.edit import edited_lines
+from se_inject.surgery.edit import edited_bodies
 from se_inject.surgery.freeze import freeze_statistics_, frozen, thaw_statistics_
 from se_inject.surgery.fuse import Fused, FusedBlock, fuse_, fused, unfuse_
 from se_inject.surgery.methods import method_notes
@@ -29,7 +29,7 @@ __all__ = [
     "Step",
     "check_sizes",
     "check_unfused",
-    "edited_lines",
+    "edited_bodies",
     "eject_",
     "first_problem",
     "freeze_statistics_",

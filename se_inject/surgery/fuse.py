@@ -15,6 +15,7 @@ from torch import nn
 from se_inject.blocks import can_fuse, fuse_block_, how_computed, is_fused, unfuse_block_
 from se_inject.errors import LoadError, SurgeryError
 from se_inject.forwards import (
+    bodies_in,
     body_of,
     check_forward,
     checked_class,
@@ -25,6 +26,7 @@ from se_inject.forwards import (
     is_at_output,
     lines_of,
     original_class,
+    with_bodies,
 )
 from se_inject.surgery.step import Step
 from se_inject.surgery.swap import check_own_classes, own_steps, set_class
@@ -189,16 +191,17 @@ def _with_tail(owner: nn.Module, body: dict[str, Any], step: Step) -> dict[str, 
 
     if is_at_output(body["lines"]):
         return None
-    expected, trained, evaluated = in_modes(body["lines"])
-    if trained is None:
-        lines = with_tail(evaluated)
-    else:
-        lines = [["if", {"training": True}, with_tail(trained), with_tail(evaluated)]]
+    bodies = {}
+    for name, lines in bodies_in(body).items():
+        expected, trained, evaluated = in_modes(lines)
+        in_training = None if trained is None else with_tail(trained)
+        now = with_tail(evaluated)
+        bodies[name] = [*expected, *(now if trained is None else [["if", {"training": True}, in_training, now]])]
     if not words:
         return None
     earlier = body.get("fused") or {"before": body, "tails": {}}
     tails = {**earlier["tails"], block: words[-1]}
-    return {**body, "lines": [*expected, *lines], "fused": {"before": earlier["before"], "tails": tails}}
+    return with_bodies({**body, "fused": {"before": earlier["before"], "tails": tails}}, bodies)
 
 
 def fused_text(result: Fused) -> str:

@@ -1,4 +1,4 @@
-"""Find blocks whose value is computed in a method that users may call by itself: there the block does not act."""
+"""Find blocks whose value is computed in a method that users may call by itself, and in which the block does not act."""
 
 from __future__ import annotations
 
@@ -10,40 +10,63 @@ from typing import Any
 
 from torch import nn
 
-from se_inject.forwards import original_class
+from se_inject.errors import SurgeryError
+from se_inject.forwards import bodies_in, body_of, original_class
+from se_inject.surgery.edit import Edited, calls_with, new_bodies
 from se_inject.surgery.step import Step
 from se_inject.tables import counted
+from se_inject.tracing import Trace
 
 
-def method_notes(model: nn.Module, steps: Iterable[Step]) -> list[str]:
-    """Return a note for every method that computes values which get a block, and that anybody can call.
+def method_notes(trace: Trace, model: nn.Module, steps: Iterable[Step]) -> list[str]:
+    """Return a note for every method that computes values which get a block, that anybody can call, and that stays as it is.
 
-    An edited forward has the text of such methods in it, and the methods stay as they are. What names tell is used:
-    the submodules that ``forward`` itself and its methods mention. Nothing is called.
+    Found by what was observed, and by the submodules that the code of ``forward`` and of its methods names.
 
     Args:
+        trace: an observed call of the network without the blocks.
         model: the network, with the blocks or without.
         steps: what is put where.
     """
+    steps = list(steps)
     found: dict[tuple[str, str], list[str]] = {}
     passed: dict[str, list[str]] = {}
     for step in steps:
+        owner = model.get_submodule(step.owner)
+        names = calls_with(trace, step.owner, step.value)
         if step.value is not None:
-            owner = model.get_submodule(step.owner)
-            for name in _methods_with(original_class(owner), step.value.partition(".")[0]):
-                found.setdefault((step.owner, name), []).append(step.path)
+            names += _methods_with(original_class(owner), step.value.partition(".")[0])
             if inner := _passed_by(owner, step.value):
                 passed.setdefault(".".join(filter(None, (step.owner, inner))), []).append(step.path)
+        for name in dict.fromkeys(names):
+            found.setdefault((step.owner, name), []).append(step.path)
+    edited = {path: _edited(trace, model, path, steps) for path in {path for path, _ in found}}
     notes = [
         f"called by itself, `{place}` runs without {_blocks(paths)}: the forward of the module that holds it computes what is gated"
         for place, paths in passed.items()
     ]
     for (place, name), paths in found.items():
-        whose = f"`{place}.{name}`" if place else f"`{name}`"
-        notes.append(
-            f"called by itself, {whose} runs without {_blocks(paths)}: the blocks act in `forward`, which calls it"
-        )
+        bodies, inlined = edited[place]
+        if name not in bodies:
+            whose = f"`{place}.{name}`" if place else f"`{name}`"
+            why = f" ({inlined[name]})" if name in inlined else ""
+            notes.append(
+                f"called by itself, {whose} runs without {_blocks(paths)}: the blocks act in `forward`, which calls it{why}"
+            )
     return notes
+
+
+def _edited(trace: Trace, model: nn.Module, path: str, steps: list[Step]) -> Edited:
+    """Return the bodies of an owner with these blocks: those that it has, or will have."""
+    body = body_of(model.get_submodule(path))
+    earlier = [Step.from_data(step) for step in body["steps"]] if body else []
+    own = [step for step in steps if step.owner == path]
+    if body is not None and {step.block_name for step in own} <= {step.block_name for step in earlier}:
+        return Edited(bodies_in(body), {})
+    try:
+        return new_bodies(trace, path, earlier, own)
+    except SurgeryError:
+        return Edited({}, {})
 
 
 def _blocks(paths: list[str]) -> str:

@@ -22,11 +22,13 @@ from se_inject.forwards import (
     generated_class,
     give_back_forward_,
     has_changed_class,
+    is_at_output,
     is_frozen,
     original_class,
     steps_data,
+    with_bodies,
 )
-from se_inject.surgery.edit import edited_lines
+from se_inject.surgery.edit import new_bodies
 from se_inject.surgery.freeze import freeze_statistics_, thaw_statistics_
 from se_inject.surgery.step import Step
 from se_inject.tables import counted, short
@@ -222,15 +224,14 @@ def _prepare(
                 )
             was_none[step.block_name] = "module" if step.block_name in owner._modules else "attribute"
     kept = [replace(step, owner="", site=_relative(step.site, path)) for step in (*earlier, *steps)]
-    at_output = all(step.value is None for step in kept)
-    if at_output and was_none:
+    bodies = new_bodies(trace, path, earlier, steps).bodies
+    if was_none and is_at_output(bodies["forward"]):
         # the original forward, which still runs, would find its attribute taken
         raise SurgeryError(
             f"`{path}` reads an attribute of the name the block is to get: `{next(iter(was_none))}`",
             hint=f"choose another name with `{either('--name NAME', 'name=…')}`",
         )
-    lines = _lines_at_output(kept) if at_output else edited_lines(trace, path, earlier, steps)
-    body = {"steps": [step.to_data() for step in kept], "was_none": was_none, "lines": lines}
+    body = with_bodies({"steps": [step.to_data() for step in kept], "was_none": was_none}, bodies)
     blocks = {step.block_name: _surrounded(owner, model, step, states.get(step.path)) for step in steps}
     try:
         generated = generated_class(original, json.dumps(body))
@@ -241,13 +242,6 @@ def _prepare(
             f"no subclass of {original.__name__} (`{path}`) can be made", seen=f"{type(error).__name__}: {error}"
         ) from error
     return _Operation(owner, generated, blocks, was_none)
-
-
-def _lines_at_output(steps: list[Step]) -> list[Any]:
-    """Return the forward that calls the author's own and passes what it returns through the blocks."""
-    gated = {"node": "gated"}
-    calls = [["call", ["gated"], step.block_name, [gated], {}] for step in steps]
-    return [["original", ["gated"]], *calls, ["return", gated]]
 
 
 def _relative(site: str, path: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from se_inject.forwards import calls_own_method
 from se_inject.tracing import function_name_of
 
 _MODULES: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
@@ -192,7 +193,7 @@ def _can_wait(graph: fx.Graph, value: fx.Node, chain: list[fx.Node], shortcut: f
 
 def may_change(node: fx.Node, value: fx.Node) -> bool:
     """Tell whether a node may overwrite a value: a module that reads it, or an operator in place on what shares its memory."""
-    if node.op == "call_module":
+    if node.op == "call_module" or calls_own_method(node):
         return value in node.all_input_nodes
     if node.op not in ("call_function", "call_method") or not node.args or not _overwrites(node):
         return False

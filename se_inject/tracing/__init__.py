@@ -20,6 +20,7 @@ from se_inject.tracing.inputs import (
     real_inputs,
     shapes_of,
 )
+from se_inject.tracing.method_calls import MethodCall, Packed
 from se_inject.tracing.names import function_name_of
 from se_inject.tracing.nodes import (
     CONVOLUTIONS,
@@ -34,7 +35,7 @@ from se_inject.tracing.operations import is_data, is_leaf, kind
 from se_inject.tracing.proxy import Untraceable, holds_tensor
 from se_inject.tracing.snapshots import draws_in_python, preserved, python_state, set_python_state
 from se_inject.tracing.substitutes import duplicate, rehearsed, standing_in
-from se_inject.tracing.trace import Counts, OwnerGraph, Trace, float_like
+from se_inject.tracing.trace import Counts, Guards, OwnerGraph, Trace, float_like
 from se_inject.tracing.training_mode import returns_alike, training_graph, training_settings
 from se_inject.tracing.twin import twin_of
 
@@ -43,7 +44,10 @@ __all__ = [
     "CONVOLUTIONS",
     "SMALL_SIDE",
     "Counts",
+    "Guards",
+    "MethodCall",
     "OwnerGraph",
+    "Packed",
     "Trace",
     "Untraceable",
     "ancestors",

@@ -84,6 +84,12 @@ def _with_inner(code: CodeType) -> list[CodeType]:
 
 
 @functools.lru_cache(maxsize=2_000)
+def names_in_forward(kind: type) -> frozenset[str]:
+    """Return the names in the code of a class's forward, and of the methods and functions that it names."""
+    return frozenset(name for code in _codes(kind) for name in code.co_names)
+
+
+@functools.lru_cache(maxsize=2_000)
 def _pairs(kind: type) -> dict[str, set[str]]:
     """Return, by attribute, the attributes that a class's forward reads right after it, as in ``self.config.scale``."""
     found: dict[str, set[str]] = {}

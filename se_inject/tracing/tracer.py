@@ -22,6 +22,7 @@ from torch.fx.proxy import Scope, TracerBase
 from se_inject.forwards import Form, Unlike, field
 from se_inject.tracing.containers import contents, form_of, holds, is_special, made
 from se_inject.tracing.known_results import result_of_function
+from se_inject.tracing.method_calls import MethodCall, reported_methods
 from se_inject.tracing.operations import operation_of
 from se_inject.tracing.proxy import (
     FOREIGN_TENSOR,
@@ -105,6 +106,7 @@ class OwnerTracer(TracerBase):
         self.guards: list[tuple[fx.Node, bool]] = []
         self.constants: dict[str, Any] = {}
         self.settings_read: dict[str, Any] = {}
+        self.method: MethodCall | None = None
         self._attributes: dict[str, ValueProxy] = {}
         self._modes = _modes()
 
@@ -210,10 +212,15 @@ class OwnerTracer(TracerBase):
         hidden |= settings
         children = owner["_modules"] = _WatchedChildren(before[0]["_modules"])
         changed: list[str] = []
+        methods = reported_methods(self)
+        owner.update(methods)
         try:
             yield changed
         finally:
             self.iterates = children.iterated
+            for key, method in methods.items():
+                if owner.get(key) is method:
+                    del owner[key]
             for key in settings:
                 del hidden[key]
             if dict(children) == before[0]["_modules"]:
@@ -225,10 +232,17 @@ class OwnerTracer(TracerBase):
         node = self.create_node("placeholder", name, (), {})
         return self._wrap(node, value)
 
+    @property
+    def last_node(self) -> fx.Node | None:
+        """The node that was made last; None before the first."""
+        return next(iter(reversed(self.graph.nodes)), None)
+
     def _wrap(self, node: fx.Node, value: Any) -> ValueProxy:
         node.meta["val"] = self.observer.result.kept(value)
         node.meta.setdefault("operation", operation_of(node))
         node.meta["time"] = self.observer.tick()
+        if self.method is not None:
+            node.meta["method"] = self.method
         return ValueProxy(node, self, value)
 
     def create_proxy(  # type: ignore[override]

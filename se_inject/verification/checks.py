@@ -34,6 +34,7 @@ from se_inject.verification.coverage import units_with_blocks
 from se_inject.verification.gradients import gradients
 from se_inject.verification.identity import no_identity, starts_as_identity, without_blocks
 from se_inject.verification.keeping import kept_settings, kept_state
+from se_inject.verification.methods import methods_with_blocks
 from se_inject.verification.verdicts import Check, Verdict
 from se_inject.verification.watching import failure, watched
 
@@ -77,9 +78,10 @@ def verify(
         *_outputs({"eval": in_eval, "train": observed_in_training(before, inputs)}, after, blocks, inputs, fresh),
         Check("blocks where units are", *units_with_blocks(trace, after)),
         gradients(after, blocks, inputs),
+        *methods_with_blocks(after, blocks, inputs),
     ]
     notes = [f"numeric checks on {describe(*inputs)}", *_overflow(in_eval), *warnings_of_weights]
-    notes += method_notes(after, [step for step in steps_of(after) if step.path in blocks])
+    notes += method_notes(trace, after, [step for step in steps_of(after) if step.path in blocks])
     return Verdict(tuple(checks), tuple(notes))
 
 
