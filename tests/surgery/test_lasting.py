@@ -81,6 +81,21 @@ class Features(nn.Module):
         return self.fc(self._hidden(x))
 
 
+class Appends(Features):
+    """Its methods hand a list on and fill it: called by themselves they can't be told from the forward."""
+
+    def encode(self, x, seen):
+        x = torch.relu(self.bn(self.conv(x)))
+        seen.append(x)
+        return x
+
+    def embed(self, x, seen):
+        return self.encode(x, seen).mean((2, 3))
+
+    def _hidden(self, x):
+        return self.embed(x, [])
+
+
 def injected(model, **options):
     """The network with blocks that do something."""
     model = si.inject(randomise(model).eval(), IMAGE, **options)
@@ -239,12 +254,24 @@ def test_a_block_that_is_not_called_is_no_file_and_no_pass(tmp_path):
 
 
 def test_methods_that_run_without_their_block_are_named():
-    plain = Features().eval()
+    plain = Appends().eval()
     plan = si.plan(plain, IMAGE)
     notes = [note for note in plan.notes if "by itself" in note]
-    assert [note.split("`")[1] for note in notes] == ["embed", "encode"]
+    assert sorted(note.split("`")[1] for note in notes) == ["embed", "encode"]
+    assert all("(it changes its arguments in place)" in note for note in notes)
     model = plan.apply(plain)
-    assert set(notes) <= set(si.verify(plain, model, IMAGE).notes)
+    named = [note for note in si.verify(plain, model, IMAGE).notes if "by itself" in note]
+    assert sorted(note.split("`")[1] for note in named) == ["embed", "encode"]
+
+
+def test_a_method_that_holds_blocks_is_not_replaced_in_silence():
+    model = injected(Features(), at="*")
+    expected = model(IMAGE)
+    with pytest.raises(SurgeryError, match="another encode on the instance"):
+        model.encode = functools.partial(Features.encode, model)
+    model.encode = model.encode
+    assert "encode" not in vars(model)
+    assert torch.equal(model(IMAGE), expected)
 
 
 def test_nobody_is_named_where_forward_does_it_itself():
