@@ -233,9 +233,10 @@ def _export_one(reference: Reference, target: Path, path: Path) -> Exported:
         except Exception as error:
             if no_space(error):
                 raise
+            cause, why = error, reason(error)
             if depends_on_data(error):  # with a fixed batch as well
                 refused.add(strategy.write)
-            cause, why = error, reason(error)
+                why = "what it computes depends on the data"
             if not any(failure.endswith(why) for failure in failures):
                 failures.append(f"{strategy.name} failed: {why}")
             for leftover in path.parent.iterdir():

@@ -1,4 +1,4 @@
-"""Modules whose inside is not for us: wrapped, compiled, scripted or quantised. What is refused, and what is left alone."""
+"""Modules whose inside is not for us: wrapped, compiled, scripted, quantised or unflattened. What is refused, and what is left alone."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from torch import nn
 _QUANTISED = ("quantised", "inject first, then quantise")
 _COMPILED = ("compiled", "pass `model._orig_mod`, compile what you get")
 _SCRIPTED = ("TorchScript", "save it with torch.jit.save: `se_inject.load` makes modules of the file")
+_UNFLATTENED = (
+    "an unflattened exported program",
+    "pass `program.module()` of the program that it was made from, or save that with torch.export.save: `se_inject.load` makes modules of the file",
+)
 _LEAVES = {
     "torch._dynamo.eval_frame.OptimizedModule": _COMPILED,
     "torch.jit._script.ScriptModule": _SCRIPTED,
+    "torch.export.unflatten.": _UNFLATTENED,
     "torch.ao.nn.quantized.": _QUANTISED,
     "torch.ao.nn.intrinsic.quantized.": _QUANTISED,
 }

@@ -102,7 +102,8 @@ class ValueProxy(fx.Proxy):
             return iter(self.value)
         if isinstance(self.value, _STRUCTURES):
             return iter([self[i] for i in range(len(self.value))])
-        raise Untraceable("iterates over a tensor")
+        kind = "tensor" if isinstance(self.value, Tensor) else type(self.value).__name__
+        raise Untraceable(f"iterates over a {kind}")
 
     def __bool__(self) -> bool:
         if isinstance(self.value, _STRUCTURES):

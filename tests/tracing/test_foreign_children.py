@@ -91,3 +91,58 @@ def test_wrappers_are_refused_wherever_they_are():
     model[5] = nn.DataParallel(model[5])
     with pytest.raises(UnsupportedModel, match="its `5` is wrapped in DataParallel"):
         si.plan(model, X)
+
+
+# -- unflattened programs ----------------------------------------------------------------------------------
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(self.conv(x) + x)
+
+
+class Generates(nn.Module):
+    """A unit whose branch comes from a generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Yields()
+
+    def forward(self, x):
+        first, second = self.body(x)
+        return torch.relu(x + first + 0 * second)
+
+
+class Yields(Gate):
+    def forward(self, x):
+        x = self.conv(x)
+        yield x
+        yield x * 2
+
+
+@pytest.fixture(scope="module")
+def unflattened():
+    return torch.export.unflatten(torch.export.export(Gate().eval(), (torch.rand(2, 8, 16, 16),)))
+
+
+def test_an_unflattened_program_is_refused_by_what_it_is(unflattened):
+    with pytest.raises(UnsupportedModel, match="it is an unflattened exported program") as caught:
+        si.plan(unflattened, torch.rand(2, 8, 16, 16))
+    assert "program.module()" in caught.value.hint
+
+
+def test_as_a_child_it_costs_its_own_places(unflattened):
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Gate(), unflattened, Gate()).eval()
+    image = torch.rand(2, 3, 16, 16)
+    plan = si.plan(network, image)
+    assert [step.owner.partition(".")[0] for step in plan.steps] == ["1", "3"]
+    si.verify(network, plan.apply(network), image).expect_passed()
+
+
+def test_what_a_child_generates_is_no_tensor():
+    found = si.find_sites(nn.Sequential(nn.Conv2d(3, 8, 3), Generates()).eval(), torch.rand(2, 3, 16, 16))
+    assert any("iterates over a generator" in str(refused) for refused in (*found.refused, *found.missed))

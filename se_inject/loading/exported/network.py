@@ -94,7 +94,7 @@ class _Network:
             forward = _Forward(found.graph, None if path else self.program)
         except LoadError as error:
             raise LoadError(
-                f"{f'`{path}`, a {name},' if path else f'the {name}'} in an exported program can't be made a module",
+                f"{f'`{path}` ({name})' if path else f'the {name}'} in an exported program can't be made a module",
                 seen=error.message,
                 hint="pass the eager module that it was made from",
             ) from error

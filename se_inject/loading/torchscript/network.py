@@ -119,7 +119,7 @@ class _Network:
             if takes_modules:
                 return container(name, tensors, children)  # its callers have it written out
             raise LoadError(
-                f"{f'`{path}`, a {name},' if path else f'the {name}'} in a TorchScript archive can't be made a module",
+                f"{f'`{path}` ({name})' if path else f'the {name}'} in a TorchScript archive can't be made a module",
                 seen=error.message,
                 hint=_EAGER,
             ) from error
