@@ -139,11 +139,10 @@ def two_streams(ledger: Ledger) -> None:
 
 def _streams(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Return branch and shortcut of a sum of one given value and what convolutions make of another of the same shape."""
-    operands = operands_of(node, "add")
-    branch = _only_deep(operands) if len(operands) == 2 else None
-    if branch is None:
+    pair = _branch_and_shortcut(node)
+    if pair is None:
         return None
-    (shortcut,) = set(operands) - {branch}
+    branch, shortcut = pair
     shape = shortcut.meta["val"].shape
     given = [each for each in lineage(shortcut) if isinstance(each.meta["val"], Tensor)]
     if any(each.meta["val"].shape[2:] != shape[2:] for each in given) or not any(map(is_given, given)):
@@ -154,12 +153,20 @@ def _streams(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 def _given_pair(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Return branch and shortcut of a sum of an argument as it is and what convolutions make of others."""
+    pair = _branch_and_shortcut(node)
+    if pair is None or pair[1].op != "placeholder" or pair[1] in lineage(pair[0]):
+        return None
+    return pair
+
+
+def _branch_and_shortcut(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return the two operands of a sum, the one with convolutions first; None unless exactly one has some."""
     operands = operands_of(node, "add")
     branch = _only_deep(operands) if len(operands) == 2 else None
     if branch is None:
         return None
     (shortcut,) = set(operands) - {branch}
-    return (branch, shortcut) if shortcut.op == "placeholder" and shortcut not in lineage(branch) else None
+    return branch, shortcut
 
 
 def _opening(ledger: Ledger, owner: OwnerGraph, branch: fx.Node, shortcut: fx.Node) -> set[fx.Node] | None:
@@ -288,8 +295,7 @@ def _only_deep(operands: list[fx.Node]) -> fx.Node | None:
 def _given_shortcut(owner: OwnerGraph) -> tuple[fx.Node, fx.Node] | None:
     """Return the last addition whose one operand is the caller's, and its other operand."""
     for node in reversed(owner.graph.nodes):
-        operands = operands_of(node, "add")
-        branch = _only_deep(operands) if len(operands) == 2 else None
-        if branch is not None:
-            return node, branch
+        pair = _branch_and_shortcut(node)
+        if pair is not None:
+            return node, pair[0]
     return None

@@ -6,16 +6,15 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import se_inject as si
 from se_inject.errors import OptionError, SurgeryError
 from se_inject.integrations.ultralytics import trainer_for
 from tests.common import randomise
+from tests.files.squares import squares
 
 needs_ultralytics = pytest.mark.skipif(
     importlib.util.find_spec("ultralytics") is None,
@@ -36,16 +35,7 @@ def home(tmp_path_factory):
     }
     before = {key: os.environ.get(key) for key in changed}
     os.environ.update(changed)
-    random = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for kind in ("images", "labels"):
-            (home / kind / part).mkdir(parents=True)
-        for number in range(4):
-            image = random.integers(0, 60, (64, 64, 3), dtype=np.uint8)
-            image[16:40, 20:44] = 200
-            Image.fromarray(image).save(home / "images" / part / f"{number}.png")
-            (home / "labels" / part / f"{number}.txt").write_text("0 0.5 0.4375 0.375 0.375\n")
-    (home / "data.yaml").write_text(f"path: {home}\ntrain: images/train\nval: images/val\nnames: {{0: square}}\n")
+    squares(home, "data.yaml")
     yield home
     for key, value in before.items():
         os.environ.pop(key) if value is None else os.environ.update({key: value})

@@ -16,6 +16,9 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+from tests.files.squares import squares  # noqa: E402
+
 GUIDE = HERE.parent.parent / "examples" / "guides" / "trainers.md"
 LIBRARIES = {
     "Lightning": "lightning",
@@ -34,25 +37,6 @@ def recipes():
     return code.search(first)[1], {part.split("\n")[0]: code.search(part)[1] for part in rest}
 
 
-def squares(folder):
-    """Four images with a square in them, as Ultralytics reads them."""
-    import numpy as np
-    from PIL import Image
-
-    random = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for kind in ("images", "labels"):
-            (folder / kind / part).mkdir(parents=True)
-        for number in range(4):
-            image = random.integers(0, 60, (64, 64, 3), dtype=np.uint8)
-            image[16:40, 20:44] = 200
-            Image.fromarray(image).save(folder / "images" / part / f"{number}.png")
-            (folder / "labels" / part / f"{number}.txt").write_text("0 0.5 0.4375 0.375 0.375\n")
-    (folder / "squares.yaml").write_text(
-        f"path: {folder}\ntrain: images/train\nval: images/val\nnames: {{0: square}}\n"
-    )
-
-
 def run(name, code):
     """Whether it runs, and the last line that it prints."""
     library = LIBRARIES[name]
@@ -61,7 +45,7 @@ def run(name, code):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "recipe.py").write_text(code)
         if library == "ultralytics":
-            squares(Path(folder))
+            squares(Path(folder), "squares.yaml")
         quiet = {"YOLO_CONFIG_DIR": folder, "YOLO_AUTOINSTALL": "false", "YOLO_OFFLINE": "true", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [sys.executable, "recipe.py"],
