@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.slow import SLOW
+from tests.slow import MEASURED, SLOW
 
 torch.set_num_threads(1)
 
@@ -41,7 +41,10 @@ settings.load_profile("short")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests; ``--cov`` doesn't measure most of them, because Python runs half as fast while it does."""
     for item in items:
         names = SLOW.get(item.path.parent.name, {}).get(item.path.stem)
         if names is not None and (not names or item.name.partition("[")[0] in names):
             item.add_marker(pytest.mark.slow)
+            if item.path.stem not in MEASURED and "COVER_ALL" not in os.environ:
+                item.add_marker(pytest.mark.no_cover)

@@ -5,7 +5,9 @@ SLOW = {
     "cli": {
         "test_bad_input": ["test_a_full_disk_leaves_nothing_behind"],
         "test_cli_files": [
+            "test_a_good_block_beside_them_works",
             "test_an_adapter_is_written_and_put_onto_the_backbone_again",
+            "test_code_in_a_plan_needs_trust",
             "test_eject_writes_the_original",
         ],
         "test_export": [
@@ -14,7 +16,7 @@ SLOW = {
             "test_a_trained_injected_pickle",
             "test_an_adapter_goes_onto_its_backbone",
         ],
-        "test_inject": ["test_all_formats_at_once_compute_the_same"],
+        "test_inject": ["test_a_name_gives_a_file_of_that_name", "test_all_formats_at_once_compute_the_same"],
         "test_worker": [],
     },
     "exporting": {
@@ -32,10 +34,20 @@ SLOW = {
     "isolation": {"test_worker": []},
     "kernels": {"test_kernels": []},
     "loading": {
+        "test_blocks_in_files": ["test_text_that_unfolds_in_the_parser"],
+        "test_checkpoints": ["test_injected_models_come_back", "test_whole_networks_come_back"],
         "test_entries": ["test_notes_of_a_process_of_its_own"],
+        "test_files": [
+            "test_an_exported_program",
+            "test_programs_of_classes_that_a_script_defines",
+            "test_torchscript",
+        ],
+        "test_fuzz": ["test_damaged_files"],
         "test_hostile": [],
+        "test_isolated": ["test_the_network_comes_back", "test_weights_of_a_named_network_are_read_there"],
         "test_program_details": [],
         "test_programs": [],
+        "test_unfolding": ["test_what_states_unfold_to_is_counted"],
     },
     "plans": {
         "test_budget": ["test_the_choice_is_the_best_of_all_plans"],
@@ -45,9 +57,13 @@ SLOW = {
             "test_every_cell_is_what_its_plan_costs",
         ],
         "test_plan_files": ["test_reading_agrees_with_the_schema_and_never_ends_in_anything_but_our_errors"],
-        "test_plans": ["test_parameters_of_resnet50_at_every_position", "test_positions_compute_the_formulas"],
+        "test_plans": [
+            "test_parameters_of_resnet50_at_every_position",
+            "test_positions_compute_the_formulas",
+            "test_positions_start_as_identities",
+        ],
     },
-    "sites": {"test_sites": ["test_stages"]},
+    "sites": {"test_sites": ["test_a_name_that_the_authors_forward_reads_is_left_to_it", "test_stages"]},
     "surgery": {
         "test_fuse": [
             "test_files_hold_plain_operators",
@@ -61,17 +77,22 @@ SLOW = {
         "test_torch_facilities": [],
     },
     "tests": {
+        "test_adapters": ["test_a_forged_adapter_changes_nothing"],
         "test_census": ["test_comes_out_the_same", "test_planned"],
         "test_examples": [],
         "test_guarding": ["test_networks_out_of_files_are_used_as_ever"],
         "test_hazards": [],
         "test_paper": [
             "test_identity_start_is_bit_equal_in_eval_and_in_train",
+            "test_macs_are_2cw_for_each_site_and_agree_with_torchs_counter",
+            "test_table_10_reduction_ratios_of_resnet50",
+            "test_table_13_one_stage_at_a_time",
             "test_timms_se_twin_has_the_same_keys_weights_and_outputs",
         ],
         "test_properties": [],
         "test_readme": [],
         "test_strangers": [],
+        "test_testing": ["test_each_breach_is_found_by_its_check"],
         "test_training": [
             "test_a_compiled_network_is_compiled_again_without_blocks",
             "test_a_compiled_training_step",
@@ -81,3 +102,6 @@ SLOW = {
     },
 }
 """Folder → file → its slow tests; all of the file where none is named."""
+
+MEASURED = {"test_files", "test_programs"}
+"""The files whose slow tests ``--cov`` measures: nothing else goes through the readers of programs."""
