@@ -1,4 +1,4 @@
-"""Files that are there completely or not at all."""
+"""Write files so that each is there completely or not at all, whatever interrupts the writing."""
 
 from __future__ import annotations
 

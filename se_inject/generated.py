@@ -1,4 +1,4 @@
-"""The address in pickles: all of ``se_inject`` that a file of ours names is here, and stays here.
+"""The one address that stored files name: everything of ``se_inject`` that a pickle refers to is here, and stays here.
 
 ``torch.save`` and ``pickle`` write classes and functions by module and name. These are defined in rooms that may be
 rearranged; what a file says is ``se_inject.generated.edited`` and the like. Nothing here may be renamed or removed, nor

@@ -1,4 +1,4 @@
-"""Networks out of strangers' files, while they run: what a forward has no business with is refused.
+"""Refuse what a network out of a stranger's file has no business with while it runs.
 
 In: a network that ``loading`` made of a file that nobody trusts. Out: a ``LoadError`` that names the module which compiled source,
 wrote a file, started a process, opened a connection or made a module. Must not know: files, sites, or what runs the network.

@@ -1,4 +1,4 @@
-"""What is being done right now, in a few words, for whoever wants to show it: a spinner, a message about a failure."""
+"""Report in a few words what is being done right now, to whoever wants to show it: a spinner, a message about a failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random numbers for one thread: drawn from generators of its own, so that nobody else's draws are disturbed.
+"""Draw random numbers for one thread from generators of its own, so that nobody else's draws are disturbed.
 
 Torch's default generators are the process's. Seeding them, or putting them back, changes what another thread draws. Here
 the operators that draw get a generator, in the thread that asks for it alone.

@@ -1,4 +1,4 @@
-"""Rows and numbers as text: tables in three formats, short numbers, shares, plurals."""
+"""Format rows and numbers as text: tables in three formats, short numbers, shares, plurals."""
 
 from __future__ import annotations
 

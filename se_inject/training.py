@@ -1,4 +1,4 @@
-"""What an injected network is trained with: its new parameters, a frozen backbone, an optimizer group, blocks off."""
+"""Prepare an injected network for training: its new parameters, a frozen backbone, an optimizer group, blocks switched off."""
 
 from __future__ import annotations
 

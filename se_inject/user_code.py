@@ -1,4 +1,4 @@
-"""Names → models: a network of torchvision or timm, or what a user's own code makes.
+"""Get a model by name: from torchvision or timm, or from a user's own code.
 
 The code that a name leads to runs: the user named it.
 """

@@ -1,4 +1,4 @@
-"""Blocks alone in a file, for the backbone they were trained on; several of them by name on one backbone.
+"""Store injected blocks alone in a file, and put them onto the backbone they were trained on; several by name on one backbone.
 
 In: an injected network, or a backbone and an adapter's file. Out: a file, or the backbone with the blocks in it.
 Must not know: how sites are found, other formats of files, or the command line.

@@ -1,4 +1,4 @@
-"""Adapters: a small file with the injected blocks alone, for the backbone they were trained on.
+"""Write and read adapters: a small file that holds only the injected blocks, for the backbone they were trained on.
 
 An adapter is a safetensors file. It holds the blocks' parameters and buffers under the names they have in the
 network's state dict, and in its metadata, as JSON, the plan and what identifies the backbone: name, shape, dtype and

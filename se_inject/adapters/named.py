@@ -1,4 +1,4 @@
-"""Several adapters by name on one backbone, switched in place.
+"""Keep several adapters by name on one backbone, and switch between them in place.
 
 The blocks of each adapter are modules with parameters of their own; one adapter's at a time are in the network. Which
 adapters a network has is known in this process alone: a copy, a pickle or a state dict holds the active one's blocks.

@@ -1,4 +1,4 @@
-"""The blocks: Squeeze-and-Excitation, the registry in which plug-ins are found, and layers for their authors.
+"""Blocks that can be put in: Squeeze-and-Excitation, the registry of plug-ins, and layers to build blocks from.
 
 In: a name, a number of channels and options. Out: a module that gates a value, and checks of what plug-ins offer.
 Must not know: networks, traces, sites or plans.

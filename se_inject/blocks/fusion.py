@@ -1,4 +1,4 @@
-"""Blocks that take over what stands behind them in their owner: the addition of a shortcut and an activation.
+"""Let a block take over the operations behind it in its owner: the addition of a shortcut, and an activation.
 
 A fused block is of a generated subclass of its own class, whose forward takes ``(value, shortcut, activation, source)``; its
 state and state dict stay as they are. Called with a value alone it does what it did before. ``source`` is what the gate is

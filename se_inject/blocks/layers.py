@@ -1,4 +1,4 @@
-"""What attention blocks are made of: layers of any rank, SE's bottleneck, statistics that don't overflow, checks."""
+"""Layers to build attention blocks from: for 1, 2 or 3 dimensions, SE's bottleneck, statistics that don't overflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The block that is put in: Squeeze-and-Excitation, with the variants that its paper studies."""
+"""Squeeze-and-Excitation, with the variants that its paper studies."""
 
 from __future__ import annotations
 

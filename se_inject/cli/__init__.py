@@ -1,4 +1,4 @@
-"""The command line: the only room that prints.
+"""The command line, the only room that prints.
 
 In: arguments. Out: text for people on stdout (or JSON for machines), talk on stderr, an exit code.
 Must not know: anything that Python's callers would want too; that belongs to a room below.

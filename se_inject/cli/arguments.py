@@ -1,4 +1,4 @@
-"""From options to arguments: what several commands make of what the command line gave."""
+"""Turn the options of a command into arguments of the package's functions."""
 
 from __future__ import annotations
 

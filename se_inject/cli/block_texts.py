@@ -1,4 +1,4 @@
-"""What the command line says of blocks: ``4=cbam,kernel=5`` is CBAM in stage 4 with an option of its own."""
+"""Parse the texts that describe blocks: ``4=cbam,kernel=5`` is CBAM in stage 4 with an option of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a command is run: in a process of its own that is confined where it opens a stranger's file.
+"""Run a command in a confined process if it opens a file that a stranger may have made.
 
 Importing this imports no torch. In a process that has imported torch already (a notebook, a test), and on a system
 without `fork`, the command runs in the process itself.

@@ -1,4 +1,4 @@
-"""The command line: commands, their options, and what becomes of errors. torch is imported when a command needs it."""
+"""Define the commands and their options, and turn errors into messages. torch is imported when a command needs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that run an injected network on data: what its gates do, which blocks can go, how it compares."""
+"""Commands that run an injected network on data: ``excitations``, ``prune``, ``compare``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``se-inject MODEL``: plan, report, put blocks in, verify, write."""
+"""The command ``se-inject MODEL``: plan, report, put blocks in, verify, write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that look and change nothing: ``sites``, ``cost``, ``blocks``."""
+"""Commands that change nothing: ``sites``, ``cost``, ``blocks``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options that several commands share, as decorators. Importing this imports no torch."""
+"""Options that several commands share, as decorators. Importing this imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One line on the terminal that says what is being done, and for how long already."""
+"""Show on one line of the terminal what is being done, and for how long already."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kinds of commands: how they are run, how their help is laid out, and what is said of a mistyped command line."""
+"""Classes of commands: how they run, how their help is laid out, and what is said of a mistyped command line."""
 
 from __future__ import annotations
 

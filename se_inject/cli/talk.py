@@ -1,4 +1,4 @@
-"""What a command says: data on stdout, talk on stdout beside tables and on stderr beside data for machines."""
+"""Print data to stdout, and everything else where it can't be mistaken for data: stdout beside tables, stderr beside JSON and CSV."""
 
 from __future__ import annotations
 

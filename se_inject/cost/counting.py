@@ -1,4 +1,4 @@
-"""What a network costs, and what its new blocks add: parameters, MACs, element-wise operations, bytes, time.
+"""Count what a network costs and what its new blocks add: parameters, MACs, element-wise operations, bytes, time.
 
 1 MAC is one multiply-add; the paper's FLOPs are MACs, other papers' FLOPs are 2 per MAC. Matrix products and
 convolutions count as MACs (torch's own flop counter, halved). Every other operation counts its largest operand as

@@ -1,4 +1,4 @@
-"""What each module of a network costs, one row a module, with the injected blocks marked."""
+"""Count what each module of a network costs, one row a module, with the injected blocks marked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Costs and latency as tables, lines and data."""
+"""Format costs and latency as tables, lines and data."""
 
 from __future__ import annotations
 

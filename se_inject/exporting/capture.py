@@ -1,4 +1,4 @@
-"""The network as the program that `torch.export` makes, and what the program takes for granted about its sizes."""
+"""Capture a network with ``torch.export``, and find what the program assumes about sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of a file: its format, and the device, dtype and memory format of the network in it."""
+"""Choose the format of a file, and the device, dtype and memory format of the network in it."""
 
 from __future__ import annotations
 

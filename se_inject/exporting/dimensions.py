@@ -1,4 +1,4 @@
-"""The batch and the spatial dimensions of a call's tensors, their names in a file, and other sizes to check a file at."""
+"""Name the batch and the spatial dimensions of a call's tensors, and choose other sizes to check a file at."""
 
 from __future__ import annotations
 

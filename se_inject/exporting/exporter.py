@@ -1,4 +1,4 @@
-"""Model → files, each checked against the eager network in its own runtime.
+"""Export a network to files, and check each against the network in the runtime that opens it.
 
 A file is written under a temporary name, loaded back by what will run it (ONNX Runtime, `torch.jit.load`,
 `torch.export.load`, `torch.load`), run at batch 1, 2 and 5 and compared; only then does it appear. A format

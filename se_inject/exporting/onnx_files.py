@@ -1,4 +1,4 @@
-"""The network as an ONNX file, and the file as a function again."""
+"""Write a network as an ONNX file, and open the file as a function again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An injected model → files of every kind that the suffixes ask for: networks, adapters and plans."""
+"""Write an injected network into files of every kind that the suffixes ask for: networks, adapters and plans."""
 
 from __future__ import annotations
 

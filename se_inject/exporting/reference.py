@@ -1,4 +1,4 @@
-"""The network that is exported: the calls its files are checked with, and what it answers to them."""
+"""Prepare the network that is exported: the calls that its files are checked with, and its outputs for them."""
 
 from __future__ import annotations
 

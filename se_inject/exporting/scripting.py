@@ -1,4 +1,4 @@
-"""TorchScript from source, also where torch has freed operators whose addresses it still has."""
+"""Compile TorchScript from source, also where torch has freed operators whose addresses it still has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notice blocks that a network holds and never calls: a file of it would be one without them."""
+"""Find the blocks that a call of the network doesn't reach: a file written from that call would be without them."""
 
 from __future__ import annotations
 

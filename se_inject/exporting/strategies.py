@@ -1,4 +1,4 @@
-"""The strategies to write each format, in the order in which they are tried, and the notes about the file."""
+"""List the strategies to write each format, in the order in which they are tried, and the notes about the file."""
 
 from __future__ import annotations
 

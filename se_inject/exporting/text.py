@@ -1,4 +1,4 @@
-"""What was written to a file, as lines and data."""
+"""Format what was written to a file, as lines and data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network as a file that torch itself loads: TorchScript, an exported program, a pickled module."""
+"""Write a network as a file that torch itself loads: TorchScript, an exported program, a pickled module."""
 
 from __future__ import annotations
 

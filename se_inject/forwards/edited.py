@@ -1,4 +1,4 @@
-"""Edited forwards: the class of an author's with another forward, made from lines.
+"""Make a subclass of an author's class whose forward is made from lines.
 
 A generated class can't be pickled by its name, so a module's pickle holds its original class and the edited forward
 as JSON text, and loading makes the class again. The text is data, never code: ``writer`` checks what it says.

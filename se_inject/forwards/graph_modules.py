@@ -1,4 +1,4 @@
-"""Edited forwards of ``fx.GraphModule``: torch keeps their forward on a class of each one's own, and writes it anew.
+"""Edit the forward of an ``fx.GraphModule``: torch keeps it on a class of each module's own, and writes it anew.
 
 So such a module is copied with the class it has, pickled as the module without blocks and the body, and a new graph,
 which would take the place of the edited forward, is refused, but for the switch between the graphs of eval and training.

@@ -1,4 +1,4 @@
-"""An fx graph of one module as the lines of a stored forward, and back."""
+"""Convert the fx graph of one module into the lines of a stored forward, and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The language of stored forwards, and questions about its lines.
+"""Define the lines of which stored forwards consist, and answer questions about them.
 
 A forward is a list of lines. Each is a list that begins with its kind; values are written as ``constants.encoded``
 gives them, ``{"node": name}`` for what an earlier line set, ``{"training": true}`` for the module's mode:

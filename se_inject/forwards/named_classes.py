@@ -1,4 +1,4 @@
-"""Classes of the author's that a forward names: of the containers it makes, and of the autograd functions it applies.
+"""Find the author's classes that a forward names: containers that it makes, and autograd functions that it applies.
 
 A stored forward names a class by the module it was defined in and its name there. Nothing is imported to find it: whoever
 read the author's network has imported its module, or else the class isn't found.

@@ -1,4 +1,4 @@
-"""Modules whose whole forward is data: what a file brings as a program, as an ordinary network of ours.
+"""Make a module whose whole forward is data: a program out of a file, as an ordinary network.
 
 A program is JSON text: ``{"class", "home", "inputs", "lines", "example"}``, with lines as ``lines`` says. A class is
 made with that forward. It is pickled as its text.

@@ -1,4 +1,4 @@
-"""Python's own operators, functions and reserved names, as the lines of a stored forward may use them."""
+"""List Python's own operators, functions and reserved names that the lines of a stored forward may use."""
 
 from __future__ import annotations
 

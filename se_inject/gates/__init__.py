@@ -1,4 +1,4 @@
-"""What gates do on data: excitations, blocks that can go, and networks compared.
+"""Gates on data: statistics of every gate, blocks that can be dropped, and two networks compared.
 
 In: an injected network and batches. Out: statistics of every gate, a network with fewer blocks, differences with errors.
 Must not know: the command line, how plans are made, or how files are exported.

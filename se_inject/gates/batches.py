@@ -1,4 +1,4 @@
-"""Batches as people have them → arguments of a call, and labels."""
+"""Turn batches in the forms that data loaders give into arguments of a call, and labels."""
 
 from __future__ import annotations
 

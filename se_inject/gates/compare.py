@@ -1,4 +1,4 @@
-"""Two networks on the same data: how often they agree, how accurate they are, and whether the difference is more than noise."""
+"""Compare two networks on the same data: agreement, accuracy, and whether the difference is more than noise."""
 
 from __future__ import annotations
 

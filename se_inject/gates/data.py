@@ -1,4 +1,4 @@
-"""DATA of the command line → batches: a folder of images, an array file, or a function of the user's.
+"""Read the command line's DATA into batches: a folder of images, an array file, or a function of the user's.
 
 Reading decodes images and unpickles nothing: ``.pt`` files are read as weights alone, ``.npz`` files without objects.
 The one form that runs code is ``file.py:function``, which the user named.

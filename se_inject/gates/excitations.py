@@ -1,4 +1,4 @@
-"""What the gates of a network do on data: for every block means, spreads, shares, by class too (Hu et al., section 7)."""
+"""Gather statistics of every gate of a network on data, by class too (Hu et al., section 7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a constant gate can be folded: into the weights of the convolutions or norms that make the gated value."""
+"""Find the convolutions or norms whose weights a constant gate can be folded into."""
 
 from __future__ import annotations
 

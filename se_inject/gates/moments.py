@@ -1,4 +1,4 @@
-"""Count, mean, spread, ends and shares of numbers that pass by, in memory that does not grow with them."""
+"""Compute count, mean, spread, extremes and shares of a stream of numbers, in memory that does not grow with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gates by class as a picture, in the style of the paper's Figure 6. matplotlib, an extra, is imported when one is drawn."""
+"""Plot gates by class in the style of the paper's Figure 6. matplotlib, an extra, is imported when one is drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of the gates of one block, and of a network's blocks together, as values."""
+"""Statistics of the gates of one block, and of all blocks of a network, as values."""
 
 from __future__ import annotations
 

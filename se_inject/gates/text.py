@@ -1,4 +1,4 @@
-"""Excitations as tables and data."""
+"""Format statistics of gates, dropped blocks and comparisons as tables and data."""
 
 from __future__ import annotations
 

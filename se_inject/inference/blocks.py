@@ -1,4 +1,4 @@
-"""SE blocks that only infer: hidden units that never change are folded, and the squeeze is taken where there is less to read."""
+"""Make SE blocks cheaper for inference: constant hidden units are folded, and the squeeze is taken where there is less to read."""
 
 from __future__ import annotations
 

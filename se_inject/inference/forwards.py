@@ -1,4 +1,4 @@
-"""Norms that can't be folded by exchanging modules: functions, and modules that are called in several places.
+"""Fold norms that can't be folded by exchanging modules: functions, and modules that are called in several places.
 
 The forward is edited: convolution and norm become one new convolution of the owner's for each place.
 """

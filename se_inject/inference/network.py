@@ -1,4 +1,4 @@
-"""A network → a copy that only infers, checked against it."""
+"""Make a copy of a network that only infers, and check it against the network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch normalisation → the weights of the convolution in front of it."""
+"""Fold batch normalisation into the weights of the convolution in front of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the training libraries of others need to keep injected blocks; one module each, which imports its library late.
+"""Keep injected blocks in the trainers of other libraries; one module a library, which imports it when it is used.
 
 In: a plan. Out: what the library takes: a trainer class.
 Must not know: the command line, or any library but its own.

@@ -1,4 +1,4 @@
-"""What a trainer of Ultralytics' needs to keep injected blocks: YOLO, RT-DETR, in every task.
+"""Keep injected blocks in a trainer of Ultralytics': YOLO, RT-DETR, in every task.
 
 >>> yolo = ultralytics.YOLO("yolo11n.pt")
 >>> plan = si.plan(yolo.model, stages=[3, 4])

@@ -1,4 +1,4 @@
-"""The process that does the work: its streams, its confinement, and how it asks the parent for files to be moved."""
+"""Run the work in the confined process: its streams, its confinement, and how it asks the parent to move files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process gives up before it opens a stranger's file, and how much of that this system offers."""
+"""Give up rights for good before a stranger's file is opened, and report which of them this system lets go of."""
 
 from __future__ import annotations
 

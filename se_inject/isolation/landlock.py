@@ -1,4 +1,4 @@
-"""Landlock: a Linux process gives up access to files, TCP ports and other processes, for good. Three system calls.
+"""Give up access to files, TCP ports and other processes for good, by Linux's Landlock: three system calls.
 
 A ruleset names the kinds of access that are refused from now on, and rules allow them again beneath single
 paths. What a kernel knows is its ABI version (1: files, Linux 5.13; 2: moving between folders; 3: truncating;

@@ -1,4 +1,4 @@
-"""A filter of system calls, for what Landlock does not cover: sockets, other processes, owners and modes of files.
+"""Filter the system calls that Landlock does not cover: sockets, other processes, owners and modes of files.
 
 The filter is a small program (classic BPF) that the kernel runs at every system call. It refuses, with "not
 permitted", a list of calls that no network needs; everything else is let through. Linux on x86-64 and ARM64.

@@ -1,4 +1,4 @@
-"""A function called in a new, confined Python process, from a process that can't fork: torch and its threads are there.
+"""Call a function in a new, confined Python process, from a process that can't fork: torch and its threads are there.
 
 The new process imports no torch either before it forks its worker; see ``run_in_worker``.
 """

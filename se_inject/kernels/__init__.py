@@ -1,4 +1,4 @@
-"""Scale, addition and activation of a gated branch, and SE as a whole, in a few kernels; and the same in plain torch.
+"""Compute the tail of a gated branch (scale, addition, activation) and whole SE blocks in a few kernels, or in plain torch.
 
 In: tensors, and the names of activation and gate. Out: a tensor, with gradients. Triton is imported when a kernel is first
 needed, and is needed by nothing else. Must not know: blocks, networks, or that anything is ever fused.

@@ -1,4 +1,4 @@
-"""The choice between a kernel for a tail and torch's own operators."""
+"""Choose between a kernel and torch's own operators for one call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels compute, in torch's own operators: the small products between them, and all of it where they fail."""
+"""Compute in torch's own operators what the kernels compute, for where they fail, and the small products between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched: strides, tiles, grids, and what lies between them in torch's own small products."""
+"""Launch the Triton kernels: strides, tiles, grids, and the small products between them."""
 
 from __future__ import annotations
 

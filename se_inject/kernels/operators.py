@@ -1,4 +1,4 @@
-"""The kernels as operators of torch: one a block and direction, with fake values, gradients, and autocast left outside.
+"""Register the kernels as operators of torch, with fake values, gradients, and autocast kept out.
 
 ``se_inject::tail`` is scale, addition and activation; ``se_inject::excite`` is squeeze, bottleneck and tail of an SE block;
 ``se_inject::excite_from`` the same with the mean of another value, for inference.

@@ -1,4 +1,4 @@
-"""The tail of a gated branch in plain torch: scale, add the shortcut, activate. Every other implementation is compared with this one."""
+"""Compute the tail of a gated branch in plain torch: scale, add the shortcut, activate. Every other implementation is compared with this one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose weights are these? Networks of torchvision and timm, recognised by the keys and shapes of their state dict.
+"""Recognise the network of torchvision or timm that weights belong to, by the keys and shapes of a state dict.
 
 ``architectures.json`` holds a fingerprint of each; ``tests/census/architectures.py`` makes it.
 """

@@ -1,4 +1,4 @@
-"""The form of a file, found from its bytes and never from its suffix."""
+"""Find the format of a file from its bytes, never from its suffix."""
 
 from __future__ import annotations
 

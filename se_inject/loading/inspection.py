@@ -1,4 +1,4 @@
-"""Say what a file is and everything that it names, without making anything of it: what one asks before trusting it."""
+"""Say what a file is and list everything that it names, before anybody trusts it: no object of it is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read a network in a process of its own; only tensors and plain data of classes that are allowed come back."""
+"""Read a network in a confined process; only tensors and plain data of allowed classes come back."""
 
 from __future__ import annotations
 

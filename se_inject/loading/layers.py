@@ -1,4 +1,4 @@
-"""Layers of torch.nn, recognised by what a program computes: a convolution alone is an ``nn.Conv2d``, a chain a ``Sequential``."""
+"""Recognise layers of torch.nn in a program: a convolution alone is an ``nn.Conv2d``, a chain a ``Sequential``."""
 
 from __future__ import annotations
 

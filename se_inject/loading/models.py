@@ -1,4 +1,4 @@
-"""Files and names → a model, without running what a file brings along.
+"""Read a network from a file or by name, without running code that the file brings along.
 
 A name (``torchvision:resnet50``, ``package.module:callable``, ``net.py:Net``) is the user's own word, and
 its code runs (``user_code``). A file is a stranger's: it is recognised by its bytes (``formats``), and its

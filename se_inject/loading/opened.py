@@ -1,4 +1,4 @@
-"""Open a network's file: a regular one, with an error that says what is there instead."""
+"""Open a regular file, or say in an error what is there instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators, functions and methods that a stranger's file may name: an allow-list, ``operators.json``.
+"""Check operators, functions and methods that a stranger's file names against the allow-list in ``operators.json``.
 
 ``tests/census/operators.py`` makes it. A forward that is written in this process may say more (``se_inject.forwards``):
 there the user's own code chose the operators.

@@ -1,4 +1,4 @@
-"""What of a file's contents is a network or its weights, and how weights fit a network."""
+"""Find the network or the weights in the contents of a file, and match weights to a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Zip archives, read where they lie: nothing is unpacked to disk, and nothing unfolds to much more than the file."""
+"""Read zip archives in place: nothing is unpacked to disk, and nothing unfolds to much more than the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a picture of a network is made of: boxes in groups, the blocks in them, and units that are alike."""
+"""The parts of a picture as values: boxes in groups, the blocks in them, and units that are alike."""
 
 from __future__ import annotations
 

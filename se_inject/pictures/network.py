@@ -1,4 +1,4 @@
-"""A network as a picture: above, all of it as data flows through it; below, every kind of unit from the inside."""
+"""Lay out the picture of a network: above, all of it as data flows through it; below, every kind of unit from the inside."""
 
 from __future__ import annotations
 

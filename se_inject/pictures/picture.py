@@ -1,4 +1,4 @@
-"""A picture as a value: shown in notebooks, saved as SVG or PNG."""
+"""A picture as a value, shown in notebooks and saved as SVG or PNG."""
 
 from __future__ import annotations
 

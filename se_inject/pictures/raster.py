@@ -1,4 +1,4 @@
-"""A drawing as pixels. matplotlib, an extra, is imported when one is made."""
+"""Render a drawing as pixels. matplotlib, an extra, is imported when one is made."""
 
 from __future__ import annotations
 

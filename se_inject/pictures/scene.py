@@ -1,4 +1,4 @@
-"""A trace, its sites and the steps of a plan → what is to be drawn: boxes in the order in which data reaches them."""
+"""Turn a trace, its sites and the steps of a plan into boxes, in the order in which data reaches them."""
 
 from __future__ import annotations
 

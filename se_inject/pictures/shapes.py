@@ -1,4 +1,4 @@
-"""Shapes of a drawing, by role instead of colour, and how they are written as SVG: text is text, light and dark."""
+"""Write the shapes of a drawing as SVG, coloured by role for light and dark, its text as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One kind of unit from the inside: its branches as operations in a row, its blocks where they sit, the positions' names."""
+"""Draw one kind of unit from the inside: its branches in a row, its blocks where they sit, the positions' names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decide which block goes where, as a value that prints, adds up, and is stored.
+"""Decide which block goes where, as a value that can be printed, added up and stored.
 
 In: a network, a choice of sites, a block and its options. Out: a ``Plan``, or a grid of what many plans would add.
 Must not know: the command line, exported files, or how checkpoints are read.

@@ -1,4 +1,4 @@
-"""A budget → the plan that gates the most units within it: every choice of stages and every ratio, from one observed call."""
+"""Find the plan that gates the most units within a budget: every choice of stages and every ratio, from one observed call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of a plan with another block or ratio, without looking at the network again."""
+"""Change the block or the ratio in a plan's steps without looking at the network again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What many plans would add, from one observed call: ratios × stages of one block, and every block side by side."""
+"""Cost many plans from one observed call: ratios × stages of one block, and every block side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cost grids and costs of single blocks as tables and data."""
+"""Format cost grids and costs of single blocks as tables and data."""
 
 from __future__ import annotations
 

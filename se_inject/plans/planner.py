@@ -1,4 +1,4 @@
-"""Sites + block + options → Plan: which block goes where, decided by looking and without a change."""
+"""Make a plan from a network, a block and options: look at the network, choose sites, check the block. Nothing is changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cost grid as a picture. matplotlib, an extra, is imported when one is drawn."""
+"""Plot a cost grid. matplotlib, an extra, is imported when one is drawn."""
 
 from __future__ import annotations
 

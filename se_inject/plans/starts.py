@@ -1,4 +1,4 @@
-"""What a block does to its input before anybody has trained it."""
+"""Find out what an untrained block does to its input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stored form of a plan: JSON text by `plan.schema.json`, written, and read with every value checked."""
+"""Write a plan as JSON text by `plan.schema.json`, and read it with every value checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans as tables and lines."""
+"""Format plans as tables and lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan as a value: what would be put where, to print, add up, store, and apply."""
+"""A plan as a value: which block goes where, to print, add up, store, and apply."""
 
 from __future__ import annotations
 

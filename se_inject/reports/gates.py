@@ -1,4 +1,4 @@
-"""What the gates do, as a section with every column explained; and which block to drop first."""
+"""Write the section about gates, with every column explained, and which block to drop first."""
 
 from __future__ import annotations
 

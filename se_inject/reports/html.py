@@ -1,4 +1,4 @@
-"""The pieces of a page: sections, tables that can be sorted, bars; styles for light, dark, small screens and print."""
+"""Write the pieces of a page: sections, tables that can be sorted, bars; styles for light, dark, small screens and print."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan and what was found out about it → one HTML file without a request to anywhere."""
+"""Write a plan and everything found out about it into one HTML file that loads nothing from elsewhere."""
 
 from __future__ import annotations
 

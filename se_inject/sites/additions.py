@@ -1,4 +1,4 @@
-"""Additions in every form in which a network adds a branch to a shortcut.
+"""Recognise additions in every form in which a network adds a branch to a shortcut.
 
 ``x + f``, ``x - f``, ``f - x``, ``torch.add(x, f, alpha=a)``, ``addcmul(x, f, g)``, ``lerp(x, f, w)``, and the sum or mean over
 a stack of them.

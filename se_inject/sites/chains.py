@@ -1,4 +1,4 @@
-"""The rule for plain convolutions: what follows a run of them, its normalisation and activation.
+"""Find sites in plain chains of convolutions: behind each run, its normalisation and its activation.
 
 A depthwise convolution and the pointwise one behind it are one run. Only networks without units of the other kinds have
 these in their stages.

@@ -1,4 +1,4 @@
-"""Trace → sites: the rules by which places for blocks are found, in their order.
+"""Find the sites of an observed network: call the rules in their order.
 
 What is looked for is structure, never a name. Each rule has a file of its own: ``residuals``, ``joins``, ``chains``; they
 write into one ``Ledger``, children before their parents. Within one another, the inner unit has the site: an outer

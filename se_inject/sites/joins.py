@@ -1,4 +1,4 @@
-"""The rule for concatenations along the channels, and sums of branches of equal depth, from a common value.
+"""Find sites at concatenations along the channels and at sums of branches of equal depth that start from a common value.
 
 Inception, Fire, CSP, shuffle units, RepVGG. The site is the joined value; if a convolution follows in the same module, what
 that module returns.

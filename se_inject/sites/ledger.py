@@ -1,4 +1,4 @@
-"""What the rules write down: sites found, places refused, and which values belong to units already."""
+"""Keep the ledger that the rules write to: sites found, places refused, and values that belong to units already."""
 
 from __future__ import annotations
 

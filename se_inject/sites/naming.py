@@ -1,4 +1,4 @@
-"""The attribute that the block of each site gets on its owner."""
+"""Name the attribute that the block of each site gets on its owner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions about the nodes of one-level graphs, which the tracer's notes on them answer, and about paths of modules."""
+"""Answer questions about the nodes of one-level graphs and the paths of modules, from the tracer's notes on the nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a value is the network's own output: class scores, boxes, an image."""
+"""Tell whether a value is the network's own output: class scores, boxes, an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a unit is made of, for people to look at: its branches as operations in a row, where they join, what comes after."""
+"""Describe a unit for people: its branches as operations in a row, where they join, what comes after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a block sits relative to a residual unit y = ReLU(F(x) + S(x)) (Hu et al., section 6.5 and figure 5).
+"""Place a block relative to a residual unit y = ReLU(F(x) + S(x)) (Hu et al., section 6.5 and figure 5).
 
 * ``standard``: ReLU(SE(F(x)) + S(x)), at the site itself
 * ``pre``: ReLU(F(SE(x)) + S(x)), only the branch reads the gated x

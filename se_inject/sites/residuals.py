@@ -1,4 +1,4 @@
-"""The rule for residual units: an addition whose operands start from a common value.
+"""Find residual units: additions whose operands start from a common value.
 
 The operand with fewer convolutions on its shortest path from there is the shortcut. The site is the other one, the branch,
 before what only scales it (dropout, stochastic depth, layer scale).

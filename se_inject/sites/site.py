@@ -1,4 +1,4 @@
-"""The values that a search yields: sites, refusals, stages, and why a site is left out by default."""
+"""Sites, refusals and stages as values, and the reasons why a site is left out by default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which sites make up a stage.
+"""Group sites into stages.
 
 The tree of modules is cut into parts: a part is the largest module whose sites are all at one resolution, or whose children are
 parallel branches, each at its own (HRNet's). Sites in a unit that is made of units count at that unit's

@@ -1,4 +1,4 @@
-"""The stride of every value from the network's input: strides multiplied along the path, not sizes divided.
+"""Compute the stride of every value from the network's input: strides multiplied along the path, not sizes divided.
 
 Without padding a map of 25 positions may have stride 8 in an image of 224. Convolutions and pooling say their strides. What
 else changes the number of positions (slices, reshapes, crops) is judged by the sizes before and after, rounded; padding

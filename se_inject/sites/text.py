@@ -1,4 +1,4 @@
-"""Sites as tables and data: stages, single sites, and refusals."""
+"""Format sites as tables and data: stages, single sites, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A forward's graph → the same graph with blocks in it."""
+"""Edit the graph of a forward so that it calls blocks."""
 
 from __future__ import annotations
 

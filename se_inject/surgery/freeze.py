@@ -1,4 +1,4 @@
-"""Batch normalisation whose statistics stay as they are, in training too."""
+"""Keep the statistics of batch normalisation as they are, in training too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Injected networks → faster ones that compute the same: every block takes over what stands behind it, and back.
+"""Make an injected network faster without changing what it computes: every block takes over the operations behind it; and undo it.
 
 The unfused forwards stay beside the fused ones in the owners' classes, so nothing is lost: no weight is touched
 or copied, the state dict stays the same, and it can be done and undone at any time, between two training steps too.

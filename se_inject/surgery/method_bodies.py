@@ -1,4 +1,4 @@
-"""An edited graph → the same in parts: each public method that computes a gated value is a body of its own, which the forward calls.
+"""Divide an edited graph into parts: each public method that computes a gated value gets a body of its own, which the forward calls.
 
 While a graph is edited, two nodes stand for every call of a method: one for its arguments, one for what it returns. So
 blocks that are put between a value and its readers are put between it and them as well.

@@ -1,4 +1,4 @@
-"""Some of a network's blocks out of it, and back in as they were."""
+"""Take some of a network's blocks out, and put them back as they were."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published form of a plan, `plan.schema.json`, is what reading one checks; and what is wrong, in few words."""
+"""Check data against the published form of a plan, `plan.schema.json`, and say in few words what is wrong."""
 
 from __future__ import annotations
 

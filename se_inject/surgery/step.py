@@ -1,4 +1,4 @@
-"""One block at one site: what plans are made of and what an injected network says of itself."""
+"""One block at one site, as plans list it and as an injected network remembers it."""
 
 from __future__ import annotations
 

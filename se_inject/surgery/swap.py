@@ -1,4 +1,4 @@
-"""Steps → an injected model, and back. Nothing else in this package changes a model.
+"""Put blocks into a model by the steps of a plan, and take them out again. Nothing else in this package changes a model.
 
 The one mutation is a class swap: an owner's ``__class__`` becomes a generated subclass of its own class whose
 forward is the edited one, and the block becomes a child of the owner. Everything that can go wrong is found

@@ -1,4 +1,4 @@
-"""A forward's graph → the same graph, in which blocks are called with the shortcut and the activation behind them."""
+"""Edit the graph of a forward so that blocks are called with the shortcut and the activation behind them."""
 
 from __future__ import annotations
 

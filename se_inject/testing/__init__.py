@@ -1,4 +1,4 @@
-"""For authors of blocks: one call that checks a block against everything this package will ask of it.
+"""Check a block against everything that this package will ask of it, in one call, for authors of blocks.
 
 In: a block's class or name, and its options. Out: nothing, or an ``AssertionError`` that lists the checks it fails.
 Must not know: networks, sites, plans, or the command line.

@@ -1,4 +1,4 @@
-"""Values that are made empty and filled afterwards: what a reader of one reads is what was written into it before.
+"""Follow values that are made empty and filled afterwards: a reader of one reads what was written into it before.
 
 ``out = torch.empty_like(x)``, then ``out[:, :4] = y`` or ``out.narrow(1, 0, 4).copy_(y)``.
 """

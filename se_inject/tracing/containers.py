@@ -1,4 +1,4 @@
-"""Containers of an author's classes: how they are made from their contents, so that a graph can say it.
+"""Make containers of an author's classes from their contents, so that a graph can make them too.
 
 ``ModelOutput``, named tuples, dataclasses, classes of dicts, lists and tuples, objects with plain attributes. A way of
 making one is taken only if what it makes is like the author's: the same class, contents and attributes.

@@ -1,4 +1,4 @@
-"""Inputs and errors in words."""
+"""Describe inputs and errors in words."""
 
 from __future__ import annotations
 

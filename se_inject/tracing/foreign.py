@@ -1,4 +1,4 @@
-"""Modules whose inside is not for us: wrapped, compiled, scripted, quantised or unflattened. What is refused, and what is left alone."""
+"""Recognise modules that can't be looked into: wrapped, compiled, scripted, quantised or unflattened; some are refused, others left alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of torch that don't know proxies: what is patched, in this thread and for one forward, once one has failed."""
+"""Patch calls of torch that don't know proxies, in this thread and for one forward, once one has failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Example inputs: inferred where none are given, and made real where a check needs numbers."""
+"""Infer example inputs where none are given, and make real ones where a check needs numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results that are known without a call: on the meta device a value is its shape, and real numbers may be any.
+"""Return results that are known without a call: on the meta device a value is its shape, and real numbers may be any.
 
 torch works out many shapes in Python, at up to a millisecond each; a network has hundreds of such calls.
 """

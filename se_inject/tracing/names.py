@@ -1,4 +1,4 @@
-"""The names of functions in graphs."""
+"""Name the functions in graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The nodes of one graph: what a value was made from, and whether attention is there already."""
+"""Tell from the nodes of one graph what a value was made from, and whether attention is there already."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept of the values of a real call: tensors of the same shape, without numbers. A detector's would fill gigabytes."""
+"""Keep the values of a real call without their numbers, as tensors of the same shape: a detector's would fill gigabytes."""
 
 from __future__ import annotations
 

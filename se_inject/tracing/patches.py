@@ -1,4 +1,4 @@
-"""What is patched in Python and torch while a thread observes. It acts in that thread alone.
+"""Patch Python and torch while a thread observes, with effect in that thread alone.
 
 Several threads may observe at the same time: a patch is made when the first one starts and undone when the last one is
 done, whichever that is.

@@ -1,4 +1,4 @@
-"""Values that flow through a forward while it is written down: each knows its node in the graph."""
+"""Values that flow through a forward while it is written down; each knows its node in the graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trace in the making: what the observer writes down while a call is observed."""
+"""Collect what the observer writes down while a call is observed, until it becomes a trace."""
 
 from __future__ import annotations
 

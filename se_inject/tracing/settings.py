@@ -1,4 +1,4 @@
-"""Which plain values a forward depends on besides its arguments: attributes of its module, of its children and of its configuration."""
+"""Find the plain values that a forward reads besides its arguments: attributes of its module, its children and its configuration."""
 
 from __future__ import annotations
 

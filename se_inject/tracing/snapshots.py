@@ -1,4 +1,4 @@
-"""State that is put back: a module's attributes, and the random generators."""
+"""Record state and put it back: a module's attributes, and the random generators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Twins of a network for one purpose each: to be looked at with tensors that hold no numbers, or to be run."""
+"""Make twins of a network: to be observed with tensors that hold no numbers, or to be run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one observed call of a model did, as values that nothing changes afterwards."""
+"""A trace: everything that one observed call of a model did, as values that nothing changes afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An owner's forward as it is in training, from a trace that was made in eval mode."""
+"""Trace an owner's forward as it is in training, from a trace that was made in eval mode."""
 
 from __future__ import annotations
 

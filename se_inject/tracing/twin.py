@@ -1,4 +1,4 @@
-"""A network's twin: the same modules with other tensors, in which anything may be stored. The network is only read."""
+"""Make a network's twin: the same modules with other tensors, in which anything may be stored. The network is only read."""
 
 from __future__ import annotations
 

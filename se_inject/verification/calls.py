@@ -1,4 +1,4 @@
-"""One call of a network for the numeric checks, with nothing left behind, and two of them compared."""
+"""Call a network once for the numeric checks, with nothing left behind, and compare two such calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an injected network is still the network it was made from: the checks, each a line for people."""
+"""List and run the checks that an injected network is still the network it was made from."""
 
 from __future__ import annotations
 

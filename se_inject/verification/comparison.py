@@ -1,4 +1,4 @@
-"""A file's answers against the network's: what is compared, how the error is measured, and what is allowed."""
+"""Compare a file's outputs with the network's: how the error is measured, and what is allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the blocks are where the network's units are."""
+"""Check that the blocks are where the network's units are."""
 
 from __future__ import annotations
 

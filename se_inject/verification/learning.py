@@ -1,4 +1,4 @@
-"""Whether every part of the new blocks can learn: gradients of their parameters, unit by unit, over several inputs.
+"""Check that every part of the new blocks can learn: gradients of their parameters, unit by unit, over several inputs.
 
 A unit behind a ReLU that is off for every input gets no gradient, ever. At the identity start a last layer of zeros hides what
 is before it, so zeros among the new weights are random numbers while gradients are asked for.

@@ -1,4 +1,4 @@
-"""Whether the methods that hold blocks compute by themselves what they compute within ``forward``."""
+"""Check that methods that hold blocks compute by themselves what they compute within ``forward``."""
 
 from __future__ import annotations
 

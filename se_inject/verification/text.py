@@ -1,4 +1,4 @@
-"""A verdict as lines and data."""
+"""Format a verdict as lines and data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of checks, and all answers about one injected network together."""
+"""A verdict as a value: the checks of one injected network, and what each found."""
 
 from __future__ import annotations
 

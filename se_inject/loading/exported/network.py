@@ -1,4 +1,4 @@
-"""A program of torch.export → ordinary modules.
+"""Make ordinary modules of an exported program.
 
 ``torch.export.unflatten`` puts the operations of the program back into the modules they came from; the graph of each
 becomes the lines of a program (``forwards``), and layers of torch.nn come back as themselves.

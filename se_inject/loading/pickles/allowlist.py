@@ -1,4 +1,4 @@
-"""What a pickle may name: classes of networks, plain values, the makers of tensors, functions of tensors.
+"""The allow-list for names in a pickle: classes of networks, plain values, makers and functions of tensors.
 
 The lists are what the pickles of all networks of torchvision 0.29 and timm 1.0.31 refer to.
 """

@@ -1,4 +1,4 @@
-"""The few functions that a pickle may call, each with its arguments checked first.
+"""Call the few functions that a pickle may call, after checking their arguments.
 
 They make tensors, parameters and plain data. None takes more memory than what it is given: a tensor lies within its
 storage, a container is made of one that exists.

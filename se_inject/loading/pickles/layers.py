@@ -1,4 +1,4 @@
-"""Layers of torch.nn out of a file: their numbers fit their tensors, and nothing is missing.
+"""Check that the numbers of a layer out of a file fit its tensors, and that nothing is missing.
 
 torch checks these when a layer is made. A file's layer was never made, and what runs it trusts its numbers: some operators
 divide by them, or reserve memory by them.

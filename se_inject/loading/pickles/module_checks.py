@@ -1,4 +1,4 @@
-"""What the modules out of a file may hold: the state of a network, and nothing that changes what its class does.
+"""Check that modules out of a file hold the state of a network, and nothing that changes what their classes do.
 
 A pickle sets attributes as it likes, so an instance could bring a ``forward`` of its own, a hook, or a tree that
 unfolds without end. No network that torch, torchvision or timm makes has any of these.

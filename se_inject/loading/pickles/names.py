@@ -1,4 +1,4 @@
-"""What a pickle names, found without making anything of it: text for every name, and nothing else comes out."""
+"""List the names in a pickle without making any object of it."""
 
 from __future__ import annotations
 

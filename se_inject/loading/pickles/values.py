@@ -1,4 +1,4 @@
-"""What the modules of a stranger's file may hold: data, and functions only where the library's own constructor puts that very one.
+"""Check the values that a module out of a file holds: data, and functions only where the library's own constructor puts them.
 
 Data is tensors, numbers, text, None, containers of these, and modules. The forward of an allowed class calls what it finds in
 its attributes, so a function of the file's choosing would be called, with the network's values. ``values.json`` says which

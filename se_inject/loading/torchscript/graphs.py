@@ -1,4 +1,4 @@
-"""What the forwards of one TorchScript archive share, and what its graphs show before they are translated."""
+"""Gather what the forwards of one TorchScript archive share, and what a graph shows before it is translated."""
 
 from __future__ import annotations
 

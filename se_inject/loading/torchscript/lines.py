@@ -1,4 +1,4 @@
-"""The lines of a program while a TorchScript graph is written out: names, constants, and which names are numbers."""
+"""Write the lines of a program for a TorchScript graph: names, constants, and which values are numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A TorchScript archive → ordinary modules.
+"""Make ordinary modules of a TorchScript archive.
 
 A TorchScript module holds its children, and a graph for each of its methods. The graph of the forward becomes a program
 (``translate``), and layers of torch.nn come back as themselves. So the network has the modules, the names and the

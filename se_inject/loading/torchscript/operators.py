@@ -1,4 +1,4 @@
-"""The operators of a TorchScript graph → lines: one handler for each that needs one, a rule for all others.
+"""Translate the operators of a TorchScript graph into lines: a handler for each that needs one, a rule for all others.
 
 A handler gets the node, its inputs as values and the scope that it writes into, and returns the outputs as values.
 """

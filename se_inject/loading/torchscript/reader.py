@@ -1,4 +1,4 @@
-"""TorchScript archives out of a stranger's file.
+"""Read a TorchScript archive after checking every part that torch's own reader would trust.
 
 A TorchScript archive is a program in a small language of its own: it knows tensors, files only through two
 operators, and nothing of Python. ``torch.jit.load`` runs the ``__setstate__`` of its classes, and makes tensors of

@@ -1,4 +1,4 @@
-"""The source text of a TorchScript archive, looked at before torch reads it.
+"""Check the source text of a TorchScript archive before torch reads it.
 
 torch's reader resolves classes, functions and types by recursion, without an end, and its interpreter believes what a class
 declares. So how deep they go is bounded here, and what each class declares is passed to the check of the objects.

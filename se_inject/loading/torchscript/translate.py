@@ -1,4 +1,4 @@
-"""A forward of a TorchScript archive → the lines of a program.
+"""Translate one forward of a TorchScript archive into the lines of a program.
 
 The graph of a method is written out line by line (``lines``): a child's forward is called, other methods and
 functions are written out where they are called, and what follows from constants is computed. Operators are written in

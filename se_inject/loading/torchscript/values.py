@@ -1,4 +1,4 @@
-"""What the values of a TorchScript graph are while it is written out."""
+"""Follow the values of a TorchScript graph while it is translated."""
 
 from __future__ import annotations
 
