@@ -2,7 +2,7 @@
 
 A generated forward lives in ordinary frames: C code that imports or warns looks into their builtins, so all of Python's
 are there. What keeps data from becoming code is this check of the text before it is compiled: statements and
-expressions of a few kinds, and no name but the forward's own, those it was given, and seven of Python's.
+expressions of a few kinds, and no name but the forward's own, those it was given, and eight of Python's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from se_inject.errors import LoadError
 
-BUILTINS = frozenset({"Ellipsis", "RuntimeError", "getattr", "len", "range", "slice", "tuple"})
+BUILTINS = frozenset({"Ellipsis", "RuntimeError", "float", "getattr", "len", "range", "slice", "tuple"})
 """The names of Python's that a generated forward may use."""
 
 MOST_TOKENS = 200_000

@@ -3,6 +3,7 @@
 import ast
 import builtins
 import traceback
+import warnings
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ def test_frames_have_the_builtins_of_python():
 def test_generated_text_names_little_of_python():
     for module in generated():
         names = set(type(module).forward.__code__.co_names)
-        assert not names & (vars(builtins).keys() - {"RuntimeError", "getattr", "len", "range", "slice", "tuple"})
+        assert not names & (
+            vars(builtins).keys() - {"RuntimeError", "float", "getattr", "len", "range", "slice", "tuple"}
+        )
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,35 @@ def test_modules_that_are_no_forward(text):
 def test_defaults_and_annotations_are_checked(text):
     with pytest.raises(LoadError, match="`open`"):
         check_text(ast.parse(text), SCOPE)
+
+
+class Masked(Unit):
+    def forward(self, x):
+        y = torch.relu(x + self.bn(self.conv(x)))
+        y = y.masked_fill(y > 0.3, float("-inf")).clamp(max=float("inf"))
+        return torch.where((y - 0.05).abs() < 0.05, torch.full_like(y, float("nan")), y)
+
+
+@pytest.mark.parametrize("door", ["eager", "scripted", "exported"])
+def test_constants_that_are_infinite_or_no_number(door, tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(2, 8, 8, 8)
+    network = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), Masked()).eval()
+    expected = network(images)
+    assert expected.isinf().any() and expected.isnan().any()
+    if door == "scripted":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.script(network).save(str(tmp_path / "n.pt"))
+    elif door == "exported":
+        torch.export.save(torch.export.export(network, (images,)), tmp_path / "n.pt2")
+    loaded = network if door == "eager" else si.load(next(tmp_path.iterdir()))
+    for found in (loaded, si.inject(loaded, images)):
+        assert _same(found(images), expected)
+
+
+def _same(one, other):
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def test_tracebacks_show_the_generated_lines():
