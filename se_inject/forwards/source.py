@@ -76,6 +76,11 @@ def check_text(tree: ast.Module, scope: dict[str, Any]) -> None:
             parameters.add(node.arg)
         elif isinstance(node, ast.Name):
             (loaded if isinstance(node.ctx, ast.Load) else stored).add(node.id)
+    arguments = tree.body[0].args
+    given = [*arguments.defaults, *filter(None, arguments.kw_defaults)]
+    outer = {part.id for each in given for part in ast.walk(each) if isinstance(part, ast.Name)}
+    if unknown := outer - BUILTINS - scope.keys():  # they are evaluated outside of the function
+        raise LoadError(f"a default in this file uses the name `{min(unknown)}`, which nothing sets")
     free = loaded - parameters - stored - BUILTINS - (scope.keys() - {"__builtins__"})
     reserved = {name for name in parameters | stored if name.startswith("__")}
     if free | reserved:

@@ -78,6 +78,8 @@ class Writer:
         else:
             self._myself, self._passed, self._inputs = "self", "", []
             parts = [f"{_checked(name)}{''.join(f'={self._value(v)}' for v in rest[:1])}" for name, *rest in signature]
+            if self._read:  # a default is computed where the forward's own names aren't there, and Python's are
+                raise LoadError("an input of a program has a default that is no constant", seen=quoted(min(self._read)))
             self._inputs = [name for name, *_ in signature]
             self._head = ", ".join(["self", *parts])
 

@@ -87,13 +87,18 @@ def preprocessing_for(
     general = IMAGENET if colours == 3 else ((0.5,) * colours, (0.5,) * colours)
     chosen = []
     for asked, stated, usual in zip((mean, std), own, general, strict=True):
-        values = tuple(map(float, asked or (stated if stated and len(stated) == colours else usual)))
+        values = tuple(map(float, asked or (stated if _are_numbers(stated, colours) else usual)))  # type: ignore[arg-type]
         if len(values) != colours or not all(map(math.isfinite, values)):
             raise OptionError(f"{counted(len(values), 'number')} for {counted(colours, 'colour')}", seen=str(values))
         chosen.append(values)
     if 0 in chosen[1]:
         raise OptionError("a standard deviation of 0 can't be divided by", seen=str(chosen[1]))
     return Preprocessing(colours, (shape[2], shape[3]), *chosen)
+
+
+def _are_numbers(stated: Any, count: int) -> bool:
+    """Return whether what a network says is so many numbers."""
+    return isinstance(stated, tuple | list) and len(stated) == count and all(type(n) in (int, float) for n in stated)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -132,7 +133,7 @@ def put_weights_(model: nn.Module, state: Mapping[str, Any], path: Path, say: Ca
     current = model.state_dict()
     before = {key: value.clone() for key, value in current.items() if isinstance(value, torch.Tensor)}
     fit = fitted(state, current)
-    state = fit.state
+    state = _with_versions_alone(fit.state)
     if any(isinstance(value, torch.Tensor) and value.is_meta for value in state.values()):
         raise LoadError(f"the weights in `{path}` have no numbers", seen="tensors on the meta device")
     try:
@@ -148,6 +149,23 @@ def put_weights_(model: nn.Module, state: Mapping[str, Any], path: Path, say: Ca
         ) from error
     if fit.beside:
         say(_left_out(fit, path))
+
+
+def _with_versions_alone(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same weights with no metadata but the versions of layers.
+
+    ``load_state_dict`` takes orders from it: ``assign_to_params_buffers`` replaces the network's parameters by the file's.
+    """
+    plain: Any = OrderedDict(state)
+    metadata = getattr(state, "_metadata", None)
+    versions = {
+        path: {"version": entry["version"]}
+        for path, entry in (metadata.items() if isinstance(metadata, dict) else ())
+        if isinstance(path, str) and isinstance(entry, dict) and type(entry.get("version")) is int
+    }
+    if versions:
+        plain._metadata = versions
+    return plain  # type: ignore[no-any-return]
 
 
 def _left_out(fit: Fitted, path: Path) -> str:

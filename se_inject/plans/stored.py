@@ -14,10 +14,9 @@ from se_inject.blocks import check_values
 from se_inject.errors import InjectError, LoadError, OptionError, UntrustedGlobals, either, printable
 from se_inject.forwards import is_block_name, is_plain_name, is_trusted
 from se_inject.surgery import Step, first_problem, with_integers
+from se_inject.tracing import LARGEST_INPUTS
 from se_inject.user_code import NoSuchFile
 
-LARGEST = 2**28
-"""Numbers in all inputs that a stored plan may ask for: a gigabyte of float32."""
 VERSION = 1
 """Of the stored form, `plan.schema.json`. A change of the form that an older reader would misread makes it 2."""
 _FORM = "`-o plan.json` writes plans; `se_inject/surgery/plan.schema.json` says what one is"
@@ -116,7 +115,7 @@ def _check_inputs(inputs: Sequence[Any]) -> None:
     """
     if any(0 in shape for shape, _ in inputs):
         raise LoadError("the plan's inputs are empty", seen=str(inputs), hint=_FORM)
-    if sum(math.prod(shape) for shape, _ in inputs) > LARGEST:
+    if sum(math.prod(shape) for shape, _ in inputs) > LARGEST_INPUTS:
         raise LoadError("the plan's inputs are too large", seen=str(inputs), hint=_FORM)
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from se_inject.errors import printable
 from se_inject.tables import counted, table
 
 if TYPE_CHECKING:
@@ -16,10 +17,16 @@ if TYPE_CHECKING:
 def plan_text(plan: Plan) -> str:
     """Format a plan as a table, one line for each block."""
     rows = [
-        [step.stage if step.stage is not None else "–", step.site, step.channels, step.block, step.path]
+        [
+            step.stage if step.stage is not None else "–",
+            printable(step.site),
+            step.channels,
+            step.block,
+            printable(step.path),
+        ]
         for step in plan.steps
     ]
-    head = f"{counted(len(plan.steps), 'block')} for {plan.model}"
+    head = f"{counted(len(plan.steps), 'block')} for {printable(plan.model)}"
     notes = "".join(f"\nnote: {note}" for note in plan.notes)
     return f"{head}\n\n{table(('stage', 'site', 'channels', 'block', 'becomes'), rows)}{notes}"
 

@@ -18,6 +18,7 @@ from se_inject.errors import (
     OptionError,
     SurgeryError,
     either,
+    printable,
 )
 from se_inject.forwards import original_class
 from se_inject.pictures import Picture, picture
@@ -58,7 +59,7 @@ class Plan:
 
     def __repr__(self) -> str:
         kinds = ", ".join(dict.fromkeys(step.block for step in self.steps))
-        return f"<Plan: {counted(len(self.steps), 'block')} ({kinds}) for {self.model}>"
+        return f"<Plan: {counted(len(self.steps), 'block')} ({kinds}) for {printable(self.model)}>"
 
     def __add__(self, other: Plan) -> Plan:
         """Join both plans; at a site that both name, the first plan's block acts first, the second's on its output.

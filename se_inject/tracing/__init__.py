@@ -7,6 +7,7 @@ Must not know: what a site or a block is, or anything about files. Leaves the ne
 from se_inject.tracing.buffers import BUFFERS, inputs_of, writes_into
 from se_inject.tracing.failures import describe
 from se_inject.tracing.inputs import (
+    LARGEST_INPUTS,
     SMALL_SIDE,
     batch_of,
     check_has_numbers,
@@ -42,6 +43,7 @@ from se_inject.tracing.twin import twin_of
 __all__ = [
     "BUFFERS",
     "CONVOLUTIONS",
+    "LARGEST_INPUTS",
     "SMALL_SIDE",
     "Counts",
     "Guards",

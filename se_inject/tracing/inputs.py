@@ -23,6 +23,9 @@ from se_inject.user_code import fact
 SIZES = {1: (1024, 16000, 128), 2: (224, 32, 28, 64, 96, 128, 299, 256, 384, 512), 3: (16, 32, 64, 8)}
 """Spatial sizes that are tried, in this order, for networks of one, two and three dimensions."""
 
+LARGEST_INPUTS = 2**28
+"""Numbers in all inputs that a file may ask for: a gigabyte of float32."""
+_LARGEST_SIDE = 10_000
 SMALL_SIDE = 64
 """Sides of the images that numeric checks run on where larger ones would show no more."""
 
@@ -130,9 +133,9 @@ def inferred_shapes(model: nn.Module) -> list[tuple[int, ...]]:
         NoSites: there is neither metadata nor a convolution.
     """
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
+    size = _stated(config, "input_size")
     first = next((module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)), None)
-    if size:
+    if size is not None and len(size) > 1:
         others = [] if first is None or len(size) != first.weight.dim() - 1 else [(2, first.in_channels, *size[1:])]
         return list(dict.fromkeys([(2, *size), *others]))  # timm keeps the metadata when it is made for other channels
     if first is None:
@@ -154,11 +157,18 @@ def _own_size(model: nn.Module) -> tuple[int, int] | None:
     """Find the height and width that a network records: in itself, in its configuration, or in its trainer's arguments."""
     for holder in (model, getattr(model, "config", None), getattr(model, "args", None)):
         for name in ("image_size", "img_size", "imgsz"):
-            size = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
-            sides = [size, size] if isinstance(size, int) else size
-            if isinstance(sides, list | tuple) and len(sides) == 2 and all(type(s) is int and s >= 8 for s in sides):
-                return tuple(sides)
+            sides = _stated(holder, name)
+            if sides is not None and len(sides) in (1, 2) and min(sides) >= 8:
+                return sides[0], sides[-1]
     return None
+
+
+def _stated(holder: Any, name: str) -> tuple[int, ...] | None:
+    """Read the sizes that a network or its configuration says it takes; None if these are none that an image has."""
+    size = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+    sizes = size if isinstance(size, list | tuple) else (size,)
+    fits = 1 <= len(sizes) <= 4 and all(type(each) is int and 1 <= each <= _LARGEST_SIDE for each in sizes)
+    return tuple(sizes) if fits else None
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -234,12 +244,15 @@ def inputs_from(shapes: Sequence[Any]) -> tuple[Any, ...]:
             ``{"dict": [[key, …], …]}`` of such.
 
     Raises:
-        LoadError: they are something else, out of a file.
+        LoadError: they are something else, out of a file, or too large to be tried.
     """
     try:
-        return tuple(map(_input_from, shapes))
+        inputs = tuple(map(_input_from, shapes))
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
         raise LoadError("the inputs that this file records are none", seen=fact(error)) from error
+    if sum(tensor.numel() for tensor in _tensors(inputs)) > LARGEST_INPUTS:
+        raise LoadError("the inputs that this file records are too large", seen=describe((inputs, {})))
+    return inputs
 
 
 def _input_from(shape: Any) -> Any:

@@ -21,15 +21,15 @@ import torch
 from se_inject.errors import LoadError
 from se_inject.loading.operators import is_allowed_instruction
 from se_inject.loading.pickles.module_checks import MOST_PATHS
-from se_inject.loading.pickles.script_pickles import check_script_pickles
-from se_inject.loading.torchscript.source import FORBIDDEN, checked_sources
+from se_inject.loading.torchscript.pickles import check_script_pickles
+from se_inject.loading.torchscript.source import FORBIDDEN, SOURCE, checked_sources
 from se_inject.loading.zip_archive import Archive
 
 _FOLDERS = ("code/", "constants/", "data/", "traced_inputs/", "extra/", ".data/")
 _FILES = frozenset(
     ["data.pkl", "constants.pkl", "traced_inputs.pkl", "version", "byteorder", ".format_version", ".storage_alignment"]
 )
-_READ = re.compile(r"(code/.*\.py|(data|constants)(\.pkl|/.*)|(\.data/)?version|byteorder)", re.DOTALL)
+_READ = re.compile(rf"({SOURCE.pattern}|(data|constants)(\.pkl|/.*)|(\.data/)?version|byteorder)", re.DOTALL)
 """The records that make the module; others are for people who look for errors in it."""
 
 _CASTS = ("prim::unchecked_cast", "prim::unchecked_unwrap_optional")
@@ -75,13 +75,19 @@ def _copy_checked(file: IO[bytes], to: IO[bytes]) -> None:
     archive = Archive(file)
     archive.check()
     names = set(archive.records)
+    unread = next(
+        (name for name in names if name.startswith("code/") and name.endswith(".py") and not SOURCE.fullmatch(name)), ""
+    )
+    if unread:  # torch makes the record's name of a class's, never the other way round
+        raise LoadError("a TorchScript archive with source text in a record of another name", seen=unread[:80])
     if len({name.lower() for name in names}) < len(names):
         raise LoadError("an archive that different readers read differently")
     for name in names:
         if not (name.startswith(_FOLDERS) or name in _FILES):
             raise LoadError(f"a TorchScript archive with a `{name[:80]}`")
-    check_script_pickles(archive, _PICKLES, checked_sources(archive))
     archive.copy(filter(_READ.fullmatch, archive.records), to)
+    copy = Archive(to)  # somebody may be writing to the file; nobody can write to this
+    check_script_pickles(copy, _PICKLES, checked_sources(copy))
 
 
 def operators_of(module: Any) -> set[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from se_inject.errors import LoadError
 from se_inject.loading.zip_archive import Archive
@@ -22,6 +22,8 @@ _TOKEN = re.compile(rb"\w+|[^\w\s]")
 _MOST_TOKENS = 200_000
 """In one record of source text; to Python, each may take a kilobyte."""
 
+SOURCE = re.compile(r"code/__torch__(/[A-Za-z_][A-Za-z0-9_]*)*\.py")
+"""The records of source text: one for each module, its name with slashes for dots."""
 _LARGEST_SOURCE = 2 << 20
 _DEEPEST_CLASSES = 100
 """Classes and functions that need one another, one after the other; networks have less than thirty."""
@@ -36,8 +38,16 @@ _OWN = "__torch__."
 Type = tuple[str, tuple[Any, ...]]
 """A type's name, qualified if it is a class of the archive, and the types within it: ``("List", (("int", ()),))``."""
 
-Declared = Mapping[str, Mapping[str, Type]]
-"""By the qualified name of a class: what it declares of each attribute."""
+
+class Class(NamedTuple):
+    """What the source of a class says: what it is (``Module``, ``Enum``, ``NamedTuple``), and the types of its attributes."""
+
+    base: str
+    attributes: Mapping[str, Type]
+
+
+Declared = Mapping[str, Class]
+"""By qualified name."""
 
 
 def checked_sources(archive: Archive) -> Declared:
@@ -50,16 +60,18 @@ def checked_sources(archive: Archive) -> Declared:
         LoadError: it says what no network does, or goes too deep.
     """
     names: dict[str, set[str]] = {}
-    declared: dict[str, dict[str, Type]] = {}
+    declared: dict[str, Class] = {}
     for record in archive.records:
-        if not (record.startswith("code/") and record.endswith(".py")):
+        if not SOURCE.fullmatch(record):
             continue
         for node in _checked_source(record, archive).body:  # a tree is large: one at a time
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
                 name = f"{record[5:-3].replace('/', '.')}.{node.name}"
+                if name in names:
+                    raise LoadError("a TorchScript archive that defines a name twice", seen=name[:80])
                 names[name] = set(_own_names(node))
             if isinstance(node, ast.ClassDef):
-                declared[name] = _declared(node)
+                declared[name] = Class(str(_word(node.bases[0])) if len(node.bases) == 1 else "", _declared(node))
                 _check_methods(node)
     needs = {name: {other for other in others if other in names and other != name} for name, others in names.items()}
     if _longest_path(needs) > _DEEPEST_CLASSES:
@@ -106,6 +118,8 @@ def _checked_source(name: str, archive: Archive) -> ast.Module:
             readings.add(node.func)
         if word == "ops" and isinstance(node, ast.Name) and node not in operators:
             raise LoadError("a TorchScript archive that calls an operator of another library", seen=name[:80])
+        for annotation in _annotations(node):
+            type_of(annotation)
         if word == "getattr" and node not in readings:
             raise LoadError("a TorchScript archive that uses `getattr`", seen=f"in its {name[:80]}")
     return tree
@@ -134,10 +148,10 @@ def _word(node: Any) -> str | None:
 
 
 def _own_names(node: ast.AST) -> Iterator[str]:
-    """List the names of the archive's own that a class or function uses."""
+    """List the names of the archive's own that a class or function uses; torch takes text for a type, too."""
     for part in ast.walk(node):
-        name = _dotted(part) if isinstance(part, ast.Attribute) else None
-        if name is not None and name.startswith(_OWN):
+        name = part.value if isinstance(part, ast.Constant) else _dotted(part)
+        if isinstance(name, str) and name.startswith(_OWN):
             yield name
 
 
@@ -229,9 +243,25 @@ def _declared(node: ast.ClassDef) -> dict[str, Type]:
     return found
 
 
+def _annotations(node: ast.AST) -> Iterator[ast.expr]:
+    found = getattr(node, "annotation", None), getattr(node, "returns", None)  # of arguments, variables and functions
+    return (each for each in found if each is not None)
+
+
 def type_of(annotation: ast.expr) -> Type:
-    """Return the type that an annotation in TorchScript's source names."""
+    """Return the type that an annotation in TorchScript's source names.
+
+    Raises:
+        LoadError: it is written in another way than torch writes types.
+    """
+    if isinstance(annotation, ast.Constant) and annotation.value is None:
+        return "None", ()
     if not isinstance(annotation, ast.Subscript):
-        return str(_dotted(annotation) or _word(annotation)), ()
+        name = _dotted(annotation)
+        if name is None:
+            raise LoadError("a TorchScript archive that declares a type in a form of its own")
+        return name, ()
+    if not isinstance(annotation.value, ast.Name):
+        raise LoadError("a TorchScript archive that declares a type in a form of its own")
     inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
     return str(_word(annotation.value)), tuple(map(type_of, inner))

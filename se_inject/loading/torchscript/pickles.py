@@ -1,7 +1,7 @@
-"""Check the pickles of a TorchScript archive before torch's reader in C++ reads them.
+"""The pickles in TorchScript archives, looked at before torch's reader in C++ gets to see them.
 
-That reader trusts them: it takes the types that classes declare for granted, goes through values by recursion, and
-doesn't ask whether a tensor lies within its storage.
+torch's reader takes values apart by recursion, and its interpreter believes what a class declares of its attributes. So
+every object is compared with the declaration of its place, every tensor with its storage, and depth has a bound.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import ast
 import io
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
+
+import torch
 
 from se_inject.errors import LoadError, printable
 from se_inject.loading.pickles.constructors import Malformed
 from se_inject.loading.pickles.reading import Placeholder, Reading
 from se_inject.loading.pickles.storages import check_size, dtype_of, new_bytes, storage_id, typed
 from se_inject.loading.pickles.unpickler import Unpickler
+from se_inject.loading.torchscript.source import Declared, Type, type_of
 from se_inject.loading.zip_archive import Archive
 
 _OF_TORCHSCRIPT = ("__torch__.", "torch.jit._pickle.")
@@ -26,13 +29,13 @@ _DEEPEST_VALUE = 1000
 _MOST_VALUES = 1_000_000
 
 
-def check_script_pickles(archive: Archive, names: Sequence[str], declared: Mapping[str, Mapping[str, Any]]) -> None:
+def check_script_pickles(archive: Archive, names: Sequence[str], declared: Declared) -> None:
     """Check that the tensors in TorchScript's pickles, which torch's reader in C++ will read, are within their storages.
 
     Args:
         archive: the archive.
         names: of the records, ``data.pkl`` and ``constants.pkl``.
-        declared: the types of each class's attributes, as ``checked_sources`` gives them.
+        declared: what each class declares, as ``checked_sources`` gives it.
 
     Raises:
         Exception: of any class; they aren't, or it names more than TorchScript does.
@@ -76,11 +79,29 @@ class _Tag(Placeholder):
     """torch's function that says of what type a list or dict is."""
 
 
+class _List(Placeholder):
+    """torch's function that makes a list of numbers or tensors."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of = of
+
+
 _TAG = "torch.jit._pickle.restore_type_tag"
-_BUILDERS_OF_SCRIPTS = frozenset(f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor"))
+_BUILDERS_OF_LISTS = "torch.jit._pickle.build_{}list"
+_CHOICES = ("Optional", "Union")
+_ANYTHING = ("", "Any")
+_NOTHING = ("-", ())
 _TYPE = re.compile(r"[\w.\[\], ]{1,1000}")
 _DEEPEST_TYPE = 20
-_LEAVES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
+_LISTS = {"int": "int", "double": "float", "bool": "bool", "tensor": "Tensor"}
+_PLAIN: dict[type, tuple[str, ...]] = {
+    int: ("int", "float", "number"),
+    float: ("float", "number"),
+    bool: ("bool",),
+    str: ("str",),
+}
+"""The names of types that plain values are declared with."""
 
 
 def _tagged_type(text: Any) -> Any:
@@ -89,8 +110,6 @@ def _tagged_type(text: Any) -> Any:
     Raises:
         Malformed: it is none, or goes too deep.
     """
-    from se_inject.loading.torchscript.source import type_of
-
     if type(text) is not str or not _TYPE.fullmatch(text) or text.count("[") > _DEEPEST_TYPE:
         raise Malformed("a type that can't be read")
     try:
@@ -102,31 +121,41 @@ def _tagged_type(text: Any) -> Any:
 def _is_declared(kind: Any, declared: Any) -> bool:
     """Return whether a type is the one that is declared for its place."""
     name, inner = declared
-    is_choice = name in ("Optional", "Union") and any(_is_declared(kind, part) for part in inner)
-    return name == "" or kind == declared or is_choice
+    is_choice = name in _CHOICES and any(_is_declared(kind, part) for part in inner)
+    return name in _ANYTHING or kind == declared or is_choice
 
 
-def _fits(value: Any, declared: Any) -> bool:
-    """Return whether every object in a value is of the class that is declared for its place."""
+def _fits(value: Any, declared: Any, classes: Declared) -> bool:
+    """Return whether a value, and everything in it, is of the type that is declared for its place."""
     name, inner = declared
+    if name in _ANYTHING or value is None:  # the interpreter looks whether a value is there
+        return True
+    if name in _CHOICES:
+        return any(_fits(value, part, classes) for part in inner)
     if isinstance(value, Placeholder):
-        if (tagged := vars(value).get("tagged")) is not None:
-            return _is_declared(tagged[1], declared) and _fits(*tagged)
-        kind = vars(value).get("kind")
-        return (
-            kind is None
-            or kind == name
-            or (name in ("Optional", "Union") and any(_fits(value, part) for part in inner))
-        )
-    if not isinstance(value, list | tuple | dict):
-        return type(value) not in (int, float, bool, str) or type(value) in _LEAVES.get(name, (type(value),))
-    if name in ("Optional", "Union"):
-        return any(_fits(value, part) for part in inner)
+        return _fits_object(value, declared, classes)
     if isinstance(value, dict):
-        of_keys, of_values = inner if len(inner) == 2 else (("", ()), ("", ()))
-        return all(_fits(key, of_keys) and _fits(part, of_values) for key, part in value.items())
-    each = inner if name == "Tuple" and len(inner) == len(value) else (inner[:1] or (("", ()),)) * len(value)
-    return all(map(_fits, value, each))
+        each = inner if name == "Dict" and len(inner) == 2 else (_NOTHING, _NOTHING)
+        return all(_fits(part, kind, classes) for item in value.items() for part, kind in zip(item, each, strict=True))
+    if isinstance(value, list):
+        return name == "List" and len(inner) == 1 and all(_fits(part, inner[0], classes) for part in value)
+    if isinstance(value, tuple):
+        named = classes.get(name)
+        kinds = tuple(named.attributes.values()) if named is not None and named.base == "NamedTuple" else inner
+        if (name != "Tuple" and kinds is inner) or len(kinds) != len(value):
+            return False
+        return all(_fits(part, kind, classes) for part, kind in zip(value, kinds, strict=True))
+    if isinstance(value, torch.Tensor):
+        return bool(name == "Tensor")
+    return name in _PLAIN.get(type(value), (name,) if name not in classes else ())
+
+
+def _fits_object(value: Placeholder, declared: Any, classes: Declared) -> bool:
+    """Return whether an object of the archive, a list or a dict with a type is what is declared for its place."""
+    tagged, kind = vars(value).get("tagged"), vars(value).get("kind")
+    if tagged is not None:
+        return _is_declared(tagged[1], declared) and _fits(tagged[0], tagged[1], classes)
+    return bool(kind == declared)
 
 
 class _ScriptUnpickler(Unpickler):
@@ -140,7 +169,7 @@ class _ScriptUnpickler(Unpickler):
         self._known: dict[int, tuple[int, int, Any]] = {}
         """By address: how deep a value goes, how many it is when written out, and itself."""
         self._parts: set[int] = set()
-        self.declared: Mapping[str, Mapping[str, Any]] = {}
+        self.declared: Declared = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """Do the same, but keep the name of a class of the archive."""
@@ -148,8 +177,11 @@ class _ScriptUnpickler(Unpickler):
         full = f"{module}.{name}"
         if full == _TAG:
             return _Tag()
-        if module == "torch.jit._pickle" and full not in _BUILDERS_OF_SCRIPTS:
-            raise Malformed(f"a call of `{printable(full)}`")
+        if module == "torch.jit._pickle":
+            of = next((kind for short, kind in _LISTS.items() if full == _BUILDERS_OF_LISTS.format(short)), None)
+            if of is None:
+                raise Malformed(f"a call of `{printable(full)}`")
+            return _List(of)
         is_own = full.startswith(_OF_TORCHSCRIPT[0]) and not full.startswith(_OF_CPP) and type(found) is Placeholder
         return _Kind(full) if is_own else found
 
@@ -157,18 +189,18 @@ class _ScriptUnpickler(Unpickler):
         _, kind = self.stack.pop(), self.stack[-1]
         self.stack[-1] = made = self._placeholder()
         if isinstance(kind, _Kind):
-            vars(made)["kind"] = kind.name
+            vars(made)["kind"] = (kind.name, ())
 
-    def _check_state(self, kind: str, state: Any) -> None:
+    def _check_state(self, kind: Type, state: Any) -> None:
         """Check a state against the class's declaration: the interpreter believes that, and reads memory accordingly."""
-        types = self.declared.get(kind)
-        if types is None or type(state) is not dict:
+        source = self.declared.get(kind[0])
+        if source is None or type(state) is not dict:
             raise Malformed("an object of a class that has no source")
         for name, value in state.items():
-            if not _fits(value, types.get(name, ("", ()))):
+            if not _fits(value, source.attributes.get(name, ("", ())), self.declared):
                 raise LoadError(
                     f"a TorchScript archive whose `{str(name)[:80]}` holds an object of another class than it declares",
-                    seen=f"in a {kind[:80]}",
+                    seen=f"in a {kind[0][:80]}",
                 )
 
     def _hold(self, owner: Any, parts: Iterable[Any]) -> None:
@@ -193,6 +225,15 @@ class _ScriptUnpickler(Unpickler):
             if type(args) is not tuple or len(args) != 2:
                 raise Malformed("a type that can't be read")
             vars(made)["tagged"] = args[0], _tagged_type(args[1])
+        if isinstance(function, _List):
+            if type(args) is not tuple or len(args) != 1 or not _fits(args[0], ("List", ((function.of, ()),)), {}):
+                raise Malformed("a list of something else than it says")
+            vars(made)["kind"] = "List", ((function.of, ()),)
+        if isinstance(function, _Kind):  # a second way to make an object, which torch uses for enums alone
+            source = self.declared.get(function.name)
+            if source is None or source.base != "Enum" or type(args) not in (int, float, str):
+                raise Malformed("an object that is made by a call")
+            vars(made)["kind"] = function.name, ()
         return made
 
     def _set_state(self, instance: Any, state: Any) -> None:
