@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from se_inject.blocks import build_block
+from se_inject.errors import TraceError
 from se_inject.guarding import under_guard
 from se_inject.surgery import Step
 from se_inject.tables import Printed, counted, percent
-from se_inject.tracing import Trace, batch_of, float_like, real_inputs, standing_in
+from se_inject.tracing import Trace, batch_of, describe, float_like, real_inputs, standing_in
 
 _FREE = frozenset(
     {
@@ -186,6 +187,9 @@ def counted_call(model: nn.Module, trace: Trace, watch: Watch | None = None) -> 
 
     Returns:
         the counter, and the batch size of the call.
+
+    Raises:
+        TraceError: the network's own forward fails.
     """
     own = batch_of(trace.inputs)
     for batch in dict.fromkeys((1, own)):
@@ -198,9 +202,13 @@ def counted_call(model: nn.Module, trace: Trace, watch: Watch | None = None) -> 
                 with watch(twin, counter) if watch is not None else nullcontext():
                     twin(*matching(args), **matching(kwargs))
             return counter, batch or 1
-        except Exception:
+        except Exception as error:
             if batch == own:
-                raise
+                raise TraceError(
+                    f"the network's own forward fails on {describe(args, kwargs)} when what it costs is counted",
+                    seen=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
+                    hint="call the network itself on such inputs: it must not fail",
+                ) from error
     raise AssertionError("the last batch raises")
 
 

@@ -10,6 +10,7 @@ from torchvision.models.resnet import BasicBlock
 import se_inject as si
 from se_inject.cost import cost_lines
 from se_inject.cost.counting import Cost, CostReport, CostRow, Latency, measure_latency
+from se_inject.errors import TraceError
 
 SIZES = {1: (50,), 2: (10, 6), 3: (4, 6, 5)}
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -223,3 +224,15 @@ def test_a_slow_network_is_timed_at_least_eight_times(monkeypatch):
         clock[0] += 100
 
     assert measure_latency(slow, lambda: slow(), (), {}).rounds == 8
+
+
+def test_a_forward_that_fails_when_it_is_counted_is_named():
+    """A standardised convolution is not run while sites are looked for: its shape is known."""
+    timm = pytest.importorskip("timm")
+    net = nn.Sequential(timm.layers.StdConv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    plan = si.plan(net, torch.rand(2, 3, 8, 8), at="*")
+    net[0].eps = -1.0
+    with pytest.raises(TraceError, match="own forward fails on 1 input of") as refused:
+        plan = si.plan(net, torch.rand(2, 3, 8, 8), at="*")
+        plan.cost()
+    assert "eps must be positive" in str(refused.value)
