@@ -82,7 +82,7 @@ def inject(
         step("verifying")
         verdict = verify(network, injected, trace=planned.trace, fresh=not trained)
         if is_program(model) and planned.trace is not None:
-            check = check_against_file(network, load_program(model), planned.trace)
+            check = check_against_file(network, load_program(model, trust=packages(trust)), planned.trace)
             verdict = replace(verdict, checks=(check, *verdict.checks))
         data["verification"] = verdict_data(verdict)
         found["verdict"] = verdict

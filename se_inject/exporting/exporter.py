@@ -29,6 +29,7 @@ from se_inject.exporting.conversion import FORMATS, Conversion, format_of
 from se_inject.exporting.onnx_files import check_opset, depends_on_data
 from se_inject.exporting.reference import Reference, untouched
 from se_inject.exporting.strategies import described, strategies
+from se_inject.exporting.torch_formats import unpicklable_within
 from se_inject.guarding import under_guard
 from se_inject.progress import step
 from se_inject.tables import Printed, short
@@ -251,6 +252,10 @@ def _export_one(reference: Reference, target: Path, path: Path) -> Exported:
     open_size = " with its size left open" if reference.dynamic_size else ""
     others = ", ".join(sorted({*FORMATS.values()} - {format}))
     hint = "leave `dynamic_size` out: a block or a network may bake its size in (`ge` does)" if open_size else None
+    if format == "pt" and (inner := unpicklable_within(reference.model)) is not None:
+        hint = f"it holds {inner}: `.torchscript` can hold that"
+    elif (inner := unpicklable_within(reference.model)) is not None:
+        hint = f"it holds {inner}, which torch may not be able to write in this format; another may do: {others}"
     raise ExportError(
         f"cannot export to `{target}`{open_size}",
         seen="\n      ".join(failures),

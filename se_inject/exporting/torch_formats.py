@@ -54,6 +54,8 @@ def write_pt2(reference: Reference, path: Path, free: Free) -> Written:
 def write_module(reference: Reference, path: Path, free: Free) -> Written:
     """Write the pickled module, with the modes it has; loaded back it must have the same modes and weights."""
     model = reference.model
+    if (inner := unpicklable_within(model)) is not None:
+        raise Rejected(f"a pickle can't hold {inner}")
     content = _content(model)
     write_through(path, lambda file: torch.save(content, file))
     loaded = torch.load(path, weights_only=False)  # written a moment ago, so it may be trusted
@@ -69,6 +71,16 @@ def write_module(reference: Reference, path: Path, free: Free) -> Written:
     if content is not model:
         notes.append("a checkpoint as Ultralytics' own: `YOLO(path)` opens it, where `se_inject` is installed")
     return Written("whole module", loaded.eval(), tuple(notes))
+
+
+def unpicklable_within(model: torch.nn.Module) -> str | None:
+    """Name the first module in a network that is TorchScript, or part of an exported program; None if there is none."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"the TorchScript module `{path}`"
+        if type(module).__module__ == "torch.export.unflatten":
+            return f"`{path}`, which is a part of an exported program"
+    return None
 
 
 def _content(model: torch.nn.Module) -> Any:

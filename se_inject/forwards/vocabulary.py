@@ -235,9 +235,9 @@ def plain(value: Any) -> Any:
     while todo:
         part = todo.pop()
         if isinstance(part, dict):
-            todo += part.values()
+            todo.extend(part.values())
         elif isinstance(part, list | tuple):
-            todo += part
+            todo.extend(part)  # not `+=`: what is being traced would add the list to itself
         elif not isinstance(part, _PLAIN):
             raise LoadError(f"a forward in this file handles a {type(part).__name__} as a value")
     return value

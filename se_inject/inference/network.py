@@ -67,7 +67,8 @@ def for_inference(model: nn.Module, example_inputs: Any = None, *, fold_norms: b
 
 
 def _made(model: nn.Module, inputs: Any, fold_norms: bool) -> nn.Module:
-    new = copy.deepcopy(model).eval().requires_grad_(False)
+    with torch.no_grad():  # else TorchScript's copies have a history
+        new = copy.deepcopy(model).eval().requires_grad_(False)
     unfuse_(new)
     for module in list(new.modules()):
         thaw_statistics_(module, False)

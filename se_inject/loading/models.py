@@ -10,6 +10,7 @@ and plain data, and calls nothing of the file's choosing. ``UntrustedGlobals`` n
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -82,7 +83,9 @@ def load(
         weights: a file to take the weights from, as ``load_weights_`` does.
         entry: which entry of a training checkpoint to take (``"ema"``), of ``weights`` if that is given, else of
             ``source``. None: the first of ``state_dict``, ``model``, …, then of the averages.
-        trust: packages whose code a pickle may import and call.
+        trust: packages whose code a pickle may import and call; namespaces of operators, beside those of torch and
+            torchvision, that an archive of TorchScript or ``.pt2`` may call, from a package of the same name if they are
+            not registered yet.
         mmap: leave the tensors in the file, and read them when they are used. Nobody may write to the file then.
         isolated: read the file in a confined process; not together with ``trust`` or ``mmap``.
         notes: a list that gets what there is to say: which of several entries was taken, what was left out. None: a
@@ -141,15 +144,26 @@ def load(
 def write_network(path: Path, *, source: str, arch: str | None, weights: str | None, entry: str | None) -> None:
     """Read a network and write it as a whole module, and print the notes: what the confined process of ``load`` does."""
     notes: list[str] = []
-    torch.save(load(source, arch=arch, weights=weights, entry=entry, notes=notes), path)
+    network = load(source, arch=arch, weights=weights, entry=entry, notes=notes)
+    kept = [note for note in notes if " stays " in note]
+    if kept:
+        raise LoadError(
+            "a part of this network can't be made modules, and the confined process can't hand it over as it is",
+            seen=kept[0],
+            hint="leave `isolated` out, or pass the eager module that the archive was made from",
+        )
+    torch.save(network, path)
     sys.stdout.write(json.dumps(notes) + "\n")
 
 
-def load_program(path: str | os.PathLike[str]) -> ExportedProgram | torch.jit.ScriptModule:
+def load_program(
+    path: str | os.PathLike[str], *, trust: Sequence[str] = ()
+) -> ExportedProgram | torch.jit.ScriptModule:
     """Get the program in a ``.pt2`` or TorchScript archive, without running anything of it.
 
     Args:
         path: what ``torch.export.save`` or ``torch.jit.save`` wrote.
+        trust: as for ``load``.
 
     Raises:
         NoSuchFile: a file that doesn't exist.
@@ -163,7 +177,10 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram | torch.jit.Sc
         from se_inject.loading.exported.reader import exported_program
         from se_inject.loading.torchscript.reader import script_module
 
-        return checked_read(path, lambda: exported_program(file) if form == "pt2" else script_module(file)[0])
+        trust = trustworthy(trust)
+        return checked_read(
+            path, lambda: exported_program(file, trust) if form == "pt2" else script_module(file, trust)[0]
+        )
 
 
 def is_program(source: str | os.PathLike[str]) -> bool:
@@ -226,8 +243,10 @@ def _from_file(
         if form == "safetensors":
             raise _only_weights(path, form, checked_read(path, lambda: contents_of(file, form, {})))
         if form in PROGRAMS:
-            network = _network(path, file, form)
-            mark(network)
+            with importable(Path.cwd()) if trust else contextlib.nullcontext():
+                network = _network(path, file, form, trust, notes)
+            if not trust:
+                mark(network)
             return network
         if form not in PICKLES:
             raise unreadable(path, form)
@@ -258,20 +277,25 @@ def _from_file(
     return found
 
 
-def _network(path: Path, file: IO[bytes], form: str) -> nn.Module:
-    """Make an ordinary network of the program in an archive."""
+def _network(path: Path, file: IO[bytes], form: str, trust: Sequence[str], notes: list[str] | None) -> nn.Module:
+    """Make an ordinary network of the program in an archive; packages that are trusted register their operators first."""
     from se_inject.loading.exported.network import network_from_export
     from se_inject.loading.exported.reader import exported_program
     from se_inject.loading.torchscript.network import network_from_script
     from se_inject.loading.torchscript.reader import script_module
 
+    for name in trust:
+        with contextlib.suppress(ImportError):  # a namespace of operators that is registered otherwise
+            importlib.import_module(name)
     program: tuple[Any, ...] = checked_read(
-        path, lambda: (exported_program(file),) if form == "pt2" else script_module(file)
+        path, lambda: (exported_program(file, trust),) if form == "pt2" else script_module(file, trust)
     )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return network_from_export(*program) if form == "pt2" else network_from_script(*program)
+            if form == "pt2":
+                return network_from_export(program[0], notes)
+            return network_from_script(program[0], program[1], notes)
     except LoadError:
         raise
     except Exception as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from se_inject.errors import LoadError
+from se_inject.errors import LoadError, either
 from se_inject.forwards import all_lines, bodies_in, body_of, stored_lines
 
 _PYTHON = ("getattr", "round", "assert")
@@ -48,6 +48,13 @@ def is_allowed_check(operator: str) -> bool:
     """Return whether this operator, ``aten._assert_scalar.default``, only checks a program's inputs."""
     space, _, rest = operator.partition(".")
     return space == "aten" and rest.partition(".")[0] in _CHECKS
+
+
+def trust_hint(space: str) -> str | None:
+    """Say how a file may call the operators of a namespace that is not on the list; None for a namespace that has no name."""
+    if not space.isidentifier():
+        return None
+    return f"if you trust the file: `{either(f'--trust {space}', f'trust=[{space!r}]')}` lets it call every operator `{space}::…`"
 
 
 def is_allowed_method(name: Any) -> bool:

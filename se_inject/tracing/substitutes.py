@@ -72,8 +72,11 @@ def duplicate(model: nn.Module) -> nn.Module:
     """
     other: nn.Module | None = None
     if not any(isinstance(module, fx.GraphModule) for module in model.modules()):  # whose copy loses attributes
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), torch.no_grad():  # else TorchScript's copies have a history
             other = copy.deepcopy(model)
+            for tensor, copied_tensor in zip(model.parameters(), other.parameters(), strict=True):
+                if copied_tensor.requires_grad != tensor.requires_grad:
+                    copied_tensor.requires_grad_(tensor.requires_grad)
             for own, copied in zip(model.modules(), other.modules(), strict=True):
                 copied.training = own.training  # modules that are made anew when they are copied forget it
             mark_like(other, model)

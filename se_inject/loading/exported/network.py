@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from se_inject.errors import LoadError, SurgeryError
 from se_inject.forwards import encoded, function_name, is_name
 from se_inject.loading.layers import assembled, container
+from se_inject.loading.leaves import Leaves
 
 _CHECKS = (
     "_assert_tensor_metadata",
@@ -39,16 +40,20 @@ _OF_SIZES = {
 """Functions of sizes that may be symbols, and what they are for numbers."""
 
 
-def network_from_export(program: ExportedProgram) -> nn.Module:
+def network_from_export(program: ExportedProgram, notes: list[str] | None = None) -> nn.Module:
     """Build an ordinary network that computes the same as an exported program, with the same tensors.
+
+    A module within it that can't be written down stays what torch makes of it.
 
     Args:
         program: it isn't run.
+        notes: a list that gets a note for each module that stays.
 
     Raises:
         LoadError: it can't be written down as modules; the message says why.
     """
-    return _Network(program).module(unflatten(program), "")
+    building = _Network(program)
+    return building.leaves.check(building.module(unflatten(program), ""), notes)
 
 
 def arguments_of(program: ExportedProgram, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -64,6 +69,7 @@ class _Network:
     def __init__(self, program: ExportedProgram) -> None:
         self.program = program
         self._done: dict[int, nn.Module] = {}
+        self.leaves = Leaves("an exported program", "an exported program")
 
     def module(self, found: Any, path: str) -> nn.Module:
         """Build the module for this one; the same for one that is in several places."""
@@ -93,11 +99,7 @@ class _Network:
         try:
             forward = _Forward(found.graph, None if path else self.program)
         except LoadError as error:
-            raise LoadError(
-                f"{f'`{path}` ({name})' if path else f'the {name}'} in an exported program can't be made a module",
-                seen=error.message,
-                hint="pass the eager module that it was made from",
-            ) from error
+            return self.leaves.keep(path, name, found, error)
         module = assembled(name, home, forward.inputs, forward.lines, tensors, children, forward.example)
         module._non_persistent_buffers_set |= module._buffers.keys() & (
             found._non_persistent_buffers_set | plain.keys()

@@ -21,7 +21,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import torch
@@ -30,7 +30,7 @@ from torch.export import ExportedProgram
 from se_inject.errors import LoadError, quoted
 from se_inject.forwards import checked_path, function_named, is_plain_name
 from se_inject.loading.exported.expressions import SYMBOL, check_expression
-from se_inject.loading.operators import is_allowed_check, is_allowed_function
+from se_inject.loading.operators import is_allowed_check, is_allowed_function, trust_hint
 from se_inject.loading.pickles.constructors import check_view
 from se_inject.loading.pickles.containers import unpickle
 from se_inject.loading.zip_archive import Archive
@@ -51,14 +51,15 @@ _CUSTOM = frozenset(["as_custom_obj", "custom_obj"])
 _WITH_NAMES_OF_VALUES = frozenset(["tensor_values", "sym_int_values", "sym_bool_values", "sym_float_values"])
 
 
-def exported_program(file: IO[bytes]) -> ExportedProgram:
+def exported_program(file: IO[bytes], trust: Sequence[str] = ()) -> ExportedProgram:
     """Read the program in a ``.pt2`` archive; nothing of the file is executed. Guards on example inputs are left out.
 
     Args:
         file: the open file.
+        trust: namespaces of operators that it may call besides those on the list.
 
     Raises:
-        LoadError: it holds what can't be read safely.
+        LoadError: it holds what can't be read safely, or calls an operator that is not registered.
         Exception: of any class, from a damaged file.
     """
     from torch._export.serde import schema
@@ -74,7 +75,7 @@ def exported_program(file: IO[bytes]) -> ExportedProgram:
     if len(models) != 1:
         raise LoadError("an archive of several exported programs", seen=f"{len(models)}")
     name = models[0].removeprefix("models/").removesuffix(".json")
-    program = _checked_program(bounded_json(archive, models[0]))
+    program = _checked_program(bounded_json(archive, models[0]), trust)
     weights = _tensors(archive, "data/weights/", f"{name}_weights_config.json")
     constants = _tensors(archive, "data/constants/", f"{name}_constants_config.json")
     samples = _samples(archive, f"data/sample_inputs/{name}.pt")
@@ -156,7 +157,7 @@ def _samples(archive: Archive, name: str) -> Any:
 # -- the program -------------------------------------------------------------------------------------------
 
 
-def _checked_program(program: Any) -> Any:
+def _checked_program(program: Any, trust: Sequence[str]) -> Any:
     """Check a program's JSON data, and return it without what would be executed.
 
     Raises:
@@ -191,7 +192,8 @@ def _checked_program(program: Any) -> Any:
                 if key in _WITH_NAMES_OF_VALUES:
                     for name in value:
                         _check_name(name)
-                _CHECKS.get(key, _unchecked)(value)
+                if not (key in _TARGETS and _is_trusted(value, trust)):
+                    _CHECKS.get(key, _unchecked)(value)
                 todo.append(value)
     return program
 
@@ -249,9 +251,35 @@ def _check_target(target: Any) -> None:
     if not isinstance(target, str):
         raise LoadError("an exported program with an operator that has no name", seen=quoted(target))
     if not is_allowed_target(target):
-        raise LoadError(f"an exported program calls `{target[:80]}`, which a file may not")
+        space = target.removeprefix("torch.ops.").partition(".")[0] if target.startswith("torch.ops.") else ""
+        raise LoadError(
+            f"an exported program calls `{target[:80]}`",
+            seen="it is not on the list of operators that a file may call",
+            hint=trust_hint(space) if space != "higher_order" else None,
+        )
     if target.startswith("torch.ops.aten."):
         function_named(f"ops:{target.removeprefix('torch.ops.')}")
+
+
+def _is_trusted(target: Any, trust: Sequence[str]) -> bool:
+    """Return whether a program may call an operator of a namespace that the user trusts.
+
+    Raises:
+        LoadError: no such operator is registered in this process.
+    """
+    parts = target.split(".") if isinstance(target, str) else []
+    if parts[:2] != ["torch", "ops"] or not all(map(is_plain_name, parts)) or parts[2] not in trust:
+        return False
+    found: Any = torch.ops
+    for part in parts[2:]:
+        found = getattr(found, part, None)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise LoadError(
+            f"an exported program calls the operator `{'.'.join(parts[2:])[:80]}`",
+            seen="it is not registered in this process",
+            hint="import the package that registers it first",
+        )
+    return True
 
 
 def _check_keywords(text: Any) -> None:
@@ -288,6 +316,7 @@ def _is_key(key: Any) -> bool:
 _KEY = re.compile(r"[\w.:/ -]{0,200}")
 
 
+_TARGETS = ("target", "as_operator")
 _CHECKS: dict[str, Callable[[Any], None]] = {
     "name": _check_name,
     "as_name": _check_name,

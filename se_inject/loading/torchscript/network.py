@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from se_inject.errors import LoadError
 from se_inject.loading.layers import assembled, container
+from se_inject.loading.leaves import Leaves
 from se_inject.loading.torchscript.graphs import Archive, class_of, plain_class_of
 from se_inject.loading.torchscript.translate import Forward
 
@@ -50,18 +51,24 @@ _RECURRENT = {
 """Recurrent layers, with the options that not all of them have."""
 
 
-def network_from_script(script: torch.jit.ScriptModule, function: Callable[[str], Any]) -> nn.Module:
+def network_from_script(
+    script: torch.jit.ScriptModule, function: Callable[[str], Any], notes: list[str] | None = None
+) -> nn.Module:
     """Build an ordinary network that computes the same as a TorchScript module, with the same tensors.
+
+    A module within it that can't be written down stays the TorchScript module that it is.
 
     Args:
         script: the module; it isn't run.
         function: the archive's function of a qualified name.
+        notes: a list that gets a note for each module that stays.
 
     Raises:
         LoadError: it can't be written down as modules; the message says why.
     """
     is_frozen = next(script.parameters(), None) is None
-    return _Network(Archive(script, function), is_frozen).module(script, "")
+    building = _Network(Archive(script, function), is_frozen)
+    return building.leaves.check(building.module(script, ""), notes)
 
 
 class _Network:
@@ -70,11 +77,15 @@ class _Network:
     Args:
         archive: what its forwards share.
         is_frozen: whether its weights are constants; otherwise constants are not part of the state dict.
+
+    Attributes:
+        leaves: the modules that stay TorchScript.
     """
 
     def __init__(self, archive: Archive, is_frozen: bool) -> None:
         self.archive = archive
         self.is_frozen = is_frozen
+        self.leaves = Leaves("a TorchScript archive", "TorchScript")
         self._tensors: dict[int, Tensor] = {}
         """By the address of their C++ object: what is shared stays so."""
         self._originals: list[Tensor] = []
@@ -118,11 +129,7 @@ class _Network:
         except LoadError as error:
             if takes_modules:
                 return container(name, tensors, children)  # its callers have it written out
-            raise LoadError(
-                f"{f'`{path}` ({name})' if path else f'the {name}'} in a TorchScript archive can't be made a module",
-                seen=error.message,
-                hint=_EAGER,
-            ) from error
+            return self.leaves.keep(path, name, script, error)
         if takes_modules:
             self.archive.borrowing.add(class_of(script))
         children |= {key: self.module(passed, f"{path}.{key}") for key, passed in forward.borrowed.items()}

@@ -13,13 +13,13 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import torch
 
 from se_inject.errors import LoadError
-from se_inject.loading.operators import is_allowed_instruction
+from se_inject.loading.operators import is_allowed_instruction, trust_hint
 from se_inject.loading.pickles.module_checks import MOST_PATHS
 from se_inject.loading.torchscript.pickles import check_script_pickles
 from se_inject.loading.torchscript.source import FORBIDDEN, SOURCE, checked_sources
@@ -37,11 +37,12 @@ _PRINTING = ("prim::Print", "aten::warn")
 _PICKLES = ("data.pkl", "constants.pkl")
 
 
-def script_module(file: IO[bytes]) -> tuple[torch.jit.ScriptModule, Callable[[str], Any]]:
+def script_module(file: IO[bytes], trust: Sequence[str] = ()) -> tuple[torch.jit.ScriptModule, Callable[[str], Any]]:
     """Read the module in a TorchScript archive, on the CPU, and its function of a qualified name. None of its code has run.
 
     Args:
         file: the open file.
+        trust: namespaces of operators that it may call besides those on the list.
 
     Raises:
         LoadError: it holds what can't be read safely.
@@ -49,9 +50,9 @@ def script_module(file: IO[bytes]) -> tuple[torch.jit.ScriptModule, Callable[[st
     """
     unit = torch._C.CompilationUnit()
     with _in_memory() as (copy, load):
-        _copy_checked(file, copy)
+        _copy_checked(file, copy, trust)
         found = load(unit)
-    _check_graphs(found, unit)
+    _check_graphs(found, unit, trust)
     return torch.jit._recursive.wrap_cpp_module(found), unit.find_function  # type: ignore[no-untyped-call]
 
 
@@ -71,7 +72,7 @@ def _in_memory() -> Iterator[tuple[IO[bytes], Callable[[Any], Any]]]:
         yield stream, lambda unit: torch._C.import_ir_module_from_buffer(unit, stream.getvalue(), *options)  # type: ignore[call-arg,arg-type]
 
 
-def _copy_checked(file: IO[bytes], to: IO[bytes]) -> None:
+def _copy_checked(file: IO[bytes], to: IO[bytes], trust: Sequence[str]) -> None:
     archive = Archive(file)
     archive.check()
     names = set(archive.records)
@@ -87,7 +88,7 @@ def _copy_checked(file: IO[bytes], to: IO[bytes]) -> None:
             raise LoadError(f"a TorchScript archive with a `{name[:80]}`")
     archive.copy(filter(_READ.fullmatch, archive.records), to)
     copy = Archive(to)  # somebody may be writing to the file; nobody can write to this
-    check_script_pickles(copy, _PICKLES, checked_sources(copy))
+    check_script_pickles(copy, _PICKLES, checked_sources(copy, trust))
 
 
 def operators_of(module: Any) -> set[str]:
@@ -119,14 +120,19 @@ def _nodes(graph: Any) -> Iterator[Any]:
             todo += node.blocks()
 
 
-def _check_graphs(module: Any, unit: Any) -> None:
+def _check_graphs(module: Any, unit: Any, trust: Sequence[str]) -> None:
     """Look at every operator that the module may call; take out what writes to the terminal. Nothing has been run."""
     for graph in _graphs(module, unit):
         printing = []
         for node in _nodes(graph):
             kind = node.kind()
-            if not is_allowed_instruction(kind) or kind.partition("::")[2] in FORBIDDEN:
-                raise LoadError(f"a TorchScript archive that calls `{kind}`", seen="it is not on the list of operators")
+            space, _, name = kind.partition("::")
+            if name in FORBIDDEN or not (is_allowed_instruction(kind) or space in trust):
+                raise LoadError(
+                    f"a TorchScript archive that calls `{kind}`",
+                    seen="it is not on the list of operators",
+                    hint=None if name in FORBIDDEN else trust_hint(space),
+                )
             if kind in _CASTS:
                 _check_cast(node)
             if kind in _PRINTING:

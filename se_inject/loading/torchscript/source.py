@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from se_inject.errors import LoadError
+from se_inject.loading.operators import trust_hint
 from se_inject.loading.zip_archive import Archive
 
 FORBIDDEN = frozenset({"save", "load", "from_file", "classes", "__setstate__", "hasattr"})
@@ -50,8 +51,12 @@ Declared = Mapping[str, Class]
 """By qualified name."""
 
 
-def checked_sources(archive: Archive) -> Declared:
+def checked_sources(archive: Archive, trust: Sequence[str] = ()) -> Declared:
     """Look at all source text of an archive.
+
+    Args:
+        archive: that it is in.
+        trust: other libraries whose operators it may call.
 
     Returns:
         what its classes declare.
@@ -64,7 +69,7 @@ def checked_sources(archive: Archive) -> Declared:
     for record in archive.records:
         if not SOURCE.fullmatch(record):
             continue
-        for node in _checked_source(record, archive).body:  # a tree is large: one at a time
+        for node in _checked_source(record, archive, trust).body:  # a tree is large: one at a time
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
                 name = f"{record[5:-3].replace('/', '.')}.{node.name}"
                 if name in names:
@@ -101,23 +106,31 @@ def parsed_source(name: str, archive: Archive) -> ast.Module:
         raise LoadError("a TorchScript archive with source text that is none", seen=name[:80]) from error
 
 
-def _checked_source(name: str, archive: Archive) -> ast.Module:
+def _checked_source(name: str, archive: Archive, trust: Sequence[str]) -> ast.Module:
     """Parse source text, and look at every word of it."""
     tree = parsed_source(name, archive)
     depth, depth_of_types = _tree_depth(tree)
     if depth > _DEEPEST_TREE or depth_of_types > _DEEPEST_TYPE:
         raise LoadError("a TorchScript archive whose source text goes too deep", seen=name[:80])
     operators, readings = set(), set()
+    libraries: dict[ast.AST, str] = {}
     for node in ast.walk(tree):
         word = _word(node)
         if word in FORBIDDEN:
             raise LoadError(f"a TorchScript archive that uses `{word}`", seen=f"in its {name[:80]}")
-        if isinstance(node, ast.Attribute) and _word(node.value) in _NAMESPACES:
+        if isinstance(node, ast.Attribute) and (_word(node.value) in _NAMESPACES or _word(node.value) in trust):
             operators.add(getattr(node.value, "value", None))  # in `ops.aten.relu`, the `ops`
         if isinstance(node, ast.Call) and _reads_a_child(node):
             readings.add(node.func)
+        if isinstance(node, ast.Attribute) and _word(node.value) == "ops":
+            libraries[node.value] = node.attr
         if word == "ops" and isinstance(node, ast.Name) and node not in operators:
-            raise LoadError("a TorchScript archive that calls an operator of another library", seen=name[:80])
+            library = libraries.get(node, "")
+            raise LoadError(
+                "a TorchScript archive that calls an operator of another library",
+                seen=f"{f'`{library[:80]}`, ' if library else ''}in its {name[:80]}",
+                hint=trust_hint(library) if library else None,
+            )
         for annotation in _annotations(node):
             type_of(annotation)
         if word == "getattr" and node not in readings:
