@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import sys
 import sysconfig
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from se_inject.errors import LoadError
+from se_inject.forbidden_acts import ACTS, PATCHED, READING, UNREPORTED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,60 +39,9 @@ _lock = threading.Lock()
 _is_installed = False
 
 _HINT = "a network has no business with that: don't trust this file"
-_ACTS = {
-    "compile": "compiles source text",
-    "exec": "executes code",
-    "code.__new__": "makes code",
-    "marshal.loads": "makes code",
-    "marshal.load": "makes code",
-    "pickle.find_class": "reads a pickle",
-    "import": "imports what is not loaded",
-    "_thread.": "starts a thread",
-    "subprocess.": "starts a process",
-    "pty.": "starts a process",
-    "os.": "changes the system",
-    "shutil.": "changes files",
-    "tempfile.": "makes files",
-    "socket.": "opens a connection",
-    "urllib.": "opens a connection",
-    "http.": "opens a connection",
-    "ftplib.": "opens a connection",
-    "smtplib.": "opens a connection",
-    "imaplib.": "opens a connection",
-    "poplib.": "opens a connection",
-    "webbrowser.": "opens a browser",
-    "sqlite3.": "opens a database",
-    "ctypes.": "calls C",
-    "mmap.": "maps memory",
-    "fcntl.": "changes files",
-    "msvcrt.": "changes files",
-    "winreg.": "changes the registry",
-    "_winapi.": "changes the system",
-    "signal.": "sends a signal",
-    "resource.": "changes limits",
-    "syslog.": "writes to the system's log",
-    "gc.": "looks into memory",
-    "sys.settrace": "watches the interpreter",
-    "sys.setprofile": "watches the interpreter",
-    "sys.addaudithook": "watches the interpreter",
-    "sys._current_": "watches the interpreter",
-    "builtins.": "asks at the terminal",
-    "cpython.": "runs Python",
-}  # fmt: skip
-_READING = frozenset(
-    [
-        "os.listdir",
-        "os.scandir",
-        "os.walk",
-        "os.fwalk",
-        "os.getxattr",
-        "os.listxattr",
-        "builtins.id",
-        "socket.gethostname",
-    ]
-)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_IMPORTING = "<frozen importlib._bootstrap"
+_IMPORTING = importlib._bootstrap._find_and_load.__code__  # type: ignore[attr-defined]
+"""Whether an import is going on is asked by this very code: names of files are what whoever compiles says."""
 _PACKAGES = ("torch.nn.", "torchvision.", "timm.", "se_inject", "torch.ao.")
 _OF_TORCH_ITSELF = (
     "symbolic_shapes.py",
@@ -210,7 +161,7 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
 
 def _forbidden(event: str, args: tuple[Any, ...]) -> str | None:
     """Describe an audit event that a forward must not cause; None for any other."""
-    if event in _READING:
+    if event in READING:
         return None
     if event == "open":
         _, mode, flags = args
@@ -218,12 +169,14 @@ def _forbidden(event: str, args: tuple[Any, ...]) -> str | None:
         return "opens a file for writing" if writes else None
     if event == "import":
         top = str(args[0]).partition(".")[0]
-        return None if top in sys.modules or top in sys.stdlib_module_names else _ACTS["import"]
-    return _ACTS.get(event) or _ACTS.get(event[: event.find(".") + 1] or event) or _starting(event)
+        if top in UNREPORTED:
+            return f"imports `{top}`"
+        return None if top in sys.modules or top in sys.stdlib_module_names else ACTS["import"]
+    return ACTS.get(event) or ACTS.get(event[: event.find(".") + 1] or event) or _starting(event)
 
 
 def _starting(event: str) -> str | None:
-    return next((what for start, what in _ACTS.items() if event.startswith(start) and "." in start), None)
+    return next((what for start, what in ACTS.items() if event.startswith(start) and "." in start), None)
 
 
 def _refuse(guard: _Guard, what: str, event: str, args: tuple[Any, ...] = ()) -> None:
@@ -245,7 +198,7 @@ def _running(guard: _Guard, event: str, args: tuple[Any, ...]) -> Any:
     may_import = event in _OF_AN_IMPORT and _is_installed_code(event, args)
     while frame is not None and frame is not guard.frame:
         code = frame.f_code
-        if may_import and code.co_filename.startswith(_IMPORTING):
+        if may_import and code is _IMPORTING:
             return None
         may_import |= code.co_name == "<module>" and code.co_filename.startswith(_folders())
         if code.co_argcount and (code.co_name.startswith("forward") or code.co_name == "_call_impl"):
@@ -264,8 +217,10 @@ def _is_of_torch_itself(frame: types.FrameType | None) -> bool:
         frame = frame.f_back
     if frame is None:
         return False
-    name = frame.f_code.co_filename
-    return name.startswith(_folders()[0]) or (frame.f_code.co_name == "<module>" and name.startswith(_folders()))
+    name, torch = frame.f_code.co_filename, _folders()[0]
+    return (name.startswith(torch) and not name.startswith(f"{torch}nn{os.sep}")) or (
+        frame.f_code.co_name == "<module>" and name.startswith(_folders())
+    )
 
 
 def _is_among(frame: types.FrameType, parts: tuple[str, ...]) -> bool:
@@ -309,24 +264,34 @@ _originals: list[tuple[Any, str, Any]] = []
 
 
 def _patch() -> None:
-    """While a thread is guarded, making a module is looked at, and torch's writing of files, which is done in C++.
+    """While a thread is guarded, look at calls of what Python reports nothing of: making modules, writing in C++, and some of ``os``.
 
     It acts in that thread alone.
     """
-    import torch
-
     if _guards and not _originals:
-        for owner, name, what in (
-            (torch.nn.Module, "__init__", "makes a module"),
-            (torch, "save", "writes a file"),
-            (torch, "from_file", "opens a file for writing"),
-        ):
-            original = vars(owner)[name]
-            _originals.append((owner, name, original))
-            setattr(owner, name, _looked_at(original, what, f"{owner.__name__}.{name}"))
+        for what, places in PATCHED.items():
+            for module, names in places.items():
+                for name in names:
+                    _patch_one(sys.modules.get(module), name, what)
     elif not _guards:
         while _originals:
-            setattr(*_originals.pop())
+            owner, name, original = _originals.pop()
+            if original is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+
+
+def _patch_one(owner: Any, path: str, what: str) -> None:
+    *through, name = path.split(".")
+    for part in through:
+        owner = getattr(owner, part, None)
+    found = getattr(owner, name, None)
+    if found is not None:
+        own = vars(owner).get(name)
+        with contextlib.suppress(TypeError):  # a class that can't be changed, in some version
+            setattr(owner, name, _looked_at(found, what, f"{owner.__name__}.{name}"))
+            _originals.append((owner, name, own))
 
 
 def _looked_at(original: Callable[P, T], what: str, name: str) -> Callable[P, T]:

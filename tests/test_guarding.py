@@ -22,6 +22,7 @@ from torchvision.models.squeezenet import Fire
 import se_inject as si
 from se_inject import guarding
 from se_inject.errors import LoadError
+from se_inject.forbidden_acts import PATCHED
 from tests.common import build, randomise
 from tests.files.hostile import small
 
@@ -286,6 +287,119 @@ def test_what_is_let_through_for_others_is_not_for_a_network(act, folder):
     assert not (folder / "hit").exists()
     act()
     assert {path.name for path in folder.iterdir()} & {"hit", "evil.py"}
+
+
+def starts_one_by_the_lowest_call():
+    import _posixsubprocess
+
+    start, process = _posixsubprocess.fork_exec, None
+    ends = os.pipe()
+    try:
+        process = start(
+            [b"/bin/mkdir", b"hit"],
+            (b"/bin/mkdir",),
+            True,
+            (ends[1],),
+            None,
+            None,
+            -1,
+            -1,
+            -1,
+            -1,
+            -1,
+            -1,
+            *ends,
+            True,
+            False,
+            0,
+            None,
+            None,
+            None,
+            -1,
+            None,
+            True,
+        )
+    finally:
+        os.close(ends[0])
+        os.close(ends[1])
+    os.waitpid(process, 0)
+
+
+def forges_the_place_of_its_code():
+    place = os.path.join(os.path.dirname(torch.__file__), "evil.py")  # need not exist
+    call = importlib._bootstrap._call_with_frames_removed
+    call(exec, call(compile, "import os; os.mkdir('hit')", place, "exec"), {})
+
+
+def writes_history():
+    import readline
+
+    readline.write_history_file("hit")
+
+
+UNREPORTED = [
+    starts_one_by_the_lowest_call,
+    forges_the_place_of_its_code,
+    writes_history,
+    lambda: os.mkfifo("hit"),
+    lambda: os.mknod("hit"),
+    lambda: torch.serialization.save({}, "hit"),
+    lambda: torch._C.PyTorchFileWriter("hit").write_end_of_file(),
+    lambda: torch.UntypedStorage.from_file("hit", True, 10),
+]
+
+
+@pytest.mark.parametrize("act", UNREPORTED)
+def test_what_python_reports_nothing_of(act, folder):
+    act()
+    assert (folder / "hit").exists()  # so it is one
+    remove = (folder / "hit").rmdir if (folder / "hit").is_dir() else (folder / "hit").unlink
+    remove()
+    net = network(act)
+    guarding.mark(net)
+    with pytest.raises(LoadError, match=r"a Fire,? of this network"):
+        si.find_sites(net, IMAGES)
+    assert not (folder / "hit").exists()
+
+
+@pytest.mark.parametrize("name", ["umask", "nice", "setpriority", "sched_setaffinity", "_exit"])
+def test_calls_that_change_the_process(name, folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, name, lambda *args: calls.append(args))
+    net = network(lambda: getattr(os, name)(0))
+    net(IMAGES)
+    assert calls == [(0,)]
+    guarding.mark(net)
+    with pytest.raises(LoadError, match="changes the system"):
+        si.find_sites(net, IMAGES)
+    assert calls == [(0,)]
+
+
+def test_a_module_that_reports_nothing_is_not_imported(folder, monkeypatch):
+    monkeypatch.delitem(sys.modules, "termios", raising=False)
+    net = network(lambda: __import__("termios"))
+    guarding.mark(net)
+    with pytest.raises(LoadError, match="imports `termios`"):
+        si.find_sites(net, IMAGES)
+
+
+def test_everything_is_put_back(folder):
+    def now():
+        found = {}
+        for places in PATCHED.values():
+            for module, names in places.items():
+                for path in names:
+                    owner = sys.modules.get(module)
+                    for part in path.split("."):
+                        owner = getattr(owner, part, None)
+                    found[module, path] = owner
+        return found
+
+    before, net = now(), network(opens)
+    guarding.mark(net)
+    with contextlib.suppress(LoadError):
+        si.find_sites(net, IMAGES)
+    assert now() == before and "from_file" not in vars(torch.UntypedStorage)
 
 
 def defines_what_python_makes_of_text():
