@@ -143,6 +143,36 @@ def test_an_object_that_a_call_makes_is_refused(tmp_path):
         load_program(tmp_path / "a.pt")
 
 
+def test_a_state_needs_an_object(tmp_path):
+    parts = parts_of(Pair())
+    data = parts[name_of(parts, "/data.pkl")]
+    kind = f"c{OWN}\nB\n".encode()
+    start, end = data.index(f"c{OWN}\nA\n".encode()), data.index(b"X\x01\x00\x00\x00b")
+    data = data[:start] + kind + b")\x81" + STATE + b"b" + data[end:].replace(b"h\x07", kind)
+    whole = f"c{OWN}\nPair\nq\x00".encode()
+    assert data.count(whole + b")\x81") == 1
+    for content, words in (
+        (data, "holds an object of another class"),
+        (data.replace(whole + b")\x81", whole), "not an object"),
+    ):
+        (tmp_path / "a.pt").write_bytes(zipped({**parts, name_of(parts, "/data.pkl"): content}))
+        with pytest.raises(LoadError, match=words):
+            load_program(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [(b"Dict[str, Tensor]", b"(X\x01\x00\x00\x00aK\x01u"), (b"List[str]", b"(K\x01e")]
+)
+def test_nothing_is_added_to_what_has_a_type(kind, more, tmp_path):
+    parts = parts_of(Holder())
+    data = parts[name_of(parts, "/data.pkl")]
+    end = data.index(b"R", data.index(kind)) + 1
+    changed = data[:end] + more + data[end:]
+    (tmp_path / "a.pt").write_bytes(zipped({**parts, name_of(parts, "/data.pkl"): changed}))
+    with pytest.raises(LoadError, match="whole already"):
+        load_program(tmp_path / "a.pt")
+
+
 class Holder(nn.Module):
     """Attributes of every kind."""
 

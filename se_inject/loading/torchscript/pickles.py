@@ -238,17 +238,25 @@ class _ScriptUnpickler(Unpickler):
 
     def _set_state(self, instance: Any, state: Any) -> None:
         self._hold(instance, (state,))
-        if (kind := vars(instance).get("kind") if isinstance(instance, Placeholder) else None) is not None:
-            self._check_state(kind, state)
+        kind = vars(instance).get("kind") if isinstance(instance, Placeholder) else None
+        if kind is None:  # torch's reader would make an object of a bare class
+            raise Malformed("a state of what is not an object")
+        self._check_state(kind, state)
         super()._set_state(instance, state)
 
     def _set_items(self, items: list[Any]) -> None:
-        self._hold(self.stack[-1], items)
+        self._fill(items)
         super()._set_items(items)
 
     def _add_items(self, items: list[Any]) -> None:
-        self._hold(self.stack[-1], items)
+        self._fill(items)
         super()._add_items(items)
+
+    def _fill(self, items: list[Any]) -> None:
+        """Note what goes into a list or dict, which has no type yet: torch's reader looks at none once it has one."""
+        if isinstance(self.stack[-1], Placeholder):
+            raise Malformed("items for what is whole already")
+        self._hold(self.stack[-1], items)
 
     def _store(self, bytes_of_number: int) -> None:
         number = int.from_bytes(self.read(bytes_of_number), "little")
