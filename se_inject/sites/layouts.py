@@ -153,7 +153,7 @@ class Layouts:
                 if moved < 0:
                     return False
                 axis = moved
-            elif before.dim() != tensor.dim() and (axis != 1 or before.shape[1] != tensor.shape[1]):
+            elif before.dim() != tensor.dim() and (axis != 1 or before.shape[1:2] != tensor.shape[1:2]):
                 return axis == 1 and tensor.dim() > 3
             node = max(data, key=lambda source: source.meta["val"].numel())
 

@@ -114,5 +114,36 @@ def test_the_order_of_dimensions(function, order):
     assert permutation(node) == order
 
 
+class FromSamples(nn.Module):
+    """Its input is one row of samples an example: (N, L), made (N, 1, L) in the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.filters, self.shortcut = nn.Conv1d(1, 8, 8, stride=4), nn.Linear(16, 8)
+        self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = F.relu(self.norm(self.filters(x.unsqueeze(1))))
+        return self.head(y.mean(2))
+
+
+@pytest.mark.parametrize("shape", [(2, 64), (64,)])
+def test_an_input_with_fewer_dimensions_than_a_map_is_no_obstacle(shape):
+    network = FromSamples()
+    if len(shape) == 1:
+
+        class One(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = FromSamples()
+
+            def forward(self, x):
+                return self.net(x[None])
+
+        network = One()
+    x = torch.rand(shape)
+    assert [site.address.rpartition(".")[2] for site in si.find_sites(network.eval(), x)] == ["relu"]
+
+
 def test_every_kind_is_in_the_table():
     assert layouts.Last.__name__ in PLACES
