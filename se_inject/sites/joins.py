@@ -51,7 +51,8 @@ def joined_branches(ledger: Ledger, owner: OwnerGraph) -> None:
         joins.append(join)
     for join in reversed(joins):
         value = ledger.values.activated(owner, _joined_value(owner, join.node, alone=len(joins) == 1))
-        held = HeldBack.NESTED if ledger.hold_units(join.inside) else None
+        over_units = ledger.hold_units(join.inside) or join.inside & ledger.inside.get(owner.path, set())
+        held = HeldBack.NESTED if over_units else None
         if ledger.add(owner, value, join.kind, join.inside, held, join.node) and held is None:
             ledger.mark(owner, [join.inside])
             for layer in _dense_layers(join.node):

@@ -132,7 +132,8 @@ class Layouts:
                 continue
             if not isinstance(tensor, Tensor) or not data:
                 return None if axis == 1 else False
-            before = data[0].meta["val"]
+            source = max(data, key=lambda each: each.meta["val"].numel())
+            before = source.meta["val"]
             inner = self.trace.graphs.get(path_of(node)) if kind(node) == "module" else None
             result = returned(inner.graph) if inner is not None else None
             if inner is not None and before.shape == tensor.shape and self.roles.of(node) in ("norm", "act"):
@@ -149,13 +150,13 @@ class Layouts:
                 if order is None:
                     return None if axis == 1 else False
                 axis = order[axis]
-            elif lays_out(node) and (moved := self._before_reshape(data[0], tensor.shape, axis)) is not None:
+            elif lays_out(node) and (moved := self._before_reshape(source, tensor.shape, axis)) is not None:
                 if moved < 0:
                     return False
                 axis = moved
             elif before.dim() != tensor.dim() and (axis != 1 or before.shape[1:2] != tensor.shape[1:2]):
                 return axis == 1 and tensor.dim() > 3
-            node = max(data, key=lambda source: source.meta["val"].numel())
+            node = source
 
     def _before_reshape(self, source: fx.Node, after: torch.Size, axis: int) -> int | None:
         """Return which dimension an axis was before a reshape, -1 if the channels are another axis now, None if that can't be told."""

@@ -15,8 +15,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from se_inject.tracing.known_results import FACTORIES
+from se_inject.tracing.numbers import numbers_written_down
 from se_inject.tracing.patches import patched
-from se_inject.tracing.proxy import FOREIGN_TENSOR, PYTHON_NUMBER, Untraceable, is_numbers, is_proxy
+from se_inject.tracing.proxy import FOREIGN_TENSOR, LENGTH, PYTHON_NUMBER, Untraceable, is_numbers, is_proxy
 
 if TYPE_CHECKING:
     from se_inject.tracing.tracer import OwnerTracer
@@ -37,7 +38,7 @@ def helper_for(error: Exception) -> Helper | None:
     if isinstance(error, Untraceable):
         if text == FOREIGN_TENSOR:
             return Helper("tensors made in the forward", _Factories)
-        return Helper("math", _math) if text == PYTHON_NUMBER else None
+        return Helper("numbers", _numbers) if text in (PYTHON_NUMBER, LENGTH) else None
     found = re.match(r"(\w+)\(\) (takes 1 positional argument|received an invalid combination of arguments)", text)
     if found and found[1] in ("zeros", "ones", "empty", "rand", "randn"):
         return _patch(torch, found[1], _sizes_in_a_tuple)
@@ -121,9 +122,10 @@ def _patch(owner: Any, name: str, replacement: Callable[..., Any]) -> Helper:
 
 
 @contextlib.contextmanager
-def _math(tracer: OwnerTracer) -> Any:
-    """Write down functions of ``math`` that are given sizes."""
+def _numbers(tracer: OwnerTracer) -> Any:
+    """Write down functions of ``math``, and ``int``, ``float`` and ``len``, that are given sizes."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(numbers_written_down(tracer))
         for name in ("sqrt", "log", "log2", "log10", "exp", "pow", "gcd"):
             stack.enter_context(patched(math, name, _called_on_sizes))
         yield

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from se_inject.forwards import field
 from se_inject.tracing.containers import contents, form_of, holds, is_special, made
+from se_inject.tracing.operations import is_constant
 
 if TYPE_CHECKING:
     from se_inject.tracing.tracer import OwnerTracer
@@ -31,6 +32,7 @@ FOREIGN_TENSOR = (
     "uses a tensor that is neither an input nor an attribute of the module, nor made in its forward of plain numbers"
 )
 PYTHON_NUMBER = "turns a size or a tensor into a Python number"
+LENGTH = "takes the length of a tensor"
 _STRUCTURES = (tuple, list, dict)
 _BAKED_ATTRIBUTES = frozenset({"ndim", "layout", "is_quantized", "is_sparse", "is_nested"})
 _BAKED_METHODS = frozenset({"dim", "ndimension", "is_floating_point", "keys"})
@@ -95,13 +97,23 @@ class ValueProxy(fx.Proxy):
             return len(self.value)
         if not isinstance(self.value, Tensor):
             raise TypeError(f"object of type '{type(self.value).__name__}' has no len()")
-        raise Untraceable("takes the length of a tensor")
+        if is_constant(self.node) and self.value.dim():
+            return int(self.value.shape[0])
+        raise Untraceable(LENGTH)
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, dict):
             return iter(self.value)
         if isinstance(self.value, _STRUCTURES):
             return iter([self[i] for i in range(len(self.value))])
+        frame = sys._getframe(1)
+        if isinstance(self.value, Tensor) and self.value.dim():
+            count = self.value.shape[0]
+            if is_constant(self.node):
+                return iter([self[i] for i in range(count)])
+            if _unpacked(frame.f_code, frame.f_lasti) == count:
+                self.tracer.guard(self.size(0) == count, True)
+                return iter([self[i] for i in range(count)])
         kind = "tensor" if isinstance(self.value, Tensor) else type(self.value).__name__
         raise Untraceable(f"iterates over a {kind}")
 
@@ -216,6 +228,15 @@ def _is_isinstance(code: CodeType, position: int) -> bool:
         before = done.pop()
         missing -= dis.stack_effect(before.opcode, before.arg, jump=False)
     return bool(done) and done[-1].opname in ("LOAD_GLOBAL", "LOAD_NAME") and done[-1].argval == "isinstance"
+
+
+@functools.lru_cache(maxsize=10_000)
+def _unpacked(code: CodeType, position: int) -> int | None:
+    """Return how many values the instruction at this position takes, if it is ``a, b, c = …``."""
+    for instruction in dis.get_instructions(code):
+        if instruction.offset == position:
+            return instruction.arg if instruction.opname == "UNPACK_SEQUENCE" else None
+    return None
 
 
 class Changed:

@@ -56,7 +56,7 @@ def _size(value: Any, depth: int = 0) -> int:
 
 
 @functools.lru_cache(maxsize=2_000)
-def _codes(kind: type) -> tuple[CodeType, ...]:
+def codes_of(kind: type) -> tuple[CodeType, ...]:
     """Return the code of a class's forward, and of the methods and functions of its author's that it names."""
     found: dict[CodeType, None] = {}
     pending: list[Any] = [getattr(kind, "forward", None)]
@@ -86,14 +86,14 @@ def _with_inner(code: CodeType) -> list[CodeType]:
 @functools.lru_cache(maxsize=2_000)
 def names_in_forward(kind: type) -> frozenset[str]:
     """Return the names in the code of a class's forward, and of the methods and functions that it names."""
-    return frozenset(name for code in _codes(kind) for name in code.co_names)
+    return frozenset(name for code in codes_of(kind) for name in code.co_names)
 
 
 @functools.lru_cache(maxsize=2_000)
 def _pairs(kind: type) -> dict[str, set[str]]:
     """Return, by attribute, the attributes that a class's forward reads right after it, as in ``self.config.scale``."""
     found: dict[str, set[str]] = {}
-    for code in _codes(kind):
+    for code in codes_of(kind):
         before = None
         for instruction in dis.get_instructions(code):
             if instruction.opname in ("CACHE", "EXTENDED_ARG"):

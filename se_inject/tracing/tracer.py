@@ -258,6 +258,9 @@ class OwnerTracer(TracerBase):
         except BaseException:
             self.graph.erase_node(node)  # the forward may go on without it
             raise
+        if value is None and target is operator.getitem and node.args[0].op == "call_module":  # type: ignore[union-attr]
+            self.graph.erase_node(node)  # `if y is None` asks which object it is
+            return None
         return self._wrap(node, value)
 
     def _value(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: fx.Node) -> Any:

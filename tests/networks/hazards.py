@@ -1385,13 +1385,26 @@ class UnpacksShape(Parts):
         return self.branch(shuffled) + x
 
 
-@in_net(plain=True, refused={"": "Python number"})
+@in_net(
+    "interpolate",
+    probes={"interpolate": (F.interpolate, None)},
+    variants={"other size": lambda net: net(*image(2, 24)), "odd": lambda net: net(*image(2, 13))},
+)
 class SizeAsInt(Parts):
     """``int(x.shape[2])``."""
 
     def forward(self, x):
-        height = int(x.shape[2])
+        height = int(x.shape[2] * 1.0)
         return F.interpolate(self.branch(x), size=(height, int(x.shape[3]))) + x
+
+
+@in_net(plain=True, refused={"": "Python number"})
+class ValueAsInt(Parts):
+    """A size that depends on the data."""
+
+    def forward(self, x):
+        height = x.shape[2] + int(x.mean() > 1000)
+        return F.interpolate(self.branch(x), size=(height, x.shape[3])) + x
 
 
 @in_net(

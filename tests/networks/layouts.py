@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.networks.places import C, network, units
+from tests.networks.places import C, conv, network, units
 
 
 class Maps(nn.Module):
@@ -272,3 +272,30 @@ class GatedByRepetition(nn.Module):
     def forward(self, x):
         x = x.movedim(1, -1)
         return (x + self.se(self.norm(x))).movedim(-1, 1)
+
+
+class Streams(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared, self.rest, self.skip = conv(), nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 1)
+
+    def forward(self, x):
+        x = self.shared(x)
+        return self.rest(x), self.skip(x)
+
+
+@network("getitem", "getitem#3")
+class SkipSums(nn.Module):
+    """Residual layers in one forward, whose second results are summed up: the sum is made of units, and has no block."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layers = conv(3), nn.ModuleList([Streams(), Streams(), Streams()])
+        self.head = nn.Linear(C, 4)
+
+    def forward(self, x):
+        x, total = self.stem(x), 0.0
+        for layer in self.layers:
+            rest, skip = layer(x)
+            x, total = x + rest, total + skip
+        return self.head(total.mean((2, 3)))

@@ -434,7 +434,7 @@ class DroppedAndScaled(nn.Module):
         self.conv = nn.Conv2d(C, C, 3, padding=1)
 
     def forward(self, x):
-        if self.training and int(x.shape[0] * 0.5) > 3:
+        if self.training and int(x.mean()) > 3:
             return F.relu(x)
         return F.relu(x + torch.tanh(self.conv(x)))
 
