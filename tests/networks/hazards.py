@@ -1387,6 +1387,7 @@ class UnpacksShape(Parts):
 
 @in_net(
     "interpolate",
+    count=1,
     probes={"interpolate": (F.interpolate, None)},
     variants={"other size": lambda net: net(*image(2, 24)), "odd": lambda net: net(*image(2, 13))},
 )

@@ -120,6 +120,8 @@ def test_they_are_computed_anew_for_every_input(kind):
     after = si.inject(net, torch.rand(2, 3, 15, 17))
     assert [step.site for step in si.plan_of(after).steps] == ["1.0.body", "1.1.body"]
     assert {type(unit).__mro__[1] for unit in after[1]} == {kind}
+    with pytest.raises(si.errors.AlreadyInjected):  # its forward is read again
+        si.plan(after, torch.rand(2, 3, 15, 17))
     for shape in ((2, 3, 15, 17), (1, 3, 16, 16), (5, 3, 9, 22)):
         x = torch.randn(shape)
         with torch.no_grad():
