@@ -1,5 +1,6 @@
 """Small files that unfold: in error texts, in what libraries make of a state, in TorchScript's parser."""
 
+import json
 import struct
 import zipfile
 
@@ -89,6 +90,26 @@ def test_what_states_unfold_to_is_counted(tmp_path):
     taken, said = peak_of(archived(recurrent + b"h\x00)\x81h\x01b" * 420 + b"l."), tmp_path / "net.pt")
     assert taken < 256 << 20
     assert "unfolds" in said
+
+
+def many_forwards(count, text_of):
+    called = b"".join(b"h\x00" + text(text_of(number)) + b"\x85R" for number in range(count))
+    pickled = b"\x80\x02cse_inject.generated\nprogram_class\nq\x00](" + called + b"e."
+    return zipped({f"a/{name}": data for name, data in (("data.pkl", pickled), ("version", b"3\n"))})
+
+
+def test_stored_forwards_are_counted(tmp_path):
+    def forward(number):
+        lines = [["return", number]]
+        return json.dumps({"class": "A", "home": "b", "inputs": [["x"]], "lines": lines, "example": None})
+
+    taken, said = peak_of(many_forwards(12_000, forward), tmp_path / "many.pt")
+    assert taken < 64 << 20
+    assert "unfolds" in said
+    taken, said = peak_of(
+        many_forwards(20_000, lambda number: forward(0)), tmp_path / "same.pt"
+    )  # they share one class
+    assert "neither a network nor weights" in said
 
 
 class Rectified(nn.Module):

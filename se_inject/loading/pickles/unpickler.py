@@ -48,6 +48,7 @@ from se_inject.user_code import printable
 
 _BYTES_OF_A_MODULE = 2000
 _BYTES_OF_A_SET = 216
+_STORED_FORWARDS = "se_inject.generated"
 _WIDE = re.compile(rb"[\xc4-\xff]")
 """In text, the beginning of a letter that takes more than one byte in memory; then every letter does."""
 
@@ -187,6 +188,8 @@ class Unpickler(pickle._Unpickler):
             return self._refuse_call(function)
         for arg in args:
             self._reading.copies(arg)
+        if getattr(function, "__module__", None) == _STORED_FORWARDS:
+            self._reading.makes_class(function, *args)
         try:
             return self._made(function(*args))
         except (TypeError, AttributeError) as error:
