@@ -9,7 +9,7 @@ from torch import Tensor
 
 from se_inject.blocks.layers import Bottleneck, batch_norm, convolution, largest, zero_
 
-from ._layers import odd_kernel
+from .kernel_sizes import odd_kernel
 
 
 class ConvolutionalBlockAttention(Bottleneck):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from se_inject.blocks.layers import convolution
 from se_inject.errors import OptionError
 
-from ._layers import odd_kernel
+from .kernel_sizes import odd_kernel
 
 
 def kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from se_inject.blocks.layers import zero_
 
-from ._layers import odd_kernel
+from .kernel_sizes import odd_kernel
 
 
 class _PlaneGate(nn.Module):
