@@ -1,7 +1,7 @@
 """Train a torchvision ResNet-18 a little on scikit-learn's digits, put SE blocks into it, and go on with those alone.
 
 The backbone is frozen: only the SE blocks and the classifier learn, and the loss goes on from where it was, because
-the blocks start as identities. Ends with an ONNX file. About 30 seconds on two CPU cores.
+the blocks start as identities. Ends with an ONNX file. About 20 seconds on two CPU cores.
 
     python examples/finetune_digits.py
 """
@@ -46,7 +46,7 @@ def main() -> None:
     images, labels = digits()
     held_out = images[1500:], labels[1500:]
     backbone = torchvision.models.resnet18(num_classes=10)
-    train(backbone.train(), images[:1500], labels[:1500], steps=30, rate=1e-3)
+    train(backbone.train(), images[:1500], labels[:1500], steps=16, rate=1e-3)
     print(f"backbone alone           loss {loss_of(backbone, *held_out):.3f}")
 
     network = si.inject(backbone, images[:2], stages=[3, 4], reduction=16)
@@ -59,7 +59,7 @@ def main() -> None:
     print(f"training {trainable:,} of {sum(p.numel() for p in network.parameters()):,} parameters")
     si.fuse_(network)  # each block takes over the addition and the ReLU behind it
     before = loss_of(network, *held_out)
-    train(network.eval(), images[:1500], labels[:1500], steps=60, rate=3e-3)  # eval: BN statistics are frozen too
+    train(network.eval(), images[:1500], labels[:1500], steps=30, rate=3e-3)  # eval: BN statistics are frozen too
     after = loss_of(network, *held_out)
     print(f"with SE blocks, trained   loss {after:.3f}")
     assert after < before

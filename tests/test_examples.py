@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "examples").glob("*.ipynb"))
@@ -54,6 +55,8 @@ def test_notebook_prints_what_is_stored(path):
 def shown(cell):
     """What a cell of a notebook prints and shows."""
     found = json.dumps(cell.get("outputs", []))
+    if torch.__version__.startswith("2.9."):  # its programs hold a condition on sizes that those of later ones don't
+        found = re.sub(r'\\n", "      right where max\([^"]*?(?=</pre>)', "", found)
     varies = "numbers-vary" in cell["metadata"].get("tags", ())
     return re.sub(r"\d+(\.\d+)?(e-\d+)?", "#", found) if varies else found
 
