@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torchvision.ops import stochastic_depth
 
 import se_inject as si
 from se_inject.random_numbers import OwnNumbers
+from se_inject.testing import check_block
 from tests.common import randomise
 
 X = torch.linspace(-1, 1, 64).reshape(4, 16)
@@ -118,3 +120,32 @@ def test_networks_that_draw_are_verified(python, in_company, monkeypatch):
         monkeypatch.setattr("se_inject.random_numbers.is_alone", lambda: False)
     assert si.verify(net, injected, IMAGES).passed
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+
+
+@pytest.mark.parametrize("block", ["se", "cbam"])
+def test_checking_a_block_beside_a_thread_that_draws(block):
+    seen: list[torch.Tensor] = []
+    stop, state = threading.Event(), torch.get_rng_state()
+    expected = [torch.rand(3) for _ in range(3000)]
+    torch.set_rng_state(state)
+
+    def draw():
+        while not stop.is_set() and len(seen) < len(expected):
+            seen.append(torch.rand(3))
+            time.sleep(1e-4)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        check_block(block)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(seen) > 20
+    assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=False))
+
+
+def test_checking_a_block_leaves_the_generators():
+    state = torch.get_rng_state()
+    check_block("se")
+    assert torch.equal(torch.get_rng_state(), state)

@@ -15,10 +15,9 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from se_inject.blocks import Factory, find_block
 from se_inject.errors import InjectError, OptionError
+from se_inject.random_numbers import seeded
 from se_inject.testing.checks import CHECKS, SIZES, Broken, Subject, builds
 
 
@@ -80,7 +79,7 @@ def check_block(
     subject = Subject(factory, channels, rank, tuple(size or SIZES[rank]), options)
     name = getattr(factory, "__name__", type(factory).__name__)
     failures = []
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with seeded(0), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if (failure := _run("builds", builds, subject)) is not None:
             raise ConformanceError(name, [failure], 1)
