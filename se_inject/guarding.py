@@ -200,7 +200,8 @@ def _running(guard: _Guard, event: str, args: tuple[Any, ...]) -> Any:
         code = frame.f_code
         if may_import and code is _IMPORTING:
             return None
-        may_import |= code.co_name == "<module>" and code.co_filename.startswith(_folders())
+        is_body = code.co_name == "<module>" and code.co_filename.startswith(_folders())
+        may_import |= is_body and (event in _OF_A_BODY or not event.startswith(_NEVER))
         if code.co_argcount and (code.co_name.startswith("forward") or code.co_name == "_call_impl"):
             found = frame.f_locals.get(code.co_varnames[0])
             if _is_of_a_network(found):
@@ -238,6 +239,9 @@ def _is_installed_code(event: str, args: tuple[Any, ...]) -> bool:
 
 _OF_AN_IMPORT = ("compile", "exec", "import", "marshal.loads", "marshal.load", "code.__new__", "os.listdir")
 """What importing a module does by itself."""
+_OF_A_BODY = (*_OF_AN_IMPORT, "os.putenv", "os.unsetenv")
+"""What modules of torch's and Python's do with the system when they are imported."""
+_NEVER = ("os.", "subprocess.", "socket.", "shutil.", "pty.", "sqlite3.", "open")
 
 
 @functools.cache

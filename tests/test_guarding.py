@@ -267,9 +267,31 @@ def maps():
     torch.from_file("hit", shared=True, size=10, dtype=torch.uint8)
 
 
+def imports_through_a_finder_of_its_own():
+    class Loader:
+        def create_module(self, spec):
+            return None
+
+        def exec_module(self, module):
+            place = os.path.join(os.path.dirname(torch.__file__), "evil.py")
+            exec(compile("import os; os.mkdir('hit')", place, "exec"), {})
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            return importlib.machinery.ModuleSpec(name, Loader()) if name == "torch.evil" else None
+
+    sys.meta_path.insert(0, Finder())
+    try:
+        importlib.import_module("torch.evil")
+    finally:
+        sys.modules.pop("torch.evil", None)
+        del sys.meta_path[0]
+
+
 @pytest.mark.parametrize(
     "act",
     [
+        imports_through_a_finder_of_its_own,
         through_the_import_machinery,
         imports_a_file,
         through_a_function_that_compiles,

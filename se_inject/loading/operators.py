@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from se_inject.errors import LoadError, either
-from se_inject.forwards import all_lines, bodies_in, body_of, stored_lines
+from se_inject.forwards import bodies_in, body_of, stored_lines
+from se_inject.loading.arguments import check_arguments
 
 _PYTHON = ("getattr", "round", "assert")
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async")
@@ -85,7 +86,7 @@ def check_vocabulary(module: nn.Module) -> None:
     try:
         lines = [*stored_lines(module), *_unfused_lines(body_of(module))]
         names = list(_in_lines(lines))
-        _check_arguments(lines)
+        check_arguments(lines)
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise LoadError("a damaged file: a forward of an unknown form", seen=f"{error}") from error
     for kind, name in names:
@@ -107,15 +108,6 @@ def _hint(name: Any) -> str | None:
         "a file may call operators of torch and torchvision alone; `trust` of the package that its code is in lets it "
         "call any operator that is registered in this process"
     )
-
-
-def _check_arguments(lines: list[Any]) -> None:
-    """Refuse arguments that no program has and that make some operators crash."""
-    for kind, *parts in all_lines(lines):
-        if kind == "set" and parts[1] == "ops:aten._native_batch_norm_legit.no_stats":
-            training = parts[2][3] if len(parts[2]) > 3 else parts[3].get("training")
-            if training is not True:
-                raise LoadError("a program in this file normalises by statistics that it doesn't have")
 
 
 def named_in_text(text: str) -> Iterator[tuple[str, Any]]:

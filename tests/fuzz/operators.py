@@ -73,8 +73,11 @@ def overloads(only=()):
                     yield f"{space}.{name}.{overload}"
 
 
-def tensors(rng):
+def tensors(rng, boxes=False):
     """One tensor of many kinds."""
+    if boxes and rng.random() < 0.6:
+        far = [0.0, 1.0, -1.0, 1e9, -1e9, 1e30, float("nan"), float("inf"), 4.0]
+        return torch.tensor([[rng.choice(far) for _ in range(5)] for _ in range(3)])
     shape = rng.choice(
         [
             (2, 4, 8, 8),
@@ -94,7 +97,7 @@ def tensors(rng):
         ["float"] * 8
         + ["index"] * 3
         + ["far"] * 3
-        + ["least", "nan", "half", "bfloat", "complex", "bool", "byte", "expanded", "double", "boxes"]
+        + ["least", "minus", "nan", "half", "bfloat", "complex", "bool", "byte", "expanded", "double", "boxes"]
     )
     made = torch.Generator().manual_seed(rng.randrange(9))
     value = torch.randn(shape, generator=made)
@@ -104,6 +107,8 @@ def tensors(rng):
         return torch.randint(0, 3, shape, generator=made) * rng.choice([10**9, -(10**9), 2**62, 100])
     if kind == "least":
         return torch.full(shape, -(2**31), dtype=torch.int32)
+    if kind == "minus":
+        return torch.full(shape, -1, dtype=torch.int32)
     if kind == "nan":
         return value * float("nan")
     if kind == "expanded":
@@ -139,13 +144,13 @@ def sensible(kind, rng, shape):
     )
 
 
-def hostile(kind, rng):
+def hostile(kind, rng, boxes):
     """A value that no network passes."""
     if "Tensor" in kind:
         return (
-            [tensors(rng) for _ in range(rng.randrange(4))]
+            [tensors(rng, boxes) for _ in range(rng.randrange(4))]
             if "List[" in kind and kind != "Optional[Tensor]"
-            else tensors(rng)
+            else tensors(rng, boxes)
         )
     if "List[int]" in kind:
         return [rng.choice(INTS) for _ in range(rng.randrange(6))]
@@ -176,7 +181,7 @@ def arguments(name, number):
     rest = False
     for index, each in enumerate(given):
         kind = str(each.type)
-        value = hostile(kind, rng) if index in odd else sensible(kind, rng, shape)
+        value = hostile(kind, rng, space == "torchvision") if index in odd else sensible(kind, rng, shape)
         if value is None and each.has_default_value():
             value = each.default_value
         rest = rest or each.kwarg_only or each is not schema.arguments[index]
