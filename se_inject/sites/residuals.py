@@ -71,8 +71,8 @@ def residual_units(ledger: Ledger, owner: OwnerGraph) -> None:
             _refuse_attention(ledger, owner, node, inside | own)
             continue
         held = HeldBack.NESTED if around else None
-        is_map = ledger.values.layouts.misread(node) is None
-        if held is None and is_map and is_image_output(ledger.trace, owner, node, inside):
+        is_output = held is None and is_image_output(ledger.trace, owner, node, inside)
+        if is_output and ledger.values.layouts.misread(node) is None:
             held = HeldBack.OUTPUT
         found.append((node, inside, held))
         ledger.add(owner, ledger.values.unscaled(owner, branch), "residual", inside | own | {node}, held, node)

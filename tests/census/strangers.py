@@ -3,12 +3,14 @@
     pip install --no-deps --target FOLDER segmentation-models-pytorch monai …    # see packages.py; never another torch
     PYTHONPATH=FOLDER python tests/census/strangers.py               # resumable
     PYTHONPATH=FOLDER python tests/census/strangers.py --only 'monai:*' --again
+    PYTHONPATH=FOLDER python tests/census/strangers.py --changed     # search all for places; again where they differ from the row's
     python tests/census/strangers.py --table                         # only write the table anew
 
 Every network has random weights (normalisation statistics and affine parameters too) and runs in a process of its own with
 limits. It is planned with blocks at all units, those with attention of their own too; injected; verified; and its
-outputs are compared once more here, numbers and classes. Results: ``strangers.jsonl``, ``strangers.md``. The judgement
-of a table of stages was made by eye: ``judged.jsonl``.
+outputs are compared once more here, numbers and classes. Results: ``strangers.jsonl``, ``strangers.md``; a row's ``code`` is the
+commit that it was made with, its ``places`` the last one that finds the same stages and misses. The judgement of a table of
+stages was made by eye: ``judged.jsonl``.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import fnmatch
 import importlib.metadata
 import json
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -75,19 +78,17 @@ def called(network, inputs):
         return network(*torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, inputs))
 
 
-def examine(name):
-    """Plan, inject, verify and compare one network; what was seen, as data."""
+def made(name):
+    """A network of the packages with random weights, and inputs."""
     distribution, _, short = name.partition(":")
     torch.manual_seed(0)
     network, inputs = PACKAGES[distribution]()[short]()
-    network = randomise(network).eval()
-    row = {"class": type(network).__name__, "params": sum(p.numel() for p in network.parameters())}
-    start = time.process_time()
-    trace = observe_model(network, inputs)
-    found = sites_in(trace)
-    row["seconds"] = round(time.process_time() - start, 2)
-    row["how"] = trace.how
-    row["stages"] = [
+    return randomise(network).eval(), inputs
+
+
+def places(found):
+    """The stages and misses of a search, as data."""
+    stages = [
         [
             stage.path,
             [round(s, 2) for s in stage.strides[0]],
@@ -96,10 +97,27 @@ def examine(name):
         ]
         for stage in found.table
     ]
+    return {"stages": stages, "missed": [[refusal.address, refusal.reason] for refusal in found.missed]}
+
+
+def searched(name):
+    """The stages and misses of one network."""
+    return places(sites_in(observe_model(*made(name))))
+
+
+def examine(name):
+    """Plan, inject, verify and compare one network; what was seen, as data."""
+    network, inputs = made(name)
+    row = {"class": type(network).__name__, "params": sum(p.numel() for p in network.parameters())}
+    start = time.process_time()
+    trace = observe_model(network, inputs)
+    found = sites_in(trace)
+    row["seconds"] = round(time.process_time() - start, 2)
+    row["how"] = trace.how
+    row |= places(found)
     row["kinds"] = Counter(site.kind for site in found.all_sites if site.stage is not None)
     row["held_back"] = Counter(site.held_back.value for site in found.all_sites if site.held_back)
     row["refused"] = Counter(refusal.reason for refusal in found.refused)
-    row["missed"] = [[refusal.address, refusal.reason] for refusal in found.missed]
     try:
         start = time.process_time()
         plan = si.plan(network, inputs, attended=True)
@@ -140,8 +158,17 @@ def examine_package(distribution, options, known):
         return
     for short in names:
         name = f"{distribution}:{short}"
-        if fnmatch.fnmatchcase(name, options.only) and (options.again or name not in known):
-            row = {"name": name, "version": version, **in_process(examine, name, SECONDS)}
+        if not fnmatch.fnmatchcase(name, options.only):
+            continue
+        if options.changed and name in known and known[name].get("version") == version:
+            now = in_process(searched, name, SECONDS)
+            if now == {key: known[name].get(key) for key in now} and "units" in known[name]:
+                write(options, known[name] | {"places": options.code})
+                continue
+        elif options.changed and name not in known:
+            continue
+        if options.again or options.changed or name not in known:
+            row = {"name": name, "version": version, "code": options.code, **in_process(examine, name, SECONDS)}
             write(options, row)
             print(
                 name,
@@ -210,6 +237,7 @@ def tables(rows, judged):
         f"  {len(attention)} more have units of attention between positions alone, and get no block.",
         f"* Units with a block: {sum(row['units']['gated'] for row in measured):,} of "
         f"{sum(row['units']['gated'] + row['units']['unchosen'] + row['units']['missed'] for row in measured):,}.",
+        f"* Made with {counted_codes(networks.values())}.",
         f"* Planning: {seconds[len(seconds) // 2]} s of CPU in the median, {seconds[-1]} s at most.",
         f"* Table of stages and places judged by eye: {len(judged)} networks, {yes} as an expert would have them.",
         "",
@@ -246,6 +274,14 @@ def tables(rows, judged):
     return "\n".join(parts)
 
 
+def counted_codes(rows):
+    """Which commits the rows were made with, and for how many a later one was seen to find the same places."""
+    codes = Counter(row.get("code", "an earlier commit") for row in rows)
+    later = Counter(row["places"] for row in rows if "places" in row)
+    made_with = ", ".join(f"{code} ({count})" for code, count in codes.most_common())
+    return made_with + "".join(f"; {code} finds the same places for {count} of them" for code, count in later.items())
+
+
 def all_attention(row):
     """Whether a network without a place has units, and all are attention."""
     return "units of attention" in row["none"] or "unit of attention" in row["none"]
@@ -255,9 +291,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="*")
     parser.add_argument("--again", action="store_true", help="also those that have a result")
+    parser.add_argument("--changed", action="store_true", help="those whose places are others now than in their result")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--results", type=Path, default=HERE / "strangers.jsonl")
     options = parser.parse_args()
+    options.code = commit()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ |= {"HF_HUB_OFFLINE": "1", "YOLO_OFFLINE": "True", "MPLBACKEND": "agg"}
@@ -275,6 +313,12 @@ def main():
                 os.waitpid(child, 0)
     rows = latest(options.results)
     (HERE / "strangers.md").write_text(tables(rows, read_results(HERE / "judged.jsonl")))
+
+
+def commit():
+    """The commit of this working tree, short."""
+    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def latest(path):
