@@ -80,6 +80,9 @@ class _Unit:
             self.branch = result
 
     def place(self, position: str) -> Place:
+        addition = None if self.join is None else addition_of(self.join)
+        if addition is not None and len(addition.operands) > 2 and position != "post":
+            raise self._none("adds more than one branch to its shortcut")
         if position == "pre":
             return self._pre()
         if position == "post":

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from se_inject.forwards import class_of
-from se_inject.sites.additions import addition_of, joined_by_custom_operator, operands_of
+from se_inject.sites.additions import Addition, addition_of, joined_by_custom_operator, operands_of
 from se_inject.sites.dataflow import lineage, shared_lineage, since
 from se_inject.sites.ledger import Ledger
 from se_inject.sites.operations import (
@@ -46,6 +46,8 @@ def residual_units(ledger: Ledger, owner: OwnerGraph) -> None:
     for node in owner.graph.nodes:
         _refuse_custom_operator(ledger, owner, node)
         addition = addition_of(node)
+        if addition is not None and len(addition.operands) > 2 and node not in cells:
+            found += _several_branches(ledger, owner, node, addition)
         if addition is None or len(addition.operands) != 2 or node in cells:
             continue
         common = shared_lineage(addition.operands)
@@ -77,6 +79,26 @@ def residual_units(ledger: Ledger, owner: OwnerGraph) -> None:
         found.append((node, inside, held))
         ledger.add(owner, ledger.values.unscaled(owner, branch), "residual", inside | own | {node}, held, node)
     ledger.mark(owner, [nodes for _, nodes, held in found if held is None])
+
+
+def _several_branches(
+    ledger: Ledger, owner: OwnerGraph, node: fx.Node, addition: Addition
+) -> list[tuple[fx.Node, set[fx.Node], HeldBack | None]]:
+    """Find the branches of a sum of three or more in which one operand is plainly the shortcut: each has a site of its own."""
+    common = shared_lineage(addition.operands)
+    depths = [ledger.depths.between(operand, common) for operand in addition.operands] if common else []
+    if depths.count(0) != 1:
+        return []
+    shortcut = addition.operands[depths.index(0)]
+    branches = [operand for operand in addition.operands if operand is not shortcut]
+    inside = since(addition.operands, common) - lineage(shortcut)
+    linear = any(is_reparametrised(ledger, branch, shortcut, common) for branch in branches)
+    if linear or any(map(attends, inside)) or ledger.hold_units(inside):
+        return []
+    for branch in branches:
+        own = (lineage(branch) - lineage(shortcut)) | {node}
+        ledger.add(owner, ledger.values.unscaled(owner, branch), "residual", own, None, node)
+    return [(node, inside, None)]
 
 
 def _attends_to_positions(operands: list[fx.Node], common: set[fx.Node]) -> bool:

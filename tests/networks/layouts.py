@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.networks.places import C, conv, network, units
+from tests.networks.places import C, branch, conv, network, units
 
 
 class Maps(nn.Module):
@@ -299,3 +299,15 @@ class SkipSums(nn.Module):
             rest, skip = layer(x)
             x, total = x + rest, total + skip
         return self.head(total.mean((2, 3)))
+
+
+@units("one", "two")
+class TwoBranchesInAStack(nn.Module):
+    """A shortcut and two branches, summed up at once: each branch has a block, the shortcut has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = branch(), branch()
+
+    def forward(self, x):
+        return F.relu(torch.stack([self.one(x), x, self.two(x)]).sum(0))

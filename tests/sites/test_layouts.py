@@ -50,6 +50,20 @@ def test_a_block_between_permutations_by_hand():
     assert torch.equal(after(X), after[2:](x))
 
 
+def test_two_branches_by_hand():
+    after, blocks = injected("TwoBranchesInAStack")
+    x = after[0](X)
+    for unit, (one, two) in zip(after[1], (blocks[:2], blocks[2:]), strict=True):
+        gated = []
+        for part, block in ((unit.one, one), (unit.two, two)):
+            y = part(x)
+            gated.append(y * torch.sigmoid(block.fc2(F.relu(block.fc1(y.mean((2, 3), keepdim=True))))))
+        x = F.relu(torch.stack([gated[0], x, gated[1]]).sum(0))
+    assert torch.equal(after(X), after[2:](x))
+    with pytest.raises(si.errors.OptionError, match="more than one branch"):
+        si.plan(PLACES["TwoBranchesInAStack"].make().eval(), X, position="pre")
+
+
 @pytest.mark.parametrize("name", ["TokensWithAConvolution", "StaysChannelsLast", "PositionsFirst", "Last"])
 def test_the_block_is_as_wide_and_as_large_as_the_map(name):
     plan = si.plan(PLACES[name].make().eval(), X)
