@@ -35,6 +35,7 @@ def call_isolated(
     readable: Sequence[Path],
     memory: int | None = None,
     seconds: int | None = None,
+    file_size: int | None = None,
 ) -> str:
     """Have a function write a file, in a new process that is confined before it imports anything of the function's.
 
@@ -45,6 +46,7 @@ def call_isolated(
         readable: what it may read.
         memory: most bytes of memory.
         seconds: most seconds of processor time.
+        file_size: most bytes of a file that it writes.
 
     Returns:
         the end of what it printed.
@@ -61,6 +63,7 @@ def call_isolated(
         "readable": [str(path) for path in readable],
         "memory": memory,
         "seconds": seconds,
+        "file_size": file_size,
     }
     paths = [entry or os.getcwd() for entry in sys.path]
     process = subprocess.Popen(
@@ -125,9 +128,8 @@ def main() -> None:
     """Do what the request on stdin says; print an exception as a line of JSON."""
     request = json.load(sys.stdin)
     output = Path(request["output"])
-    confinement = Confinement(
-        readable=tuple(map(Path, request["readable"])), memory=request["memory"], seconds=request["seconds"]
-    )
+    limits = {name: request[name] for name in ("memory", "seconds", "file_size")}
+    confinement = Confinement(readable=tuple(map(Path, request["readable"])), **limits)
 
     def work() -> int:
         place, _, name = request["function"].partition(":")

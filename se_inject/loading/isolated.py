@@ -13,6 +13,9 @@ from torch import nn
 from se_inject.errors import OptionError, printable
 from se_inject.isolation import call_isolated, default_memory
 
+_LARGEST_NETWORK = 1 << 30
+"""Of the file that comes back, what eight times the files that were read may be exceeded by: this process reads it whole."""
+
 
 def load_isolated(
     load: Callable[..., nn.Module],
@@ -47,6 +50,7 @@ def load_isolated(
     if ":" not in os.fspath(source) and not os.path.exists(source):
         return load(source)  # says that there is no such file
     files = [Path(path).resolve() for path in (source, weights) if path is not None and os.path.exists(path)]
+    sizes = [path.stat().st_size for path in files if path.is_file()]
     with tempfile.TemporaryDirectory(prefix="se-inject-") as folder:
         output = Path(folder).resolve() / "network.pt"
         printed = call_isolated(
@@ -59,8 +63,9 @@ def load_isolated(
             },
             output,
             readable=files,
-            memory=default_memory(path.stat().st_size for path in files if path.is_file()),
+            memory=default_memory(sizes),
             seconds=3600 * (os.cpu_count() or 1),
+            file_size=_LARGEST_NETWORK + 8 * sum(sizes) if sizes else None,
         )
         for note in _notes(printed):
             say(printable(note, 1000))

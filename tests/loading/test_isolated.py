@@ -11,6 +11,7 @@ from torchvision.models import resnet18
 import se_inject as si
 from se_inject.errors import InjectError, LoadError, OptionError, WorkerError
 from se_inject.isolation import call_isolated
+from se_inject.loading import isolated
 from tests.common import outputs, randomise, same_state
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -72,3 +73,21 @@ def test_a_death_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
         call_isolated("falls:now", {"what": "escape"}, tmp_path / "x.pt", readable=[tmp_path])
     assert set(os.listdir()) - before <= {"__pycache__"}
     assert "falls" not in sys.modules
+
+
+def test_what_comes_back_is_no_larger_than_a_network(tmp_path, monkeypatch):
+    torch.save(small(), tmp_path / "net.pt")
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "grows.py").write_text(
+        "import os\ndef now(path, **_): open(path, 'wb').close(); os.truncate(path, 2 << 30)\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path, str(code)])
+
+    def taken_over(function, arguments, output, **limits):
+        return call_isolated("grows:now", {}, output, **limits)
+
+    monkeypatch.setattr(isolated, "call_isolated", taken_over)
+    with pytest.raises(InjectError, match="could not write") as caught:
+        si.load(tmp_path / "net.pt", isolated=True)
+    assert "limit on the size of files" in str(caught.value)
