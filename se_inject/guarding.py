@@ -201,7 +201,7 @@ def _running(guard: _Guard, event: str, args: tuple[Any, ...]) -> Any:
         if may_import and code is _IMPORTING:
             return None
         is_body = code.co_name == "<module>" and code.co_filename.startswith(_folders())
-        may_import |= is_body and (event in _OF_A_BODY or not event.startswith(_NEVER))
+        may_import |= is_body and not event.startswith(_OF_NO_IMPORT)
         if code.co_argcount and (code.co_name.startswith("forward") or code.co_name == "_call_impl"):
             found = frame.f_locals.get(code.co_varnames[0])
             if _is_of_a_network(found):
@@ -239,9 +239,21 @@ def _is_installed_code(event: str, args: tuple[Any, ...]) -> bool:
 
 _OF_AN_IMPORT = ("compile", "exec", "import", "marshal.loads", "marshal.load", "code.__new__", "os.listdir")
 """What importing a module does by itself."""
-_OF_A_BODY = (*_OF_AN_IMPORT, "os.putenv", "os.unsetenv")
-"""What modules of torch's and Python's do with the system when they are imported."""
-_NEVER = ("os.", "subprocess.", "socket.", "shutil.", "pty.", "sqlite3.", "open")
+_OF_NO_IMPORT = (
+    *(
+        "os.system",
+        "os.exec",
+        "os.posix_spawn",
+        "os.fork",
+        "os.kill",
+        "os.remove",
+        "os.rename",
+        "os.rmdir",
+        "os.truncate",
+    ),
+    *("subprocess.", "socket.connect", "socket.bind", "socket.sendto", "pty.", "shutil.rmtree"),
+)
+"""What no module of torch's or Python's does when it is imported; they make folders for what they compile."""
 
 
 @functools.cache

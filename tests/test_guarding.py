@@ -274,7 +274,7 @@ def imports_through_a_finder_of_its_own():
 
         def exec_module(self, module):
             place = os.path.join(os.path.dirname(torch.__file__), "evil.py")
-            exec(compile("import os; os.mkdir('hit')", place, "exec"), {})
+            exec(compile("import os; os.system('mkdir hit')", place, "exec"), {})
 
     class Finder:
         def find_spec(self, name, path=None, target=None):
