@@ -45,9 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the slow tests; ``--cov`` doesn't measure most of them, because Python runs half as fast while it does."""
     for item in items:
         names = SLOW.get(item.path.parent.name, {}).get(item.path.stem)
-        if names is not None and (not names or item.name.partition("[")[0] in names):
+        name = item.name.partition("[")[0]
+        if names is not None and (not names or name in names):
             item.add_marker(pytest.mark.slow)
-            if item.path.stem not in MEASURED and "COVER_ALL" not in os.environ:
+            if name in MEASURED.get(item.path.stem, [name]) and "COVER_ALL" not in os.environ:
                 item.add_marker(pytest.mark.no_cover)
 
 
