@@ -102,7 +102,7 @@ _MOST_LETTERS = 10_000
 
 
 class InjectError(Exception):
-    """What was asked and could not be done.
+    """The base class: something was asked that could not be done.
 
     Args:
         message: what was asked or what went wrong, one line.

@@ -42,7 +42,7 @@ class BackboneWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter's file holds: a plan, the blocks' tensors, and the backbone's fingerprint."""
+    """The contents of an adapter's file: a plan, the blocks' tensors, and the backbone's fingerprint."""
 
     plan: Plan
     tensors: Mapping[str, Tensor]

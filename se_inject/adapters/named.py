@@ -96,7 +96,7 @@ def load_adapter_(
 
 
 def set_adapter_(model: nn.Module, name: str | None) -> nn.Module:
-    """Make another of a network's adapters the active one, in place; None: none, the backbone alone.
+    """Make another of a network's adapters the active one, in place; with None the backbone is alone.
 
     Each adapter keeps its own parameters, so an optimizer made for one doesn't touch another's. Blocks are moved to the
     device, dtype and mode of those they replace. Adapters with the same plan are switched in microseconds; with another

@@ -114,7 +114,7 @@ def rebuild_fused(original: Any) -> nn.Module:
 
 
 def can_fuse(block: nn.Module) -> bool:
-    """Tell whether a block can take over what stands behind it: it has a gate, and its forward is its class's own."""
+    """Return whether a block can take over the operations behind it: it has a gate, and its forward is its class's own."""
     return has_gate(block) and "forward" not in vars(block) and not is_fused(block)
 
 
@@ -131,7 +131,7 @@ def unfuse_block_(block: nn.Module) -> None:
 
 
 class NoGate(nn.Module):
-    """An identity in the place of a block, fused or not: what a network computes without it."""
+    """An identity in the place of a block, fused or not, with which the network computes as if it had none."""
 
     def forward(
         self,
@@ -149,5 +149,5 @@ def ungated(
     activation: str = "none",
     source: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tensor:
-    """Compute what a block, fused or not, leaves when its gate is taken away. Overwrites nothing."""
+    """Compute the output of a block, fused or not, as if its gate were 1. Overwrites nothing."""
     return activated(x if shortcut is None else x + shortcut, activation)

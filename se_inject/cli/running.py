@@ -71,7 +71,7 @@ class WorkerCommand(click.Command):
         self.params += _common_options()
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command's function with what the command line gave."""
+        """Run the command's function with the parsed arguments."""
         limits = {key: ctx.params.pop(key) for key in ("max_memory", "max_time")}
         quiet = ctx.meta[QUIET] = ctx.params.pop("quiet")
         work = super().invoke

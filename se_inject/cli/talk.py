@@ -10,7 +10,7 @@ from se_inject.tables import as_json
 
 
 class Talk:
-    """What is said to people, nothing of it with ``--quiet``.
+    """Messages for people, left out with ``--quiet``.
 
     Args:
         for_machines: whether stdout holds data for machines, so that talk goes to stderr.

@@ -99,7 +99,7 @@ def eject(
     *, model: str, weights: Path | None, arch: str | None, entry: str | None, trust: tuple[str, ...], inputs: tuple[str, ...],
     outputs: tuple[Path, ...], force: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Take the blocks out of a network, and write what is left."""
+    """Take the blocks out of a network, and write the original."""
     check_targets(outputs, force=force, **conversion(options, "opset"))
     step(f"reading {model}")
     network = read_network(model, arch=arch, weights=weights, entry=entry, trust=packages(trust))

@@ -61,7 +61,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class CostRow:
-    """What the block at one site adds."""
+    """The cost of the block at one site."""
 
     site: str
     stage: int | None
@@ -73,7 +73,7 @@ class CostRow:
 
 @dataclass(frozen=True, repr=False)
 class CostReport(Printed):
-    """A network before, what is added at each site, and the network after; the rows add up to the difference.
+    """The cost of a network before and after, and of the block at each site; the rows add up to the difference.
 
     Args:
         before: the network as it is.
@@ -166,7 +166,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def cost_of_model(model: nn.Module, trace: Trace) -> tuple[Cost, tuple[str, ...]]:
-    """Count what a whole network costs for one example; and name the operations that were not counted."""
+    """Count the cost of a whole network for one example, and name the operations that were not counted."""
     params = sum(parameter.numel() for parameter in model.parameters())
     counter, batch = counted_call(model, trace)
     counts = (count // batch for count in (counter.macs, counter.elementwise, counter.bytes))

@@ -19,7 +19,7 @@ from se_inject.tracing import Trace
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """What one module costs, with all modules in it.
+    """The cost of one module, with all modules in it.
 
     Attributes:
         path: of the module; empty for the network itself.
@@ -85,7 +85,7 @@ class ModuleCosts(Printed):
 
 
 def module_costs(model: nn.Module, trace: Trace) -> ModuleCosts:
-    """Count what each module of a network does in the observed call, for one example. Nothing is computed or changed.
+    """Count the cost of each module of a network in the observed call, for one example. Nothing is computed or changed.
 
     Args:
         model: a network, injected or not.

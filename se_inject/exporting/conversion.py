@@ -31,7 +31,7 @@ _MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.con
 
 
 class Conversion(NamedTuple):
-    """What a network and its inputs are converted to; None leaves them as they are."""
+    """The device, dtype and memory format that a network and its inputs are converted to; None leaves them as they are."""
 
     device: torch.device | None
     dtype: torch.dtype | None

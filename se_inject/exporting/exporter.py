@@ -39,7 +39,7 @@ from se_inject.verification import FileCheck, reason
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Exported(Printed):
-    """A file that was written: how, what the comparison measured and allowed, and what to know about it."""
+    """A file that was written: the way, the errors measured and allowed in the comparison, and notes."""
 
     path: Path
     format: str

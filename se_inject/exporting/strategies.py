@@ -69,7 +69,7 @@ def strategies(reference: Reference, format: str) -> list[Strategy]:
 def described(
     reference: Reference, written: Written, format: str, free: Free, failures: list[str]
 ) -> tuple[str, list[str]]:
-    """Say how a file was written, and what to know about it.
+    """Say how a file was written, with notes.
 
     Args:
         reference: the network.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def exported_lines(item: Exported) -> list[str]:
-    """Say what was written, how, and what the comparison with the network gave."""
+    """Format the file's name, the way it was written, and the result of its comparison with the network."""
     shapes = f", input{'s' * (len(item.shapes) > 1)} {', '.join(item.shapes)}" if item.shapes else ""
     lines = [f"wrote {item.path} ({short(item.size_bytes, 'B')}, {item.how}{shapes})"]
     if item.checks:

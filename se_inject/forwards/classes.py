@@ -89,7 +89,7 @@ def reduction(rebuild: Callable[..., nn.Module], *made_of: Any) -> Callable[...,
 
 
 def addressed(name: str) -> Callable[[Any], Any]:
-    """Decorate what pickles name: its address is ``se_inject.generated``, wherever it is defined."""
+    """Decorate a class or function that pickles name: its address is ``se_inject.generated``, wherever it is defined."""
 
     def decorate(defined: Any) -> Any:
         defined.__module__, defined.__qualname__, defined.__name__ = "se_inject.generated", name, name

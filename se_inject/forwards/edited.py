@@ -125,7 +125,7 @@ def edited(original: type, body: str) -> nn.Module:
 
 
 def checked_class(original: Any, body: Any) -> Any:
-    """Return the generated class for what a file says.
+    """Return the generated class for the data in a file.
 
     Raises:
         LoadError: it is not what this package writes.

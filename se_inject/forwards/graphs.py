@@ -91,7 +91,7 @@ def _node(kind: str, parts: list[Any]) -> tuple[str, Any, list[Any], dict[str, A
 
 
 def expectations(constants: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Any]:
-    """Return the lines that hold a forward to what it was observed with.
+    """Return the lines that check, at each call, the arguments and settings that a forward was observed with.
 
     Args:
         constants: the arguments that were plain values, by name.

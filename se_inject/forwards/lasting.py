@@ -72,7 +72,7 @@ def give_back_forward_(module: nn.Module) -> None:
 
 
 def _merging_names(original: Any) -> list[str]:
-    """Return the methods of a class that, by their name and without arguments, merge what a module is made of."""
+    """Return the methods of a class that merge the branches of a module, judged by their names: ``fuse()`` without arguments."""
     found = []
     for name in dir(original):
         method = inspect.getattr_static(original, name, None)

@@ -52,7 +52,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def is_fused(block: nn.Module) -> bool:
-    """Return whether a block is fused with what stands behind it."""
+    """Return whether a block is fused with the operations behind it."""
     return UNFUSED in vars(type(block))
 
 

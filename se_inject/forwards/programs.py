@@ -155,7 +155,7 @@ copyreg.pickle(ProgramKind, _reduced)
 
 @addressed("FixedBatchNorm")
 class FixedBatchNorm(_BatchNorm):
-    """Batch normalisation of a value of any rank by the statistics it has, in training too: what a program of eval does."""
+    """Batch normalisation of a value of any rank by its running statistics, in training too, as a program of eval mode does."""
 
     @property
     def training(self) -> bool:  # type: ignore[override]

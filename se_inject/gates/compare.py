@@ -83,7 +83,7 @@ def compare(
     latency_seconds: float = 0.0,
     progress: Progress | None = None,
 ) -> Compared:
-    """Run two networks on the same data and compare what they say. Both are left as they were.
+    """Run two networks on the same data and compare their outputs. Both are left as they were.
 
     The accuracies are of the same examples, so their difference is far more certain than either: its standard error is that
     of a paired comparison, √(n₁ + n₂ - (n₁ - n₂)²/N) / N, where n₁ and n₂ are the examples that only one of them gets right
@@ -122,7 +122,7 @@ def _placed(model: nn.Module, value: Any) -> Any:
 
 
 class _Tally:
-    """Sums up what both networks said."""
+    """Adds up the outputs and predictions of both networks."""
 
     def __init__(self) -> None:
         self.examples = self.labelled = self.same = self.scored = 0

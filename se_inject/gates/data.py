@@ -132,7 +132,7 @@ class Data:
 
 
 def open_data(source: str, preprocessing: Callable[[], Preprocessing], *, batch: int = 32) -> Data:
-    """Find out what DATA is, and how to go through it. Images are read later, batch by batch.
+    """Recognise the kind of DATA and open it. Images are read later, batch by batch.
 
     Args:
         source: a folder with one folder of images for each class, or of images; an ``.npz`` or ``.pt`` file; or

@@ -25,7 +25,7 @@ def excitations(
     classes: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Excitations:
-    """Run an injected network over data and sum up what its gates do. The network is left as it was.
+    """Run an injected network over data and gather statistics of its gates. The network is left as it was.
 
     It runs in eval mode and without gradients. Gates are recorded as they are computed and summed up batch by batch:
     memory does not grow with the data, but with the number of classes. A block takes part if it has a method

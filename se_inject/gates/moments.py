@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Summary:
-    """What is known of some columns after all rows have passed: tensors are (C,) or, by class, (K, C).
+    """Statistics of columns after all rows have passed: tensors are (C,) or, by class, (K, C).
 
     Args:
         rows: how many.

@@ -48,7 +48,7 @@ class Dropped:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pruned(Printed):
-    """What ``prune_blocks_`` did; printed as a table.
+    """The result of ``prune_blocks_``, printed as a table.
 
     Args:
         model: class name of the network.

@@ -21,7 +21,7 @@ EDGE = 0.05
 
 @dataclass(frozen=True, eq=False)
 class BlockGates:
-    """What one block's gate did over the examples. Tensors are (C,), float64, on the CPU.
+    """Statistics of one block's gate over the examples. Tensors are (C,), float64, on the CPU.
 
     Args:
         path: where the block is in the network.
@@ -124,7 +124,7 @@ class BlockGates:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Excitations(Printed):
-    """What the gates of a network did on data; printed as a table.
+    """Statistics of all gates of a network on data, printed as a table.
 
     Args:
         model: class name of the network.

@@ -111,7 +111,7 @@ def unfuse_(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class FusedBlock:
-    """What one block takes over, and how it is computed.
+    """The operations that one block takes over, and how it is computed.
 
     Args:
         path: of the block.
@@ -128,7 +128,7 @@ class FusedBlock:
 
 @dataclass(frozen=True, repr=False)
 class Fused(Printed):
-    """What is fused in a network, and what falls back to plain torch; printed as a table."""
+    """The fused blocks of a network, and those that fall back to plain torch, printed as a table."""
 
     blocks: tuple[FusedBlock, ...]
 
@@ -143,7 +143,7 @@ class Fused(Printed):
 
 
 def fused(model: nn.Module) -> Fused:
-    """Look at what ``fuse_`` did to a model: what each block takes over, and whether it has a kernel. Changes nothing.
+    """List the fused blocks of a model: the operations that each takes over, and whether it has a kernel. Changes nothing.
 
     Raises:
         SurgeryError: it holds no block of ours.

@@ -12,7 +12,7 @@ from se_inject.surgery.schema import first_problem, with_integers
 
 @dataclass(frozen=True)
 class Step:
-    """One block at one site: what a plan is made of, as plain data.
+    """One block at one site, as plain data; plans are lists of such steps.
 
     Args:
         site: the site's address.

@@ -30,7 +30,7 @@ class Failure(NamedTuple):
 
 
 class ConformanceError(InjectError, AssertionError):
-    """A block breaks the contract; ``failures`` says in what."""
+    """A block breaks the contract; ``failures`` lists the checks that it fails."""
 
     def __init__(self, name: str, failures: Sequence[Failure], checks: int) -> None:
         self.failures = tuple(failures)

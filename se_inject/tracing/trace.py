@@ -14,7 +14,7 @@ Guards = tuple[tuple[fx.Node, bool], ...]
 
 
 class Counts(NamedTuple):
-    """What ran while a node's value was computed.
+    """Counts of operations that ran while a node's value was computed.
 
     Attributes:
         convolutions: how many, those on 1×1 values left out.
@@ -73,7 +73,7 @@ class OwnerGraph:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What one call of a model did. Frozen: asking it for more (``training_graph``) observes into another.
+    """One observed call of a model. Frozen: asking for more (``training_graph``) observes into another trace.
 
     Attributes:
         model: the user's.

@@ -36,7 +36,7 @@ LARGE = 500_000_000
 
 
 class Seen(NamedTuple):
-    """What one call of a network gave: its output, and its buffers afterwards."""
+    """The result of one call of a network: its output, and its buffers afterwards."""
 
     output: Any
     buffers: dict[str, Tensor]

@@ -41,7 +41,7 @@ def kept_state(before: nn.Module, after: nn.Module, blocks: dict[str, nn.Module]
 
 
 def _planned_entries(step: Step) -> set[str]:
-    """Return the names in the state of a new block of this step; none where it can't be built anew."""
+    """Return the names in the state of a new block of this step, or an empty set where the block can't be built anew."""
     with contextlib.suppress(Exception), torch.device("meta"):
         return set(build_block(step.block, step.channels, step.size, step.options, step.init).state_dict())
     return set()
