@@ -176,10 +176,12 @@ class _Runs:
             module = self.values.module(node) if node.op == "call_module" else None
             return isinstance(module, nn.modules.conv._ConvNd) and all(extent == 1 for extent in module.kernel_size)
         inner = self.trace.graphs.get(path_of(node)) if kind(node) == "module" else None
-        inputs = [each for each in inner.graph.nodes if each.op == "placeholder"] if inner is not None else []
-        if len(inputs) != 1 or len(inputs[0].users) != 1:
+        given = [each for each in inner.graph.nodes if each.op == "placeholder"] if inner is not None else [node]
+        readers = [user for each in given for user in each.users if is_data(user)]  # not those that ask for its size
+        is_handed_on = node in given and (kind(node) == "pass" or function_name_of(node) == "pad")
+        if len(given) != 1 or len(readers) != 1 or (node in given and not is_handed_on):
             return False
-        return self._begins_pointwise(next(iter(inputs[0].users)))
+        return self._begins_pointwise(readers[0])
 
     def _is_half(self, node: fx.Node) -> bool:
         """Return whether a node calls a module that ends in a depthwise convolution nobody has activated yet."""

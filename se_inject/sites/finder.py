@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from se_inject.sites.chains import plain_convolutions
-from se_inject.sites.joins import dense_blocks, joined_branches
+from se_inject.sites.joins import dense_blocks, joined_branches, skips
 from se_inject.sites.ledger import Ledger
 from se_inject.sites.naming import named
 from se_inject.sites.operations import any_prefix
@@ -80,6 +80,7 @@ def _search(trace: Trace) -> Ledger:
         residual_units(ledger, owner)
     units_without_shortcut(ledger, owners)
     two_streams(ledger)
+    skips(ledger, owners)
     for owner in owners:
         joined_branches(ledger, owner)
     dense_blocks(ledger)

@@ -6,15 +6,17 @@ that module returns.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from se_inject.forwards import class_of
 from se_inject.sites.additions import addition_of, operands_of
 from se_inject.sites.dataflow import lineage, shared_lineage, since
 from se_inject.sites.ledger import Ledger
-from se_inject.sites.operations import child_path, convolves, joins_channels, labels, parent, returned
+from se_inject.sites.operations import child_path, convolves, joins_channels, labels, parent, path_of, returned
 from se_inject.sites.residuals import by_depth, is_reparametrised, nodes_in_cells
 from se_inject.sites.site import HeldBack, Site
 from se_inject.tracing import OwnerGraph, kind, sources
@@ -43,6 +45,10 @@ def joined_branches(ledger: Ledger, owner: OwnerGraph) -> None:
             where = child_path(owner.path, labels(owner.graph)[node])
             ledger.refuse(where, "it is one turn of several: a module in it is called again on its own result")
             continue
+        if class_of(owner.module) in ledger.skips:
+            where = child_path(owner.path, labels(owner.graph)[node])
+            ledger.refuse(where, "it joins a value with what smaller resolutions made of it, as a U-Net does")
+            continue
         if _mixes_resolutions(join):
             where = child_path(owner.path, labels(owner.graph)[node])
             ledger.refuse(where, "it joins values that came from different resolutions")
@@ -57,6 +63,36 @@ def joined_branches(ledger: Ledger, owner: OwnerGraph) -> None:
             ledger.mark(owner, [join.inside])
             for layer in _dense_layers(join.node):
                 ledger.add(owner, layer, join.kind, lineage(layer), HeldBack.DENSE)
+
+
+def skips(ledger: Ledger, owners: list[OwnerGraph]) -> None:
+    """Find the classes of modules that do nothing but put a value beside what smaller resolutions made of it: the skips of a U-Net.
+
+    The innermost of such modules may keep the resolution: it is of the same class as the others.
+    """
+    for owner in owners:
+        joins = [node for node in owner.graph.nodes if kind(node) == "cat"]
+        operands = operands_of(joins[0], "cat") if len(joins) == 1 and owner.path else []
+        if len(operands) != 2 or isinstance(owner.module, nn.Sequential) or not joins_channels(joins[0]):
+            continue
+        common = shared_lineage(operands)
+        depths = [ledger.depths.between(operand, common) for operand in operands] if common else []
+        if depths and min(depths) < 1 <= max(depths):
+            inside = since(operands, common)
+            if _shrinks(ledger, inside, joins[0].meta["val"].shape[2:].numel()):
+                ledger.skips.add(class_of(owner.module))
+
+
+def _shrinks(ledger: Ledger, nodes: Iterable[fx.Node], size: int) -> bool:
+    """Return whether a convolution among these nodes, or in a module that they call, has fewer positions, and more than one."""
+    for node in nodes:
+        value = node.meta.get("val")
+        if kind(node) == "conv" and isinstance(value, Tensor) and 1 < value.shape[2:].numel() < size:
+            return True
+        inner = ledger.trace.graphs.get(path_of(node)) if kind(node) == "module" and convolves(node) else None
+        if inner is not None and _shrinks(ledger, inner.graph.nodes, size):
+            return True
+    return False
 
 
 def dense_blocks(ledger: Ledger) -> None:

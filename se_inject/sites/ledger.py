@@ -39,6 +39,8 @@ class Ledger:
         """Addresses of the units that are attention between positions."""
         self.postponed: list[tuple[OwnerGraph, fx.Node, str]] = []
         """Additions whose operands start from two values, each with the reason why it may be refused."""
+        self.skips: set[type] = set()
+        """Classes of modules that are the skips of a U-Net."""
         self.units: set[str] = set()
         """Modules that are units, and modules called within one: plain convolutions in them are the unit's own."""
         self.around: set[str] = set()

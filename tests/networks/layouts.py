@@ -311,3 +311,62 @@ class TwoBranchesInAStack(nn.Module):
 
     def forward(self, x):
         return F.relu(torch.stack([self.one(x), x, self.two(x)]).sum(0))
+
+
+class Skip(nn.Module):
+    """Puts what a module makes of a value beside it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return torch.cat([x, self.inner(x)], 1)
+
+
+@network("0.2", "1.inner.0.2", "1.inner.1.inner.2", "1.inner.2.2", "2.2")
+def NestedSkips():
+    """A U-Net of nested modules: its convolutions are gated, no skip of it is a dense layer, the innermost neither."""
+
+    def layer(inputs, outputs, stride=1):
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+    def up(inputs, outputs):
+        up = nn.ConvTranspose2d(inputs, outputs, 2, 2)
+        return nn.Sequential(up, nn.BatchNorm2d(outputs), nn.ReLU())
+
+    inner = nn.Sequential(layer(C, C, 2), Skip(layer(C, C)), up(2 * C, C))
+    return nn.Sequential(layer(3, C, 2), Skip(inner), up(2 * C, C), nn.Conv2d(C, 2, 1))
+
+
+class Padded(nn.Module):
+    """A convolution that pads by a formula of its input's size."""
+
+    def __init__(self, inputs, outputs, kernel, groups=1):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, groups=groups)
+        self.norm, self.act = nn.BatchNorm2d(outputs), nn.ReLU()
+
+    def forward(self, x):
+        h, w = x.shape[-2:]
+        reach = self.conv.kernel_size[0] - 1
+        x = F.pad(x, (reach // 2, reach - reach // 2 + w % 1, reach // 2, reach - reach // 2 + h % 1))
+        return self.act(self.norm(self.conv(x)))
+
+
+class PaddedPairs(nn.Module):
+    """Depthwise and pointwise convolutions that take turns in one list: each pair has one block."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = conv(3), nn.Linear(C, 4)
+        self.layers = nn.ModuleList([Padded(C, C, *(1, 1) if i % 2 else (3, C)) for i in range(6)])
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean((2, 3)))
+
+
+network("stem.2", "layers.1.act", "layers.3.act", "layers.5.act")(PaddedPairs)
