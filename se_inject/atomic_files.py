@@ -205,7 +205,7 @@ def _as_export_errors(paths: Sequence[str | os.PathLike[str]]) -> Iterator[None]
     except Exception as error:
         if (why := no_space(error)) is not None:
             full = "could not write" if why == _FULL[errno.EFBIG] else "no space left to write"
-            hint = "nothing was written; make room there, or choose another place with -o"
+            hint = f"nothing was written; make room there, or choose another place{either(' with `-o`', '')}"
             raise ExportError(f"{full} {_listed(paths)}", seen=why, hint=hint) from error
         if isinstance(error, OSError):
             raise ExportError(f"could not write {_listed(paths)}", seen=str(error)) from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
-from se_inject.errors import TraceError
+from se_inject.errors import TraceError, either
 from se_inject.random_numbers import seeded
 from se_inject.tracing import (
     SMALL_SIDE,
@@ -66,6 +66,8 @@ def observed_in_eval(model: nn.Module, trace: Trace) -> tuple[Any, Seen]:
                 raise TraceError(
                     f"the network's own forward fails on {describe(*inputs)}, with numbers",
                     seen=f"{type(error).__name__}: {first_line(error)}",
+                    hint="it was only looked at without numbers before; pass inputs that it can be called on: "
+                    + either("`--input 3x224x224`", "`example_inputs=torch.rand(2, 3, 224, 224)`"),
                 ) from error
     raise AssertionError("unreachable")  # pragma: no cover
 

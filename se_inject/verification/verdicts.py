@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from se_inject.errors import VerificationError
+from se_inject.errors import VerificationError, either
 from se_inject.tables import Printed
 
 _OF_THE_BLOCKS = {"same output as before", "blocks trainable"}
@@ -55,8 +55,11 @@ class Verdict(Printed):
             raise VerificationError(
                 f"the injected network failed {len(failed)} of {len(self.checks)} checks",
                 seen="; ".join(f"{check.name}: {check.detail}" for check in failed),
-                hint="nothing was written; without the blocks the network is right: `se_inject.testing.check_block` tests one"
-                if {check.name for check in failed} <= _OF_THE_BLOCKS
-                else "nothing was written; please report the network, it should have been refused instead",
+                hint=either("nothing was written; ", "")
+                + (
+                    "without the blocks the network is right: `se_inject.testing.check_block` tests one"
+                    if {check.name for check in failed} <= _OF_THE_BLOCKS
+                    else "please report the network, it should have been refused instead"
+                ),
             )
         return self
