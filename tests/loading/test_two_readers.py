@@ -233,8 +233,8 @@ def test_who_writes_to_a_file_while_it_is_read_changes_nothing_that_was_checked(
     path.write_bytes(zipped(parts_of(B())))
     data = path.read_bytes()
 
-    def meanwhile(archive):
-        found = checked(archive)
+    def meanwhile(archive, *rest):
+        found = checked(archive, *rest)
         path.write_bytes(data.replace(b"return x", b"return y"))
         return found
 
@@ -382,3 +382,35 @@ def test_printing_a_plan_writes_no_control_characters():
     data["model"] = data["steps"][0]["site"] = data["steps"][0]["owner"] = bad
     plan = si.Plan.from_json(json.dumps(data))
     assert not any(letter in str(plan) + repr(plan) for letter in "\x1b\x07\u202e")
+
+
+SHARING = {
+    "tuples": "t{} = (t{}, t{})",
+    "lists": "t{} = [t{}, t{}]",
+    "dicts": 't{} = {{"a": t{}, "b": t{}}}',
+    "what is annotated": "t{} = annotate(List[int], [t{}, t{}])",
+}
+
+
+def with_lines(*lines):
+    return zipped(replaced(parts_of(B()), SOURCE, (b"return x", "\n    ".join(lines).encode())))
+
+
+@pytest.mark.parametrize("how", SHARING)
+def test_what_values_unfold_to_is_bounded(how, tmp_path):
+    lines = ["t0 = (1, 2)", *(SHARING[how].format(k, k - 1, k - 1) for k in range(1, 40)), "return x"]
+    (tmp_path / "a.pt").write_bytes(with_lines(*lines))
+    with pytest.raises(LoadError, match="values within values without end"):
+        si.load(tmp_path / "a.pt")
+
+
+def test_values_that_operators_make_count_as_one(tmp_path):
+    tuples = ["t0 = (1, 2)", *(SHARING["tuples"].format(k, k - 1, k - 1) for k in range(1, 5))]
+    sums = [
+        "x0 = torch.cat([x, x], 1)",
+        *(f"x{k} = torch.max(torch.cat([x{k - 1}, x{k - 1}], 1), x0)" for k in range(1, 20)),
+    ]
+    (tmp_path / "a.pt").write_bytes(with_lines(*tuples, *sums[:1], "return x0"))
+    assert torch.equal(load_program(tmp_path / "a.pt")(IMAGES), torch.cat([IMAGES, IMAGES], 1))
+    (tmp_path / "a.pt").write_bytes(with_lines(*sums, "return x0"))
+    assert load_program(tmp_path / "a.pt") is not None

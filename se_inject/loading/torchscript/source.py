@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from se_inject.errors import LoadError
 from se_inject.loading.operators import trust_hint
+from se_inject.loading.torchscript.nesting import check_values
 from se_inject.loading.zip_archive import Archive
 
 FORBIDDEN = frozenset({"save", "load", "from_file", "classes", "__setstate__", "hasattr"})
@@ -133,6 +134,8 @@ def _checked_source(name: str, archive: Archive, trust: Sequence[str]) -> ast.Mo
             )
         for annotation in _annotations(node):
             type_of(annotation)
+        if isinstance(node, ast.FunctionDef):
+            check_values(node)
         if word == "getattr" and node not in readings:
             raise LoadError("a TorchScript archive that uses `getattr`", seen=f"in its {name[:80]}")
     return tree
