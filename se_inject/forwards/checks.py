@@ -23,13 +23,14 @@ def stored_lines(module: nn.Module) -> list[Any]:
     return lines
 
 
-def check_forward(module: nn.Module) -> None:
+def check_forward(module: nn.Module, *, trusted: bool = False) -> None:
     """Check that forwards which are data call submodules of this module and read its tensors, and nothing else of it.
 
     Args:
         module: of any class, with its state. If its forward isn't stored as data there is nothing to check.
+        trusted: whether it may call methods that the authors of its submodules wrote.
 
     Raises:
         LoadError: one calls or reads something else.
     """
-    check_module(module, stored_lines(module))
+    check_module(module, stored_lines(module), trusted)

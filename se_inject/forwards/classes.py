@@ -34,7 +34,7 @@ def source_name(label: str, *parts: str) -> str:
 def made(
     base: Any,
     name: str,
-    forward: Callable[..., Any],
+    forward: Callable[..., Any] | None,
     attributes: dict[str, Any],
     methods: Iterable[Callable[..., Any]] = (),
 ) -> Any:
@@ -43,18 +43,18 @@ def made(
     Args:
         base: the class that it inherits from.
         name: of the new class.
-        forward: made by ``Writer.function``; its text is forgotten when the class is.
+        forward: made by ``Writer.function``; its text is forgotten when the class is. None: the base's.
         attributes: of the class, ``__module__`` among them.
         methods: others that ``Writer.function`` made.
     """
-    written = [forward, *methods]
+    written = [each for each in (forward, *methods) if each is not None]
     for each in written:
         each.__qualname__ = f"{name}.{each.__name__}"
     with _unannounced(base):
         kind = type(base)(
             name,
             (base,),
-            {"__qualname__": name, "forward": forward, **attributes, **{each.__name__: each for each in methods}},
+            {"__qualname__": name, **attributes, **{each.__name__: each for each in written}},
         )
     for each in written:
         end = weakref.finalize(kind, linecache.cache.pop, each.__code__.co_filename, None)

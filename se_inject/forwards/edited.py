@@ -28,7 +28,7 @@ from se_inject.forwards.writer import Writer
 KEYS = {"steps", "was_none", "lines"}
 """The data of an edited forward: the steps that edited it, attributes that were None before, and the lines.
 
-``methods``, if there, holds the lines of public methods that the forward calls and that hold blocks, by name.
+Without lines the forward is the author's. ``methods``, if there, holds the lines of public methods that the forward calls and that hold blocks, by name.
 That of a fused owner has ``fused`` besides: the data ``before``, and in words what each of its ``tails`` took over.
 """
 
@@ -46,13 +46,13 @@ def generated_class(original: Any, body: str) -> Any:
     return shared(("edited", original, body), lambda: _generated(original, body))
 
 
-def check_lines(original: Any, lines: list[Any]) -> None:
-    """Check that an edited forward can be written, without making a class.
+def check_lines(original: Any, lines: list[Any], name: str = "forward") -> None:
+    """Check that an edited forward, or another method, can be written, without making a class.
 
     Raises:
         LoadError: it can't.
     """
-    _writer(original, "forward", {}).text(lines)
+    _writer(original, name, {}).text(lines)
 
 
 def _writer(original: Any, name: str, data: dict[str, Any]) -> Writer:
@@ -74,7 +74,7 @@ def _function(original: Any, name: str, data: dict[str, Any], body: str) -> Any:
 
 def _generated(original: Any, body: str) -> type:
     data = json.loads(body)
-    forward = _function(original, "forward", data, body)
+    forward = _function(original, "forward", data, body) if data["lines"] else None
     methods = [_function(original, name, data, body) for name in data.get("methods", ())]
     at_output = is_at_output(data["lines"])
     attributes = {

@@ -32,6 +32,8 @@ def lines_of(graph: fx.Graph) -> list[Any]:
             lines.append(["return", args[0]])
         elif node.op == "get_attr":
             lines += [["read", target, str(node.target)]] * bool(target)
+        elif node.op == "call_module" and "door" in node.meta:
+            lines.append(["own", target, f"{node.target}.{node.meta['door']}", args, kwargs])
         elif node.op == "call_module":
             lines.append(["call", target, str(node.target), args, kwargs])
         elif node.op == "call_method":

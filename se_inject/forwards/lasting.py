@@ -42,7 +42,7 @@ def lasting(
 
     if not blocks:
         return {}
-    written = {method.__name__: method for method in (forward, *methods)}
+    written = {method.__name__: method for method in (forward, *methods) if method is not None}
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name not in written or _calls(self, value, written[name]):

@@ -6,7 +6,7 @@ gives them, ``{"node": name}`` for what an earlier line set, ``{"training": true
 * ``["set", names, function, args, kwargs]``: call a tensor operation, or an operator or builtin of Python;
 * ``["method", names, method, args, kwargs]``: call a method of the first argument, a tensor or list;
 * ``["call", names, path, args, kwargs]``: call a submodule;
-* ``["own", names, method, args, kwargs]``: call a method of the module itself that is stored beside the forward;
+* ``["own", names, method, args, kwargs]``: call a method of the module itself that is stored beside the forward, or of a submodule: ``backbone.encode``;
 * ``["original", names]``: call the forward that the author wrote, with the arguments as they came;
 * ``["read", names, path]``: a parameter, a buffer, or the mode;
 * ``["attribute", names, value, name]``: of a tensor;
@@ -26,6 +26,8 @@ import torch
 from torch import nn
 
 from se_inject.errors import LoadError
+from se_inject.forwards.marks import body_of
+from se_inject.forwards.own_methods import is_method_name
 from se_inject.forwards.vocabulary import value_at
 
 _WITHOUT_EFFECT = ("read", "attribute", "let", "method")  # and calls without arguments: traced identities
@@ -57,12 +59,13 @@ def in_modes(lines: list[Any]) -> tuple[list[Any], list[Any] | None, list[Any]]:
     return expected, None, rest
 
 
-def check_module(module: nn.Module, lines: list[Any]) -> None:
+def check_module(module: nn.Module, lines: list[Any], trusted: bool = False) -> None:
     """Check that a forward calls submodules of this module and reads its tensors and mode, and nothing else of it.
 
     Args:
         module: with its state; nothing of it is called.
         lines: its forward, checked by the writer already.
+        trusted: whether methods of submodules that aren't lines themselves may be called.
 
     Raises:
         LoadError: it calls or reads something else.
@@ -70,8 +73,20 @@ def check_module(module: nn.Module, lines: list[Any]) -> None:
     for kind, *parts in all_lines(lines):
         if kind == "call" and not isinstance(value_at(module, parts[1]), nn.Module):
             raise LoadError(f"a forward in this file calls `{parts[1]}`, which is not a submodule")
+        if kind == "own" and "." in parts[1] and not _may_call(module, parts[1], trusted):
+            raise LoadError(f"a forward in this file calls `{parts[1]}`, which is not a method that it may call")
         if kind == "read" and not isinstance(value_at(module, parts[1]), torch.Tensor | bool | None):
             raise LoadError(f"a forward in this file reads `{parts[1]}`, which is not a tensor")
+
+
+def _may_call(module: nn.Module, path: str, trusted: bool) -> bool:
+    """Return whether a path leads to a method of a submodule that is lines too, or that an author wrote."""
+    place, _, name = path.rpartition(".")
+    child = value_at(module, place)
+    if not isinstance(child, nn.Module):
+        return False
+    is_data = name in (body_of(child) or {}).get("methods", {})
+    return is_data or (trusted and is_method_name(type(child), name))
 
 
 def without_unused(lines: list[Any]) -> list[Any]:

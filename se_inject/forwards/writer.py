@@ -205,12 +205,19 @@ class Writer:
             return self._called(name, args, kwargs) or f"{self._function(name)}({', '.join(arguments)})"
         if kind == "method":
             return f"{self._operand(args[0])}.{method_named(name)}({', '.join(arguments[1:])})"
-        if kind == "own" and name in self._methods:
-            return f"{self._myself}.{name}({', '.join(arguments)})"
+        if kind == "own" and self._is_method(name):
+            return f"{self._path(name)}({', '.join(arguments)})"
         if kind == "call":
             text = f"{self._path(name)}({', '.join(arguments)})"
             return f"{self._constant(plain)}({text})" if self._guarded else text
         raise LoadError(f"a forward in this file has a line of kind `{kind}`")
+
+    def _is_method(self, path: Any) -> bool:
+        """Return whether this is a method of the module that is lines too, or leads to a public method of a submodule."""
+        if not isinstance(path, str) or "." not in path:
+            return path in self._methods
+        name = path.rpartition(".")[2]
+        return is_plain_name(name) and not name.startswith("_") and not hasattr(torch.nn.Module, name)
 
     def _called(self, name: str, args: list[Any], kwargs: Mapping[str, Any]) -> str:
         """Return the text of an operator of Python; empty if it is to be called as a function."""

@@ -115,7 +115,8 @@ class Values:
                     return None
                 value = last
                 continue
-            if is_leaf(module) or (inner is not None and last is not None and self._returns_one(inner)):
+            by_forward = inner is not None and inner.door == "forward" and self._returns_one(inner)
+            if is_leaf(module) or (by_forward and last is not None):
                 return path, None
             return None
         return None
@@ -225,7 +226,7 @@ def check_editable(trace: Trace, owner: OwnerGraph) -> None:
         lines = lines_of(owner.graph)
         if owner.reads_training:
             lines = [["if", {"training": True}, lines_of(training_graph(trace, owner)[0]), lines]]
-        check_lines(owner.kind, [*expectations(owner.constants, owner.settings), *lines])
+        check_lines(owner.kind, [*expectations(owner.constants, owner.settings), *lines], owner.door)
     except Untraceable as error:
         raise SurgeryError(str(error)) from error
     except LoadError as error:

@@ -43,9 +43,10 @@ def new_bodies(trace: Trace, path: str, earlier: Sequence[Step], steps: Sequence
         SurgeryError: its forward can't be written down, or a step does not fit it.
     """
     every = (*earlier, *steps)
-    if any(step.value is not None for step in every):
+    owner = trace.graphs.get(path)
+    if any(step.value is not None for step in every) or (owner is not None and owner.door != FORWARD):
         return edited_bodies(trace, path, earlier, steps)
-    if calls_with(trace, path, None):
+    if calls_with(trace, path, None)[0]:
         with contextlib.suppress(SurgeryError):
             edited = edited_bodies(trace, path, earlier, steps)
             if len(edited.bodies) > 1:
@@ -55,8 +56,10 @@ def new_bodies(trace: Trace, path: str, earlier: Sequence[Step], steps: Sequence
     return Edited({FORWARD: [["original", ["gated"]], *calls, ["return", gated]]}, {})
 
 
-def calls_with(trace: Trace, path: str, value: str | None) -> list[str]:
-    """Return the public methods of an owner that compute a value within its forward, as far as the trace tells.
+def calls_with(trace: Trace, path: str, value: str | None) -> tuple[list[str], str]:
+    """Return the public methods of an owner that compute a value within its forward, and the method of a child that does.
+
+    As far as the trace tells; the latter is empty if there is none.
 
     Args:
         trace: an observed call.
@@ -65,12 +68,14 @@ def calls_with(trace: Trace, path: str, value: str | None) -> list[str]:
     """
     owner = trace.graphs.get(path)
     if owner is None:
-        return []
+        return [], ""
     if value is None:
         found = returned(owner.graph)
     else:
         found = next((node for node, label in labels(owner.graph).items() if label == value), None)
-    return [] if found is None else list(dict.fromkeys(call.name for call in calls_around(found)))
+    if found is None:
+        return [], ""
+    return list(dict.fromkeys(call.name for call in calls_around(found))), found.meta.get("within", "")
 
 
 def edited_bodies(
@@ -109,7 +114,10 @@ def edited_bodies(
         while True:
             try:
                 modes = [_edited(graph, guards, earlier, steps, inlined) for graph, guards in graphs]
-                return Edited(_in_both(modes, owner.constants, settings), inlined)
+                bodies = _in_both(modes, owner.constants, settings)
+                if owner.door != FORWARD:
+                    bodies = {**bodies, FORWARD: [], owner.door: bodies[FORWARD]}
+                return Edited(bodies, inlined)
             except Inlined as error:
                 inlined[error.name] = error.reason
     except (SurgeryError, Untraceable) as error:

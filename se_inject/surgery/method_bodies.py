@@ -276,4 +276,5 @@ def _canonical(body: Body) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), copies.__getitem__)
         name = node.name if node.op == "placeholder" else f"value_{number}"
         copies[node] = graph.create_node(node.op, node.target, args, kwargs, name)
+        copies[node].meta = dict(node.meta)
     return lines_of(graph), {name: encoded(value) for name, value in body.constants.items()}

@@ -33,10 +33,12 @@ def method_notes(trace: Trace, model: nn.Module, steps: Iterable[Step]) -> list[
     passed: dict[str, list[str]] = {}
     for step in steps:
         owner = model.get_submodule(step.owner)
-        names = calls_with(trace, step.owner, step.value)
+        names, within = calls_with(trace, step.owner, step.value)
+        if within:
+            passed.setdefault(within, []).append(step.path)
         if step.value is not None:
             names += _methods_with(original_class(owner), step.value.partition(".")[0])
-            if inner := _passed_by(owner, step.value):
+            if not within and (inner := _passed_by(owner, step.value)):
                 passed.setdefault(".".join(filter(None, (step.owner, inner))), []).append(step.path)
         for name in dict.fromkeys(names):
             found.setdefault((step.owner, name), []).append(step.path)
@@ -74,14 +76,13 @@ def _blocks(paths: list[str]) -> str:
 
 
 def _passed_by(owner: nn.Module, value: str) -> str | None:
-    """Return the submodule with a forward of its own into which an owner's forward reaches for a value (``net.layer1``)."""
+    """Return the submodule of an author's class into which an owner's forward reaches for a value (``net.layer1``)."""
     names = value.partition("#")[0].split(".")[:-1]
     for count in range(len(names), 0, -1):
         path = ".".join(names[:count])
         with contextlib.suppress(AttributeError):
             module = owner.get_submodule(path)
-            has_forward = type(module).forward is not nn.Module.forward
-            if has_forward and not isinstance(module, nn.Sequential):
+            if not type(module).__module__.startswith("torch."):
                 return path
     return None
 

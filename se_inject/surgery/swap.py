@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from se_inject.blocks import block_numbers, build_block
 from se_inject.errors import InjectError, OptionError, PluginError, SurgeryError, either
 from se_inject.forwards import (
+    bodies_in,
     body_of,
     generated_class,
     give_back_forward_,
@@ -225,6 +226,8 @@ def _prepare(
             was_none[step.block_name] = "module" if step.block_name in owner._modules else "attribute"
     kept = [replace(step, owner="", site=_relative(step.site, path)) for step in (*earlier, *steps)]
     bodies = new_bodies(trace, path, earlier, steps).bodies
+    if before and not bodies["forward"]:
+        bodies = _beside(before, bodies, path)
     if was_none and is_at_output(bodies["forward"]):
         # the original forward, which still runs, would find its attribute taken
         raise SurgeryError(
@@ -242,6 +245,22 @@ def _prepare(
             f"no subclass of {original.__name__} (`{path}`) can be made", seen=f"{type(error).__name__}: {error}"
         ) from error
     return _Operation(owner, generated, blocks, was_none)
+
+
+def _beside(before: dict[str, Any], bodies: dict[str, list[Any]], path: str) -> dict[str, list[Any]]:
+    """Return a module's bodies with those of a method by which it is called this time in the place of that method's.
+
+    Raises:
+        SurgeryError: its forward computes what the method does by itself, and would pass by the new blocks.
+    """
+    kept = bodies_in(before)
+    if kept["forward"] and not kept.keys() >= bodies.keys():
+        raise SurgeryError(
+            f"`{path}` holds blocks that were put in when it was called by its forward, and it is called by another method",
+            hint="take them out first, `si.eject_(model)`, and put all in at once",
+        )
+    new = {name: lines for name, lines in bodies.items() if name != "forward"}
+    return {**kept, **new}
 
 
 def _relative(site: str, path: str) -> str:

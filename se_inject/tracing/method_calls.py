@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from se_inject.tracing.containers import contents, form_of, holds, is_special
+from se_inject.tracing.operations import is_leaf
 from se_inject.tracing.proxy import is_proxy
-from se_inject.tracing.settings import names_in_forward
+from se_inject.tracing.settings import names_in, pairs_in
 
 if TYPE_CHECKING:
     from se_inject.tracing.tracer import OwnerTracer
@@ -58,29 +59,74 @@ class Packed:
         self.kwargs = kwargs
 
 
+_OURS = "_se_inject_reports"
+"""Marks the methods that are bound here."""
+
+
 class _Opaque(Exception):
     """A container of an author's class that holds computed values and can't be made from its contents alone."""
 
 
 @functools.lru_cache(maxsize=2_000)
-def _methods(kind: type) -> dict[str, types.FunctionType]:
-    """Return the public methods that the forward of a class, or one of its methods, names."""
-    found = {}
-    for name in sorted(names_in_forward(kind)):
-        method = inspect.getattr_static(kind, name, None)
-        if name.startswith("_") or hasattr(nn.Module, name) or not isinstance(method, types.FunctionType):
+def _methods(kind: type, door: str) -> dict[str, types.FunctionType]:
+    """Return the public methods that a method of a class, or one that it calls, names."""
+    found = {name: _public_method(kind, name) for name in sorted(names_in(kind, door)) if name != door}
+    return {name: method for name, method in found.items() if method is not None}
+
+
+def _public_method(kind: Any, name: str) -> types.FunctionType | None:
+    """Return the method of this name that an author wrote for others to call; None if there is none."""
+    method = inspect.getattr_static(kind, name, None)
+    if name.startswith("_") or hasattr(nn.Module, name) or not isinstance(method, types.FunctionType):
+        return None
+    is_plain = not (inspect.isgeneratorfunction(method) or inspect.iscoroutinefunction(method))
+    return method if is_plain else None
+
+
+def reported_doors(tracer: OwnerTracer) -> list[tuple[nn.Module, str, Any]]:
+    """Return methods for the owner's children that, where the owner calls them, count as calls of the child.
+
+    ``self.backbone.encode(x)`` instead of ``self.backbone(x)``: the child, the name, and a bound method for the child.
+    """
+    kind: Any = type(tracer.owner)
+    found = []
+    for attribute, names in pairs_in(kind, tracer.door).items():
+        child = tracer.owner._modules.get(attribute)
+        if child is None or is_leaf(child) or isinstance(child, nn.Sequential):
             continue
-        if not (inspect.isgeneratorfunction(method) or inspect.iscoroutinefunction(method)):
-            found[name] = method
+        for name in sorted(names - vars(child).keys()):
+            method = _public_method(type(child), name)
+            if method is not None and any(isinstance(part, nn.modules.conv._ConvNd) for part in child.modules()):
+                found.append((child, name, _door(tracer, child, name, method)))
     return found
+
+
+def _door(tracer: OwnerTracer, child: nn.Module, name: str, function: types.FunctionType) -> Any:
+    @functools.wraps(function)
+    def method(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if tracer.observer.tracer is not tracer or not holds((args, kwargs), is_proxy):
+            return function(self, *args, **kwargs)
+        if tracer.observer.may_enter(child, name):
+            return tracer.call_module(child, args, kwargs, name)
+        before = tracer.within
+        tracer.within = f"{tracer.observer.result.watch.paths[id(child)]}.{name}"
+        try:
+            return function(self, *args, **kwargs)
+        finally:
+            tracer.within = before
+
+    setattr(method, _OURS, True)
+    return types.MethodType(method, child)
 
 
 def reported_methods(tracer: OwnerTracer) -> dict[str, Any]:
     """Return, by name, bound methods for the owner that report their calls to its tracer."""
     owner = tracer.owner
     kind: Any = type(owner)
-    methods = _methods(kind)
-    return {name: _reported(tracer, name, method) for name, method in methods.items() if name not in vars(owner)}
+    methods = _methods(kind, tracer.door)
+    bound = vars(owner)
+    free = [name for name in methods if name not in bound or hasattr(bound[name], _OURS)]
+    return {name: _reported(tracer, name, methods[name]) for name in free}
 
 
 def _reported(tracer: OwnerTracer, name: str, function: types.FunctionType) -> Any:

@@ -90,8 +90,9 @@ class Observer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         symbolic: frozenset[int | str] = frozenset(),
+        door: str = "forward",
     ) -> Any:
-        """Call a module on values; trace its forward if it has one of its own."""
+        """Call a module, or a method of it, on values; trace its forward if it has one of its own."""
         outer, self.tracer = self.tracer, None
         path = self.result.watch.paths.get(id(module))
         try:
@@ -100,7 +101,7 @@ class Observer:
             calls = self.result.calls
             calls[path] = calls.get(path, 0) + 1
             try:
-                output = self._run_known(module, path, args, kwargs, symbolic)
+                output = self._run_known(module, path, args, kwargs, symbolic, door)
                 if outer is None:  # else the caller's graph tells what becomes of the matrix
                     self._count(attention=int(isinstance(module, nn.Softmax) and _is_matrix(output)))
             except BaseException:
@@ -122,17 +123,20 @@ class Observer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         symbolic: frozenset[int | str],
+        door: str,
     ) -> Any:
         """Call a module of the network: torch's own are counted, others traced the first time."""
+        if self.result.doors.setdefault(path, door) != door:
+            self.result.shut.add(path)
         closed = leaf_kind(type(module))
         if closed is not None or self._closed:
             return self._run_closed(module, path, args, kwargs, closed)
         if not is_leaf(module):
             kind = _kinds((args, kwargs))
             if path in self.result.graphs or path in self.result.failures:
-                output = plain_call(module, args, kwargs)
+                output = _call(module, door, args, kwargs)
             else:
-                output = self._run_traced(module, path, args, kwargs, symbolic)
+                output = self._run_traced(module, path, args, kwargs, symbolic, door)
             self.result.kinds.setdefault(path, set()).add(kind)
             return output
         return self._run_leaf(module, args, kwargs)
@@ -180,16 +184,18 @@ class Observer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         symbolic: frozenset[int | str],
+        door: str,
     ) -> Any:
         """Call a module with its forward traced, or as it is if it can't be: then say why."""
-        own = module.__dict__.get("forward")
+        own = module.__dict__.get("forward") if door == "forward" else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            _put_back(module, own)
+            if door == "forward":
+                _put_back(module, own)
             before = (dict(self.result.calls), self.counts, containers_in((args, kwargs)))
             helpers: list[Helper] = []
             while True:
-                tracer = OwnerTracer(self, module, path)
+                tracer = OwnerTracer(self, module, path, door=door)
                 try:
                     if own is not None:
                         raise Untraceable("its forward was replaced on the instance")
@@ -206,7 +212,7 @@ class Observer:
                         continue
                     self.result.failures[path] = reason_of(error)
                     self.tracer = None
-                    return module.forward(*args, **kwargs)
+                    return module.forward(*args, **kwargs) if door == "forward" else _call(module, door, args, kwargs)
             self.result.graphs[path] = OwnerGraph(
                 path=path,
                 module=self.result.watch.originals[path],
@@ -219,10 +225,13 @@ class Observer:
                 iterates=tracer.iterates,
                 inputs=(*self.result.kept((args, kwargs)), symbolic),
                 helpers=tuple(helpers),
+                door=door,
             )
             self._count(gates=gates_in(tracer.graph), attention=attention_in(tracer.graph))
             return output
 
+        if door != "forward":
+            return forward(*args, **kwargs)
         module.__dict__["forward"] = forward
         try:
             return plain_call(module, args, kwargs)
@@ -243,7 +252,7 @@ class Observer:
             with contextlib.ExitStack() as stack:
                 for helper in helpers:
                     stack.enter_context(helper.active(tracer))
-                return tracer.trace(forward_of(tracer.owner, tracer.training), *inputs)
+                return tracer.trace(_traced_method(tracer), *inputs)
         finally:
             self.tracer = outer
 
@@ -252,6 +261,15 @@ class Observer:
         if self.tracer is None:
             return self.run(module, args, kwargs)
         return self.tracer.call_module(module, args, kwargs)
+
+    def may_enter(self, module: nn.Module, door: str) -> bool:
+        """Return whether a call of a module's method may count as the call of the module: it has to be the only way in."""
+        path = self.result.watch.paths.get(id(module))
+        return path is not None and path not in self.result.shut and self.result.doors.get(path, door) == door
+
+    def shut(self, module: nn.Module) -> None:
+        """Remember that calls of a module's methods are calls of functions, in the next observation."""
+        self.result.shut.add(self.result.watch.paths[id(module)])
 
     def draws(self) -> None:
         """Remember that the forward that is being traced drew a random number that no node of its graph draws."""
@@ -304,13 +322,22 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
 def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], how: str) -> Trace:
     """Try to trace a new twin once. The random generators are put back where the forward drew from them."""
 
+    shut: set[str] = set()
+
     def trace(*, watching_draws: bool = False) -> Trace:
+        found = traced(watching_draws)
+        return found if found is not None else trace(watching_draws=watching_draws)
+
+    def traced(watching_draws: bool) -> Trace | None:
         with standing_in(model, how) as (twin, matching):
-            record = Record(Watch(model, twin), how)
+            record = Record(Watch(model, twin), how, shut=set(shut))
             observer = Observer(record)
             draws: Any = draws_in_python(observer.draws) if watching_draws else contextlib.nullcontext()
             with preserved(twin), observing(record.watch, observer), draws:
                 outputs = observer.run(twin, matching(args), matching(kwargs))
+            if record.shut - shut:
+                shut.update(record.shut)
+                return None
             return record.frozen((args, kwargs), outputs, observer.counts.macs)
 
     state = random_state()
@@ -363,6 +390,19 @@ def forward_of(module: nn.Module, training: bool) -> Callable[..., Any]:
 
 def _are_large(inputs: Any) -> bool:
     return sum(leaf.numel() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)) > 2**24
+
+
+def _traced_method(tracer: OwnerTracer) -> Callable[..., Any]:
+    if tracer.door != "forward":
+        return getattr(type(tracer.owner), tracer.door)  # type: ignore[no-any-return]
+    return forward_of(tracer.owner, tracer.training)
+
+
+def _call(module: nn.Module, door: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a module with its hooks, or the method of its class."""
+    return (
+        plain_call(module, args, kwargs) if door == "forward" else getattr(type(module), door)(module, *args, **kwargs)
+    )
 
 
 def _is_from_forward(error: BaseException | None) -> bool:

@@ -91,6 +91,8 @@ def is_leaf(module: nn.Module) -> bool:
     if leaf_kind(type(module)) is not None:
         return True
     forward = type(module).forward
+    if forward is nn.Module.forward and not type(module).__module__.startswith("torch."):
+        return False  # it has other methods that are called
     return (
         (getattr(forward, "__module__", None) or "").startswith("torch.")
         and forward is not nn.Sequential.forward

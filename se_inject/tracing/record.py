@@ -17,6 +17,8 @@ class Record:
 
     Attributes:
         watch: the twin that is called.
+        doors: path of a module → the method by which it was called first.
+        shut: paths of modules that are called by several, or by one that returns no tensor.
     """
 
     watch: Watch
@@ -26,6 +28,8 @@ class Record:
     calls: dict[str, int] = field(default_factory=dict)
     kinds: dict[str, set[Any]] = field(default_factory=dict)
     without_grad: set[str] = field(default_factory=set)
+    doors: dict[str, str] = field(default_factory=dict)
+    shut: set[str] = field(default_factory=set)
     size: tuple[int, ...] = ()
     outlines: Outlines = field(default_factory=Outlines)
 
@@ -50,5 +54,6 @@ class Record:
             outputs=self.kept(outputs),
             macs=macs,
             size=self.size,
+            doors=MappingProxyType(self.doors),
             known={"": self.watch} if self.how != "fake" else {},
         )

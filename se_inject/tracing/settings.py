@@ -33,10 +33,10 @@ def recorded(value: Any) -> Any:
     return value if type(value) in _PLAIN else copy.deepcopy(value)
 
 
-def nested_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Find the plain attributes of children and of plain objects that a module's forward names: ``self.config.scale``."""
+def nested_settings(module: nn.Module, method: str = "forward") -> Iterator[tuple[str, Any]]:
+    """Find the plain attributes of children and of plain objects that a module's method names: ``self.config.scale``."""
     kind: Any = type(module)
-    for name, fields in _pairs(kind).items():
+    for name, fields in pairs_in(kind, method).items():
         inner = module._modules.get(name, vars(module).get(name))
         if not isinstance(inner, nn.Module) and (isinstance(inner, (Tensor, type)) or callable(inner)):
             continue
@@ -56,10 +56,10 @@ def _size(value: Any, depth: int = 0) -> int:
 
 
 @functools.lru_cache(maxsize=2_000)
-def codes_of(kind: type) -> tuple[CodeType, ...]:
-    """Return the code of a class's forward, and of the methods and functions of its author's that it names."""
+def codes_of(kind: type, method: str = "forward") -> tuple[CodeType, ...]:
+    """Return the code of a class's method, and of the methods and functions of its author's that it names."""
     found: dict[CodeType, None] = {}
-    pending: list[Any] = [getattr(kind, "forward", None)]
+    pending: list[Any] = [getattr(kind, method, None)]
     while pending:
         item = pending.pop()
         function = item.fget if isinstance(item, property) else item
@@ -84,16 +84,16 @@ def _with_inner(code: CodeType) -> list[CodeType]:
 
 
 @functools.lru_cache(maxsize=2_000)
-def names_in_forward(kind: type) -> frozenset[str]:
-    """Return the names in the code of a class's forward, and of the methods and functions that it names."""
-    return frozenset(name for code in codes_of(kind) for name in code.co_names)
+def names_in(kind: type, method: str) -> frozenset[str]:
+    """Return the names in the code of a class's method, and of the methods and functions that it names."""
+    return frozenset(name for code in codes_of(kind, method) for name in code.co_names)
 
 
 @functools.lru_cache(maxsize=2_000)
-def _pairs(kind: type) -> dict[str, set[str]]:
-    """Return, by attribute, the attributes that a class's forward reads right after it, as in ``self.config.scale``."""
+def pairs_in(kind: type, method: str) -> dict[str, set[str]]:
+    """Return, by attribute, the attributes that a class's method reads right after it, as in ``self.config.scale``."""
     found: dict[str, set[str]] = {}
-    for code in codes_of(kind):
+    for code in codes_of(kind, method):
         before = None
         for instruction in dis.get_instructions(code):
             if instruction.opname in ("CACHE", "EXTENDED_ARG"):

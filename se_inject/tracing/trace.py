@@ -42,7 +42,8 @@ class OwnerGraph:
 
     Each node has ``node.meta["val"]``, its value in the observed call, ``node.meta["time"]``, when that came to be, and
     ``node.meta["counts"]``, a ``Counts``. The call of a child has ``node.meta["path"]``, the child's path in the model,
-    ``node.meta["module"]``, and ``node.meta["class"]``, its class then. ``node.meta["operation"]`` says what a node computes.
+    ``node.meta["module"]``, ``node.meta["class"]``, its class then, and ``node.meta["door"]`` if a method of the child was called.
+    ``node.meta["within"]`` is the path and name of a child's method that is written out here. ``node.meta["operation"]`` says what a node computes.
 
     Attributes:
         path: of the module in the model.
@@ -56,6 +57,7 @@ class OwnerGraph:
         iterates: whether the forward goes through all children, where a new one would be called as well.
         inputs: positional and keyword arguments of the call, and which plain numbers among them are computed.
         helpers: what had to be patched for the forward to be traced.
+        door: the method by which the module is called, if that isn't its forward: what is written here is that method.
     """
 
     path: str
@@ -69,6 +71,7 @@ class OwnerGraph:
     iterates: bool
     inputs: tuple[tuple[Any, ...], dict[str, Any], frozenset[int | str]]
     helpers: tuple[Any, ...] = ()
+    door: str = "forward"
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +93,7 @@ class Trace:
         macs: multiply-adds of its convolutions.
         size: spatial size of what the first convolution read.
         notes: what the user should know about the call.
+        doors: path of a module → the method by which it was called first.
     """
 
     model: nn.Module
@@ -106,6 +110,7 @@ class Trace:
     macs: int
     size: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    doors: Mapping[str, str] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What ``training_graph`` and the search for sites found, so that they look once."""
 

@@ -22,7 +22,7 @@ from torch.fx.proxy import Scope, TracerBase
 from se_inject.forwards import Form, Unlike, field
 from se_inject.tracing.containers import contents, form_of, holds, is_special, made
 from se_inject.tracing.known_results import result_of_function
-from se_inject.tracing.method_calls import MethodCall, reported_methods
+from se_inject.tracing.method_calls import MethodCall, reported_doors, reported_methods
 from se_inject.tracing.operations import operation_of
 from se_inject.tracing.proxy import (
     FOREIGN_TENSOR,
@@ -79,6 +79,7 @@ class OwnerTracer(TracerBase):
         path: its path in the model.
         training: what the owner's ``training`` flag reads as.
         replay: recorded outputs of the children, by path, to be used instead of calling them again.
+        door: the method that is traced.
     """
 
     def __init__(
@@ -89,12 +90,14 @@ class OwnerTracer(TracerBase):
         *,
         training: bool = False,
         replay: dict[str, list[Any]] | None = None,
+        door: str = "forward",
     ) -> None:
         super().__init__()
         self.observer = observer
         self.owner = owner
         self.path = path
         self.training = training
+        self.door = door
         self.reads_training = False
         self.iterates = False
         self.draws = False
@@ -107,6 +110,7 @@ class OwnerTracer(TracerBase):
         self.constants: dict[str, Any] = {}
         self.settings_read: dict[str, Any] = {}
         self.method: MethodCall | None = None
+        self.within = ""
         self._attributes: dict[str, ValueProxy] = {}
         self._modes = _modes()
 
@@ -133,7 +137,7 @@ class OwnerTracer(TracerBase):
             self.create_node("output", "output", (self.create_arg(result),), {})
         if self.draws or states_of_generators(self.owner) != states:
             raise Untraceable("it draws random numbers in Python, which a graph can't hold")
-        self.settings_read |= nested_settings(self.owner)
+        self.settings_read |= nested_settings(self.owner, self.door)
         if changed:
             raise Untraceable(f"its forward stores into `self.{changed[0]}`")
         for name, value in self.constants.items():
@@ -213,7 +217,11 @@ class OwnerTracer(TracerBase):
         children = owner["_modules"] = _WatchedChildren(before[0]["_modules"])
         changed: list[str] = []
         methods = reported_methods(self)
+        bound = {name: owner[name] for name in methods if name in owner}
         owner.update(methods)
+        doors = reported_doors(self)
+        for child, name, method in doors:
+            child.__dict__[name] = method
         try:
             yield changed
         finally:
@@ -221,6 +229,9 @@ class OwnerTracer(TracerBase):
             for key, method in methods.items():
                 if owner.get(key) is method:
                     del owner[key]
+            owner.update(bound)
+            for child, name, _ in doors:
+                child.__dict__.pop(name, None)
             for key in settings:
                 del hidden[key]
             if dict(children) == before[0]["_modules"]:
@@ -243,6 +254,8 @@ class OwnerTracer(TracerBase):
         node.meta["time"] = self.observer.tick()
         if self.method is not None:
             node.meta["method"] = self.method
+        if self.within:
+            node.meta["within"] = self.within
         return ValueProxy(node, self, value)
 
     def create_proxy(  # type: ignore[override]
@@ -284,8 +297,10 @@ class OwnerTracer(TracerBase):
         self.observer.count_function(node, value, args, kwargs)
         return value
 
-    def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record the call of a child and run it on the values."""
+    def call_module(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], door: str = "forward"
+    ) -> Any:
+        """Record the call of a child, or of a method of it, and run it on the values."""
         path = self.observer.result.watch.relative_path(module, self.path)
         if path is None:
             raise Untraceable(f"calls a {type(module).__name__} that is not one of its submodules")
@@ -294,7 +309,11 @@ class OwnerTracer(TracerBase):
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))  # type: ignore[arg-type]
         before = self.observer.counts
         outputs = (self.replay or {}).get(path)
-        value = outputs.pop(0) if outputs else self._run_child(module, path, node, args, kwargs)
+        value = outputs.pop(0) if outputs else self._run_child(module, path, node, args, kwargs, door)
+        if door != "forward":
+            node.meta["door"] = door
+            if not holds_tensor(value):
+                self.observer.shut(module)
         node.meta["counts"] = self.observer.counts.since(before)
         node.meta["path"] = self.observer.result.watch.paths[id(module)]
         original = node.meta["module"] = self.observer.result.watch.originals[node.meta["path"]]
@@ -302,7 +321,7 @@ class OwnerTracer(TracerBase):
         return self._opened(self._wrap(node, value))
 
     def _run_child(
-        self, module: nn.Module, path: str, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, path: str, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], door: str
     ) -> Any:
         """Call a child on the values. What it changes in place would be lost on the author's own containers."""
         given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
@@ -311,7 +330,7 @@ class OwnerTracer(TracerBase):
         held = not all(isinstance(value, _PLAIN) for value in (*values, *keywords.values()))
         before = contents_of((values, keywords)) if held else None
         try:
-            value = self.observer.run(module, values, keywords, computed)
+            value = self.observer.run(module, values, keywords, computed, door)
         except BaseException:
             self.graph.erase_node(node)  # the forward may go on without it
             raise

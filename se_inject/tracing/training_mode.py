@@ -74,9 +74,9 @@ def _observed(trace: Trace, owner: OwnerGraph) -> tuple[fx.Graph, Guards]:
 
     def traced_with(helpers: list[Helper]) -> OwnerTracer:
         how = "real" if trace.how == "real" else "meta"
-        observer = Observer(Record(watch, how, dict(trace.graphs), dict(trace.failures)))
+        observer = Observer(Record(watch, how, dict(trace.graphs), dict(trace.failures), doors=dict(trace.doors)))
         replay = {path: list(values) for path, values in outputs.items()}
-        tracer = OwnerTracer(observer, module, owner.path, training=True, replay=replay)
+        tracer = OwnerTracer(observer, module, owner.path, training=True, replay=replay, door=owner.door)
         with preserved(module), quiet(), torch.enable_grad(), observing(watch, observer):
             observer.trace(tracer, inputs, helpers)
         return tracer

@@ -15,6 +15,7 @@ from se_inject.verification.calls import run_awake
 from se_inject.verification.comparison import tensors_in
 from se_inject.verification.identity import is_identity, without_blocks
 from se_inject.verification.learning import DRAWS, Learning, redrawn
+from se_inject.verification.methods import held_in
 from se_inject.verification.verdicts import Check
 from se_inject.verification.watching import calls_of, failure, named, watched
 
@@ -23,6 +24,7 @@ def gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> Ch
     """Ask for gradients of the new parameters, and of every unit in the blocks, over several inputs if need be."""
     name = "blocks trainable"
     learning = Learning(blocks)
+    outside = blocks.keys() - set().union(*held_in(after, blocks).values())  # methods may be called besides the owner
     old = _awakened(after, learning.parameters)
     ever: set[str] = set()
     for draw in range(DRAWS):
@@ -40,7 +42,7 @@ def gradients(after: nn.Module, blocks: dict[str, nn.Module], inputs: Any) -> Ch
                 except Exception as error:
                     return Check(name, False, failure(after, error, running))
         ever.update(path for path in blocks if made[path])
-        if repeated := sorted(path for path in blocks if 0 < made[path.rpartition(".")[0]] < made[path]):
+        if repeated := sorted(path for path in outside if 0 < made[path.rpartition(".")[0]] < made[path]):
             return Check(name, False, f"called more often than their owners: {', '.join(repeated[:3])}")
         silent = sorted(set(blocks) - ever)  # stochastic depth may have dropped the unit
         if not (silent or learning.missing() or learning.off() or learning.partly_off()):

@@ -32,7 +32,7 @@ def methods_with_blocks(after: nn.Module, blocks: dict[str, nn.Module], inputs: 
     Returns:
         one check; none if no method holds a block.
     """
-    held = _held(after, blocks)
+    held = held_in(after, blocks)
     if not held:
         return []
     try:
@@ -44,8 +44,13 @@ def methods_with_blocks(after: nn.Module, blocks: dict[str, nn.Module], inputs: 
     return [Check("methods hold the blocks", not wrong, wrong or text)]
 
 
-def _held(after: nn.Module, blocks: dict[str, nn.Module]) -> dict[_Method, set[str]]:
-    """Find the paths of the blocks that each method calls, itself or by other methods."""
+def held_in(after: nn.Module, blocks: dict[str, nn.Module]) -> dict[_Method, set[str]]:
+    """Find the paths of the blocks that each method calls, itself or by other methods.
+
+    Args:
+        after: the injected network.
+        blocks: those to look for, by path.
+    """
     found: dict[_Method, set[str]] = {}
     for path, module in after.named_modules():
         bodies = bodies_in(body) if (body := body_of(module)) is not None else {}
@@ -56,7 +61,7 @@ def _held(after: nn.Module, blocks: dict[str, nn.Module]) -> dict[_Method, set[s
                 each = todo.pop()
                 seen.add(each)
                 for kind, *parts in all_lines(bodies[each]):
-                    if kind == "own" and parts[1] not in seen:
+                    if kind == "own" and parts[1] in bodies and parts[1] not in seen:
                         todo.append(parts[1])
                     elif kind == "call" and prefix + parts[1] in blocks:
                         inside.add(prefix + parts[1])

@@ -136,3 +136,73 @@ class InTrainingAlone(Unit):
         x = torch.relu(self.stem(x))
         x = torch.relu(self.short(x) + self.bn2(self.conv2(x.abs()))) if self.training else self.encode(x)
         return self.fc(x.mean((2, 3)))
+
+
+class Backbone(Unit):
+    """What wrappers call by a method."""
+
+    def forward_features(self, x):
+        return self.unit(torch.relu(self.stem(x)))
+
+    def forward(self, x):
+        return self.fc(self.forward_features(x).mean((2, 3)))
+
+
+class Wrapper(nn.Module):
+    """Calls a method of its child, and never the child."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.fc = Backbone(), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.fc(self.net.forward_features(x).mean((2, 3)))
+
+
+class WithNeck(Wrapper):
+    """Has a unit of its own behind the child's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        x = self.net.forward_features(x)
+        x = torch.relu(x + self.norm(self.conv(x)))
+        x = nn.functional.dropout(x, 0.2, self.training)
+        return self.fc(x.mean((2, 3)))
+
+
+class BothDoors(Wrapper):
+    """Calls the child by its forward and by its method."""
+
+    def forward(self, x):
+        return self.fc(self.net.forward_features(x).mean((2, 3))), self.net(x * 2)
+
+
+class WithoutForward(nn.Module):
+    """Calls methods of a child that has no forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.coder, self.fc = Coder(), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.fc(self.coder.encode(x).mean((2, 3)))
+
+
+class Coder(Unit):
+    def encode(self, x):
+        if self.training:
+            x = nn.functional.dropout(x, 0.1)
+        return self.unit(torch.relu(self.stem(x)))
+
+    def decode(self, x):
+        return torch.relu(self.short(x) + self.bn2(self.conv2(x)))
+
+
+class TwoMethods(WithoutForward):
+    """Calls two methods of one child."""
+
+    def forward(self, x):
+        return self.fc(self.coder.decode(self.coder.encode(x)).mean((2, 3)))

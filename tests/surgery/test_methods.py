@@ -16,10 +16,24 @@ from torch import nn
 
 import se_inject as si
 from se_inject.errors import LoadError
-from se_inject.forwards import body_of, checked_class, original_class
+from se_inject.forwards import body_of, check_forward, checked_class, original_class
 from se_inject.loading.operators import check_vocabulary, named_in_text
 from tests.common import outputs, randomise
-from tests.networks.methods import Inherits, InTrainingAlone, Keywords, Nested, OneValueTwice, Own, Returned, Twice
+from tests.networks.methods import (
+    BothDoors,
+    Inherits,
+    InTrainingAlone,
+    Keywords,
+    Nested,
+    OneValueTwice,
+    Own,
+    Returned,
+    Twice,
+    TwoMethods,
+    WithNeck,
+    WithoutForward,
+    Wrapper,
+)
 
 IMAGE = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -132,6 +146,100 @@ def test_other_arguments_than_those_observed_are_an_error():
     model = si.inject(plain(Keywords), IMAGE)
     with pytest.raises(RuntimeError, match=r"Keywords\.encode was edited for scale = 2\.0"):
         model.encode(IMAGE, scale=1.0)
+
+
+# -- methods of a child ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "child", "method"),
+    [
+        (Wrapper, "net", "forward_features"),
+        (WithNeck, "net", "forward_features"),
+        (BothDoors, "net", "forward_features"),
+        (WithoutForward, "coder", "encode"),
+    ],
+)
+def test_a_method_of_a_child_holds_the_blocks_of_the_child(kind, child, method):
+    network = plain(kind)
+    plan = si.plan(network, IMAGE)
+    assert not [note for note in plan.notes if "by itself" in note]
+    assert f"{child}.se" in [step.path for step in plan.steps]
+    model = plan.apply(network)
+    verdict = si.verify(network, model, IMAGE).expect_passed()
+    assert f"`{child}.{method}`" in str(verdict.checks[-1])
+    awake(model)
+    before, after = network.get_submodule(child), model.get_submodule(child)
+    assert not torch.equal(getattr(after, method)(IMAGE), getattr(before, method)(IMAGE))
+    if child == "net":
+        assert torch.equal(after.fc(after.forward_features(IMAGE).mean((2, 3))), after(IMAGE))
+    expected = outputs(model, IMAGE)
+    copies = [
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+        si.unfuse_(si.fuse_(copy.deepcopy(model))),
+        torch.compile(model, backend="eager"),
+    ]
+    for other in copies:
+        assert all(map(torch.equal, outputs(other, IMAGE), expected))
+    for other in (si.fuse_(copy.deepcopy(model)), si.for_inference(model, IMAGE)):
+        for one, two in zip(outputs(other, IMAGE), expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    back = si.eject_(copy.deepcopy(model))
+    assert [type(module) for module in back.modules()] == [type(module) for module in network.modules()]
+    assert all(map(torch.equal, outputs(back, IMAGE), outputs(network, IMAGE)))
+
+
+def test_the_child_keeps_its_blocks_when_it_leaves_its_wrapper():
+    network = plain(Wrapper)
+    model = awake(si.inject(network, IMAGE))
+    alone = pickle.loads(pickle.dumps(model.net))
+    assert torch.equal(alone.forward_features(IMAGE), model.net.forward_features(IMAGE))
+    assert si.plan_of(alone, IMAGE).steps[0].path == "se"
+    more = si.inject(WithNeck().eval().requires_grad_(True), IMAGE)
+    more.net = model.net
+    assert torch.equal(more.net.forward_features(IMAGE), model.net.forward_features(IMAGE))
+
+
+def test_a_file_of_a_network_that_calls_a_childs_method(tmp_path):
+    model = awake(si.inject(plain(WithNeck), IMAGE))
+    si.export(model, tmp_path / "n.pt", IMAGE)
+    loaded = si.load(tmp_path / "n.pt", trust=["tests"])
+    assert torch.equal(loaded(IMAGE), model(IMAGE))
+    for name in ("net.load_state_dict", "net.missing", "norm.forward_features", "net._apply", "net.unit.__call__"):
+        body = body_of(model)
+        changed = json.loads(json.dumps(body).replace('"net.forward_features"', json.dumps(name)))
+        with pytest.raises(LoadError):
+            other = copy.deepcopy(model)
+            other.__class__ = checked_class(original_class(model), json.dumps(changed))
+            check_forward(other, trusted=True)
+
+
+def test_a_method_of_a_child_that_is_no_data_needs_trust():
+    other = awake(si.inject(plain(WithNeck), IMAGE, at="norm*"))
+    assert body_of(other.net) is None
+    check_forward(other, trusted=True)
+    with pytest.raises(LoadError, match=r"calls `net\.forward_features`, which is not a method that it may call"):
+        check_forward(other)
+
+
+def test_of_two_methods_of_a_child_the_other_is_named():
+    network = plain(TwoMethods)
+    plan = si.plan(network, IMAGE)
+    assert [note for note in plan.notes if "`coder.decode` runs without" in note]
+    model = awake(plan.apply(network))
+    assert [note for note in si.verify(network, model, IMAGE).notes if "`coder.decode` runs without" in note]
+
+
+def test_blocks_put_in_through_the_method_and_through_forward_meet():
+    network = plain(Wrapper)
+    network.net = awake(si.inject(network.net, IMAGE))
+    model = si.inject(network, IMAGE, attended=True)
+    assert [step.owner for step in si.plan_of(model).steps] == ["net", "net"]
+    si.verify(network, model, IMAGE).expect_passed()
+    awake(model)
+    assert not torch.equal(model.net.forward_features(IMAGE), network.net.forward_features(IMAGE))
+    assert torch.equal(model.net.fc(model.net.forward_features(IMAGE).mean((2, 3))), model.net(IMAGE))
 
 
 # -- where it can't be ---------------------------------------------------------------------------------------

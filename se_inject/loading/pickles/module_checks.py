@@ -85,7 +85,7 @@ def _check_one(module: nn.Module, trust: Sequence[str], values: ValueChecks, che
         values.check(module, {name: value for name, value in state.items() if name not in _TABLES})
         check_layer(module)
         _check_config(module, state)
-    check_forward(module)
+    check_forward(module, trusted=bool(trust))
     check_blocks(module, trust)
     if not trust:
         check_vocabulary(module)
