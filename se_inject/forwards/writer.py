@@ -177,6 +177,7 @@ class Writer:
             constant = repr(decoded(value["form"], {}))
             call = self._builtin("len" if isinstance(value["form"], int) else "tuple")
             test = f"{call}({subject}) != {self._value(value['form'])}"
+            subject = f"{call}({subject})" if what == "setting" else subject
         else:
             constant = repr(decoded(value, {}))
             test = f"{subject} is not None" if value is None else f"{subject} != {self._value(value)}"

@@ -8,14 +8,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from se_inject.errors import SurgeryError
-from se_inject.forwards import expectations, lines_of
+from se_inject.forwards import Form, expectations, lines_of
 from se_inject.sites import labels, last_write, returned
 from se_inject.surgery.method_bodies import FORWARD, Body, Inlined, bodies_of, calls_around, mark_calls
 from se_inject.surgery.step import Step
-from se_inject.tracing import Guards, Trace, Untraceable, training_graph, training_settings
+from se_inject.tracing import Guards, OwnerGraph, Trace, Untraceable, training_graph, training_settings
 
 
 class Edited(NamedTuple):
@@ -110,6 +110,7 @@ def edited_bodies(
             settings |= training_settings(trace, owner)
         for step in (*earlier, *steps):
             settings.pop(step.block_name, None)  # an attribute that was None is the block's name now
+        settings |= _lengths(owner, [graph for graph, _ in graphs])
         inlined: dict[str, str] = {}
         while True:
             try:
@@ -123,6 +124,17 @@ def edited_bodies(
     except (SurgeryError, Untraceable) as error:
         message = error.message if isinstance(error, SurgeryError) else str(error)
         raise SurgeryError(f"the forward of `{path}` can't be edited", seen=message) from error
+
+
+def _lengths(owner: OwnerGraph, graphs: Sequence[fx.Graph]) -> dict[str, Any]:
+    """Return how many modules are in the lists and dicts of an owner whose items its forward calls: others are added to it."""
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
+    lists = {
+        name: owner.module._modules.get(name)
+        for name, _, item in (path.partition(".") for path in sorted(called))
+        if item
+    }
+    return {name: Form(len(each)) for name, each in lists.items() if isinstance(each, nn.ModuleList | nn.ModuleDict)}
 
 
 def _in_both(

@@ -121,3 +121,44 @@ def test_a_setting_that_differs_from_itself_is_no_change():
     injected = si.inject(network, X)
     with torch.no_grad():
         assert torch.equal(injected(X), network(X))
+
+
+# -- children that are added or replaced ----------------------------------------------------------------------
+
+
+class Lists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.listed = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.named = nn.ModuleDict({"one": nn.Conv2d(8, 8, 3, padding=1)})
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for each in (*self.listed, *self.named.values()):
+            x = torch.relu(x + each(x))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["listed", "named"])
+def test_a_child_that_is_added_to_a_list_raises(name):
+    plain = Lists().eval()
+    model = si.inject(plain, X)
+    with torch.no_grad():
+        assert torch.equal(model(X), plain(X))
+    children = getattr(model, name)
+    children.append(nn.Conv2d(8, 8, 1)) if name == "listed" else children.update({"two": nn.Conv2d(8, 8, 1)})
+    with pytest.raises(RuntimeError, match=rf"was edited for len\(self\.{name}\)"):
+        model(X)
+    back = si.eject_(model)
+    back(X)
+
+
+def test_a_child_that_is_replaced_is_called_as_it_is():
+    plain = Lists().eval()
+    model = si.inject(plain, X)
+    other = nn.Conv2d(8, 8, 1)
+    plain.listed[1] = model.listed[1] = other
+    with torch.no_grad():
+        assert torch.equal(model(X), plain(X))
