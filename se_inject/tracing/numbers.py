@@ -79,7 +79,7 @@ _BUILTINS = {**vars(builtins), "int": _Int, "float": _Float, "len": _length}
 def numbers_written_down(tracer: OwnerTracer) -> Iterator[None]:
     """Let the twin's own functions write down what they make of sizes meanwhile, if they use these names for calls alone."""
     owner, kind = tracer.owner, type(tracer.owner)
-    if not _calls_only(kind):
+    if not _calls_only(kind, tracer.door):
         yield
         return
     owner.__class__ = _rebuilt(kind)  # type: ignore[arg-type]
@@ -89,9 +89,9 @@ def numbers_written_down(tracer: OwnerTracer) -> Iterator[None]:
         owner.__class__ = kind
 
 
-def _calls_only(kind: type) -> bool:
-    """Return whether the forward of a class, and what it names, uses the three names to call them or to check a class, not as values."""
-    return sys.version_info >= (3, 11) and all(map(_calls_them, codes_of(kind)))
+def _calls_only(kind: type, method: str) -> bool:
+    """Return whether a method of a class, and what it names, uses the three names to call them or to check a class, not as values."""
+    return sys.version_info >= (3, 11) and all(map(_calls_them, codes_of(kind, method)))
 
 
 @functools.lru_cache(maxsize=2_000)

@@ -56,7 +56,7 @@ def _size(value: Any, depth: int = 0) -> int:
 
 
 @functools.lru_cache(maxsize=2_000)
-def codes_of(kind: type, method: str = "forward") -> tuple[CodeType, ...]:
+def codes_of(kind: type, method: str) -> tuple[CodeType, ...]:
     """Return the code of a class's method, and of the methods and functions of its author's that it names."""
     found: dict[CodeType, None] = {}
     pending: list[Any] = [getattr(kind, method, None)]

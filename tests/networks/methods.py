@@ -86,7 +86,8 @@ class Own(Unit):
         return Maps(self.unit(first), first)
 
     def decode(self, maps):
-        return torch.relu(self.short(maps.last) + self.bn2(self.conv2(maps.first)))
+        x = torch.relu(self.short(maps.last) + self.bn2(self.conv2(maps.last)))
+        return x * maps.first.mean()
 
     def forward(self, x):
         return self.fc(self.decode(self.encode(x)).mean((2, 3)))
