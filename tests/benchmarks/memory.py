@@ -20,16 +20,13 @@ from se_inject.tables import table
 NETWORKS = {
     "resnet152": ("torchvision:resnet152", "3x224x224"),
     "convnext_large": ("torchvision:convnext_large", "3x224x224"),
-    "fasterrcnn": ("torchvision:detection.fasterrcnn_resnet50_fpn", "3x320x320"),
+    "fasterrcnn": ("torchvision:fasterrcnn_resnet50_fpn", "3x320x320"),
 }
 FORMATS = (".pt", ".onnx", ".torchscript", ".pt2")
 PLAIN = """
 import sys, torch, torchvision
 name, shape = sys.argv[1:]
-make = torchvision.models
-for part in name.partition(":")[2].split("."):
-    make = getattr(make, part)
-network = make(weights=None, **({"weights_backbone": None} if "rcnn" in name else {})).eval()
+network = torchvision.models.get_model(name.partition(":")[2], weights=None, **({"weights_backbone": None} if "rcnn" in name else {})).eval()
 torch.save(network, "/dev/null")
 images = torch.rand(2, *map(int, shape.split("x")))
 with torch.no_grad():
