@@ -19,6 +19,8 @@ from se_inject.kernels import dispatch, excite_from, launch, operators, plain_ta
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")  # Triton 3.5's
+
 assert dispatch.State.interpreted, "run with TRITON_INTERPRET=1 from the start, as test_kernels.py does"
 
 
