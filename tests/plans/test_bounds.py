@@ -65,6 +65,9 @@ OPTIONS = [
 ]
 
 
+pytestmark = pytest.mark.no_cover  # time is measured
+
+
 def bounded(call, error, seconds=1.0, mebibytes=40):
     """What a call refuses, with little time and memory."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()

@@ -83,6 +83,7 @@ def test_the_network_is_called_once_however_many_plans_there_are():
     assert Net.count == once + 1  # the cost of the network is counted in one more
 
 
+@pytest.mark.no_cover  # time is measured
 def test_the_search_takes_less_than_a_second():
     base = si.plan(build("torchvision:resnet50"), reduction=2)
     search = Search(base, RATIOS, parsed_budget({"params": 0.05}))
