@@ -241,6 +241,8 @@ def tables(rows, judged):
         f"* Planning: {seconds[len(seconds) // 2]} s of CPU in the median, {seconds[-1]} s at most.",
         f"* Table of stages and places judged by eye: {len(judged)} networks, {yes} as an expert would have them.",
         "",
+        "Networks of packages.py without a row were not run.",
+        "",
         "## Misses",
         "",
     ]
