@@ -38,6 +38,13 @@ def check_values(function: ast.FunctionDef) -> None:
                 "a TorchScript archive of values within values without end", seen=f"in `{function.name[:80]}`"
             )
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", statement)]
+        if len(targets) == 1 and isinstance(targets[0], ast.Tuple) and isinstance(value, ast.Tuple):
+            pairs = list(zip(targets[0].elts, value.elts, strict=False))  # `a, b = x, y`: each its own
+            sizes |= {
+                name.id: size for name, size in [(n, _size(v, sizes)) for n, v in pairs] if isinstance(name, ast.Name)
+            }
+            if len(targets[0].elts) == len(value.elts) and all(isinstance(name, ast.Name) for name, _ in pairs):
+                continue
         if not isinstance(statement, ast.Expr | ast.Return):
             sizes |= {name.id: size for each in targets for name in ast.walk(each) if isinstance(name, ast.Name)}
 
