@@ -16,6 +16,7 @@ import importlib
 import os
 import sys
 import sysconfig
+import tempfile
 import threading
 import types
 import weakref
@@ -67,6 +68,7 @@ class _Guard:
 
 def mark(model: nn.Module) -> None:
     """Remember that a network came out of a file that nobody trusts, and each module in it."""
+    tempfile.gettempdir()  # torch asks while it is imported, and Python finds out by writing a file and removing it
     _install()
     _marked.update(model.modules())
 
