@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import nn
 
-from se_inject.sites import HeldBack, sites_in
+from se_inject.sites import HeldBack, Sites, sites_in
 from se_inject.surgery import steps_of
 from se_inject.tables import counted
 from se_inject.tracing import Trace
@@ -52,10 +53,13 @@ def coverage(trace: Trace, after: nn.Module) -> Coverage:
         trace: an observed call of the network before injection.
         after: the injected network.
     """
-    found = sites_in(trace)
+    return coverage_of(sites_in(trace), {step.site for step in steps_of(after)})
+
+
+def coverage_of(found: Sites, gated: Collection[str]) -> Coverage:
+    """Count the units that have a block, of sites and the addresses of those that have one."""
     inside = [site for site in found.all_sites if site.stage is not None and site.held_back is not HeldBack.NECK]
     units = [site for site in inside if site.kind != "conv"] or inside
-    gated = {step.site for step in steps_of(after)}
     without = [site for site in units if site.address not in gated and not site.blocks]
     kinds = {site.kind for site in units}
     return Coverage(
@@ -63,7 +67,7 @@ def coverage(trace: Trace, after: nn.Module) -> Coverage:
         unchosen=len(without),
         attended=sum(site.held_back is HeldBack.ATTENTION for site in without),
         missed=len(found.missed),
-        elsewhere=len(gated - {site.address for site in units}),
+        elsewhere=len(set(gated) - {site.address for site in units}),
         noun=_NOUNS.get(next(iter(kinds)), "units") if len(kinds) == 1 else "units",
         reason=found.commonest_reason(),
     )

@@ -3,6 +3,7 @@
     python tests/census/run.py            # all of it, on two cores in about two hours; resumable
     python tests/census/run.py --only 'timm:resnet*'
     python tests/census/run.py --table    # only write the tables anew
+    python tests/census/run.py --plans --again   # plans alone, for the smallest network of each set of module classes
 
 Each network runs in a process of its own with limits on time and memory. Planning is done for every name, on the
 meta device. The numeric checks are done with random weights (normalisation statistics and affine parameters random
@@ -38,10 +39,12 @@ from torch.fx.passes.shape_prop import ShapeProp  # noqa: E402
 
 import se_inject as si  # noqa: E402
 from se_inject.errors import InjectError, NoSites  # noqa: E402
+from se_inject.sites import HeldBack  # noqa: E402
 from se_inject.sites.finder import sites_in  # noqa: E402
 from se_inject.tables import table  # noqa: E402
 from se_inject.tracing.inputs import observe_model, real_inputs  # noqa: E402
 from se_inject.tracing.substitutes import standing_in  # noqa: E402
+from se_inject.verification.coverage import coverage_of  # noqa: E402
 from tests.common import build, randomise  # noqa: E402
 
 SECONDS = {"plan": 120, "check": 240}
@@ -98,6 +101,9 @@ def plan_one(name):
     row["held_back"] = Counter(site.held_back.reason for site in found.all_sites if site.held_back)
     row["stages"] = [[stage.path, [round(s) for s in stage.strides[0]], len(stage.sites)] for stage in found.table]
     row["free"] = len(found)
+    chosen = {site.address for site in found.all_sites if site.held_back in (None, HeldBack.ATTENTION)}
+    units = coverage_of(found, chosen)
+    row["units"] = [units.gated, units.gated + units.unchosen + units.missed, units.noun, units.reason]
     convolutions = sum(isinstance(module, torch.nn.modules.conv._ConvNd) for module in network.modules())
     if detection or convolutions <= 2:  # two: a patch embedding
         row["conv_share"] = 1.0 if detection else 0.0
@@ -284,13 +290,30 @@ def tables(rows):
                 sum(bool(row.get("sites")) for row in known),
                 ", ".join(kind for kind, _ in kinds.most_common()) or None,
                 "–".join(dict.fromkeys(str(f(len(row.get("stages", ())) for row in known)) for f in (min, max))),
+                units_of(known),
                 f"{sum(name in passed for name in tested)}/{len(tested)}" if tested else None,
                 len([name for name in tested if not isinstance(exported.get(name, ""), str)]) or None,
             ]
         )
-    headers = ("family", "networks", "CNNs", "with sites", "kinds", "stages", "checks passed", "ONNX")
+    headers = (
+        "family",
+        "networks",
+        "CNNs",
+        "with sites",
+        "kinds",
+        "stages",
+        "units with a block",
+        "checks passed",
+        "ONNX",
+    )
     parts += ["", "## Families", "", table(headers, lines, "markdown"), ""]
     return "\n".join(parts)
+
+
+def units_of(rows):
+    """The units of networks that are mostly convolutions, and how many of them get a block."""
+    counts = [row["units"][:2] for row in rows if "units" in row and row.get("sites") and row["conv_share"] >= 0.5]
+    return f"{sum(a for a, _ in counts):,} of {sum(b for _, b in counts):,}" if counts else None
 
 
 def misses(rows, checked):
@@ -301,6 +324,8 @@ def misses(rows, checked):
             yield f"{name}: planning failed ({share}): {(row.get('crash') or row['error'])[:200]}"
         elif row["conv_share"] >= 0.5 and not row.get("sites"):
             yield f"{name}: no site; refused: {', '.join(row['refused']) or 'nothing'}"[:300]
+        elif row["conv_share"] >= 0.5 and "units" in row and row["units"][0] < row["units"][1]:
+            yield f"{name}: a block at {row['units'][0]} of {row['units'][1]} {row['units'][2]}; most often: {row['units'][3] or 'held back'}"
     for name, row in sorted(checked.items()):
         if not row.get("checked"):
             failed = {key: detail for key, (passed, detail) in row.get("checks", {}).items() if passed is False}
@@ -317,6 +342,9 @@ def main():
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--again", action="store_true", help="also those that have a result")
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument(
+        "--plans", action="store_true", help="plans alone, of the smallest network of each set of classes"
+    )
     parser.add_argument("--part", default="0/1", help="share the work: 0/2 and 1/2 in two processes")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -324,6 +352,9 @@ def main():
     part, parts = map(int, options.part.split("/"))
     rows = read_results(options.results)
     chosen = [name for name in names() if fnmatch.fnmatch(name, options.only)]
+    if options.plans:
+        smallest = set(representatives(rows).values())
+        chosen = [name for name in chosen if name in smallest or name not in rows]
     if not options.table:
         with options.results.open("a") as file:
 
@@ -344,7 +375,8 @@ def main():
                     )
             stand_ins = representatives(rows)
             todo = sorted(
-                {stand_ins[name] for name in chosen if name in stand_ins}, key=lambda name: rows[name]["params"]
+                {stand_ins[name] for name in chosen if name in stand_ins and not options.plans},
+                key=lambda name: rows[name]["params"],
             )
             todo = [name for name in todo if rows[name].get("sites") and rows[name].get("conv_share", 0) > 0]
             todo = [name for name in todo if rows[name]["params"] < CHECKED_PARAMETERS]
