@@ -88,6 +88,7 @@ class Ledger:
         """
         refusals = len(self.refused)
         place, gated = self.values.layouts.channels_first(owner, value)
+        gated = self.values.past_our_blocks(place, gated)
         if place is not owner and site_kind != "conv":
             gated = self.values.unscaled(place, gated)
         site = self._site(owner, place, gated, site_kind)

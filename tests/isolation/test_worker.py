@@ -200,7 +200,13 @@ def test_native_prints_are_kept_from_the_terminal(home):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_nothing(home, number, code):
-    process = subprocess.Popen(command(home, "sleeps"), cwd=ROOT, env=environment(home), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(home, "sleeps"),
+        cwd=ROOT,
+        env=environment(home),
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup and background jobs of a shell ignore some
+    )
     deadline = time.monotonic() + 30
     while not (home / "home").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -313,6 +313,7 @@ def test_names_and_tables_without_end(path):
 # -- bombs -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.no_cover  # time is measured
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is measured on Linux alone")
 @pytest.mark.parametrize("name", hostile.bombs())
 def test_bombs(name, path):

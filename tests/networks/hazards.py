@@ -1096,9 +1096,9 @@ def channels_last():
     return Net(Basic()).to(memory_format=torch.channels_last)
 
 
-@in_net(plain=True, refused={"fc2": "form (N, C"}, count=1)
+@in_net("conv", count=1)
 class NHWCResidual(nn.Module):
-    """The sum is taken with the channels last in the shape: its second dimension is the image's height."""
+    """The sum is taken with the channels last: the block is where the branch is (N, C, H, W) last, at the convolution."""
 
     def __init__(self):
         super().__init__()
@@ -1112,9 +1112,9 @@ class NHWCResidual(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-@in_net(plain=True, refused={"fc2": "form (N, C"}, count=1)
+@in_net("gelu", count=1, probes={"gelu": None})
 class TokenResidual(nn.Module):
-    """Tokens (N, L, C) with a convolution in the branch: the second dimension is no channel."""
+    """Tokens (N, L, C) with a convolution in the branch: the block is behind it and its activation."""
 
     def __init__(self):
         super().__init__()

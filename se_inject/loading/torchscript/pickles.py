@@ -55,7 +55,7 @@ def check_script_pickles(archive: Archive, names: Sequence[str], declared: Decla
         reader.declared = declared
         reader.load()
         for other in reading.refused:
-            if not other.startswith(_OF_TORCHSCRIPT) or other.startswith(_OF_CPP):
+            if not other.startswith(_OF_TORCHSCRIPT):
                 raise LoadError(f"a TorchScript archive that holds `{other}`", seen=f"in its {name}")
 
 
@@ -182,7 +182,9 @@ class _ScriptUnpickler(Unpickler):
             if of is None:
                 raise Malformed(f"a call of `{printable(full)}`")
             return _List(of)
-        is_own = full.startswith(_OF_TORCHSCRIPT[0]) and not full.startswith(_OF_CPP) and type(found) is Placeholder
+        if full.startswith(_OF_CPP):
+            raise LoadError(f"a TorchScript archive that holds `{printable(full)}`", seen="a class of C++")
+        is_own = full.startswith(_OF_TORCHSCRIPT[0]) and type(found) is Placeholder
         return _Kind(full) if is_own else found
 
     def _new_object(self) -> None:
