@@ -102,9 +102,3 @@ SLOW = {
     },
 }
 """Folder → file → its slow tests; all of the file where none is named."""
-
-MEASURED = {
-    "test_files": [],
-    "test_programs": ["test_the_network_that_was_written", "test_written_again_in_every_format"],
-}
-"""The files whose slow tests ``--cov`` measures, each with those that it doesn't: nothing else reaches the readers of programs."""
