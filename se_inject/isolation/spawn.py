@@ -75,11 +75,23 @@ def call_isolated(
         try:
             out, err = _talk(process, json.dumps(request).encode())
         except BaseException:
-            process.kill()
+            _end(process)
             raise
     if process.returncode:
         raise _error(out, err)
     return out
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask a process to end, which removes its folder then; kill it if it doesn't."""
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()  # nothing that it still prints holds it up
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _talk(process: subprocess.Popen[bytes], request: bytes) -> tuple[str, str]:

@@ -159,11 +159,14 @@ def say(path, text):
 def test_a_flood_of_words_does_not_reach_this_process(tmp_path, monkeypatch):
     (tmp_path / "payload.py").write_text(PAYLOADS)
     monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))  # of that process
     peak_bytes()
     before = peak_bytes()
     with pytest.raises(WorkerError, match="without end"):
         call_isolated("payload:flood", {}, tmp_path / "x.pt", readable=[tmp_path])
     assert peak_bytes() - before < 20 << 20
+    assert list((tmp_path / "tmp").iterdir()) == [], "it cleans up when it is asked to end"
 
 
 @pytest.mark.parametrize(
