@@ -19,7 +19,7 @@ gives them, ``{"node": name}`` for what an earlier line set, ``{"training": true
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -130,3 +130,24 @@ def names_in(value: Any) -> Iterator[str]:
             yield value[2]
         for item in value:
             yield from names_in(item)
+
+
+def last_uses(lines: list[Any]) -> dict[str, int]:
+    """Return for every name the last of these lines that reads or sets it."""
+    last: dict[str, int] = {}
+    for index, line in enumerate(lines):
+        for name in (*names_in(line), *names_set([line])):
+            last[name] = index
+    return last
+
+
+def names_set(lines: list[Any]) -> Iterable[str]:
+    """Yield every name that these lines set, those within others too."""
+    for kind, *parts in lines:
+        if kind == "if":
+            yield from names_set([*parts[1], *parts[2]])
+        elif kind == "loop":
+            yield parts[0]
+            yield from names_set(parts[3])
+        elif kind not in ("return", "raise", "expect"):
+            yield from parts[0]

@@ -17,7 +17,7 @@ import torch
 
 from se_inject.errors import LoadError, quoted
 from se_inject.forwards.constants import checked_key, decoded
-from se_inject.forwards.lines import names_in
+from se_inject.forwards.lines import last_uses, names_in
 from se_inject.forwards.python import IN_PLACE, INFIX, PREFIX, function_called, is_name
 from se_inject.forwards.signatures import head_of, passed_on
 from se_inject.forwards.source import compiled
@@ -116,7 +116,7 @@ class Writer:
         if not isinstance(lines, list) or not all(isinstance(line, list) and line for line in lines):
             raise LoadError("a forward in this file has a line that is none")
         ends = own or (bool(lines) and lines[-1][0] == "return")
-        last = _last_uses(lines) if ends else {}
+        last = last_uses(lines) if ends else {}
         known = set(self._inputs) if own else set()
         result = []
         for index, line in enumerate(lines):
@@ -334,26 +334,6 @@ def _checked(name: Any) -> str:
     if not is_name(name):
         raise LoadError("a forward in this file uses a name that is none", seen=quoted(name))
     return str(name)
-
-
-def _last_uses(lines: list[Any]) -> dict[str, int]:
-    """Return for every name the last of these lines that reads or sets it."""
-    last: dict[str, int] = {}
-    for index, line in enumerate(lines):
-        for name in (*names_in(line), *_names_set([line])):
-            last[name] = index
-    return last
-
-
-def _names_set(lines: list[Any]) -> Iterable[str]:
-    for kind, *parts in lines:
-        if kind == "if":
-            yield from _names_set([*parts[1], *parts[2]])
-        elif kind == "loop":
-            yield parts[0]
-            yield from _names_set(parts[3])
-        elif kind not in ("return", "raise", "expect"):
-            yield from parts[0]
 
 
 def _is_path_of_names(path: Any) -> bool:

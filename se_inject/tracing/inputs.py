@@ -16,7 +16,7 @@ from se_inject.guarding import under_guard
 from se_inject.tables import counted
 from se_inject.tracing.failures import describe
 from se_inject.tracing.foreign import home, leaf_kind, outside_of_leaves, wrapper_kind
-from se_inject.tracing.observer import observe
+from se_inject.tracing.observing import observe
 from se_inject.tracing.trace import Trace, float_like
 from se_inject.user_code import fact
 

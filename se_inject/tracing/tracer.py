@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +20,14 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Scope, TracerBase
 
 from se_inject.forwards import Form, Unlike, field
+from se_inject.tracing.changes import Changed, reflect
 from se_inject.tracing.containers import contents, form_of, holds, is_special, made
+from se_inject.tracing.hiding import hidden_settings
 from se_inject.tracing.known_results import result_of_function
-from se_inject.tracing.method_calls import MethodCall, reported_doors, reported_methods
+from se_inject.tracing.method_calls import MethodCall
 from se_inject.tracing.operations import operation_of
 from se_inject.tracing.proxy import (
     FOREIGN_TENSOR,
-    Changed,
     Untraceable,
     ValueProxy,
     contents_of,
@@ -34,11 +35,10 @@ from se_inject.tracing.proxy import (
     holds_tensor,
     is_numbers,
     is_proxy,
-    reflect,
     values_of,
 )
-from se_inject.tracing.settings import nested_settings, recorded, settings_of
-from se_inject.tracing.snapshots import own_numbers, put_back, random_state, restore, snapshot, states_of_generators
+from se_inject.tracing.settings import nested_settings
+from se_inject.tracing.snapshots import own_numbers, put_back, random_state, states_of_generators
 
 if TYPE_CHECKING:
     from se_inject.tracing.observer import Observer
@@ -46,28 +46,6 @@ if TYPE_CHECKING:
 
 _PLAIN = (Tensor, int, float, str, type(None))
 """Values that a child can't change in place."""
-
-
-class _WatchedChildren(dict[str, Any]):
-    """A module's children, which notices if somebody goes through all of them."""
-
-    iterated = False
-
-    def _all(self, name: str) -> Any:
-        self.iterated = True
-        return getattr(super(), name)()
-
-    def __iter__(self) -> Any:
-        return self._all("__iter__")
-
-    def keys(self) -> Any:
-        return self._all("keys")
-
-    def values(self) -> Any:
-        return self._all("values")
-
-    def items(self) -> Any:
-        return self._all("items")
 
 
 class OwnerTracer(TracerBase):
@@ -132,7 +110,7 @@ class OwnerTracer(TracerBase):
         inputs, keywords = self._inputs(forward, args, kwargs, symbolic)
         given = {name: contents_of(value) for name, value in self.constants.items()}
         states = states_of_generators(self.owner)
-        with self._settings_hidden() as changed:
+        with hidden_settings(self) as changed:
             result = forward(self.owner, *inputs, **keywords)
             self.create_node("output", "output", (self.create_arg(result),), {})
         if self.draws or states_of_generators(self.owner) != states:
@@ -197,47 +175,6 @@ class OwnerTracer(TracerBase):
         self.constants[plain] = Form(tuple(whole) if isinstance(whole, dict) else len(whole))
         proxy = self._placeholder(name, whole)
         return [proxy[key] for key in (whole if isinstance(whole, dict) else range(len(whole)))]
-
-    @contextlib.contextmanager
-    def _settings_hidden(self) -> Iterator[list[str]]:
-        """Read the owner's plain attributes through the watch while this is open, and watch its children.
-
-        Afterwards the owner is as before, and the list given holds the names of the attributes that had changed.
-        """
-        owner = self.owner.__dict__
-        before = snapshot(self.owner)
-        settings: dict[str, Any] = {}
-        for key, value in settings_of(self.owner).items():
-            if hasattr(type(self.owner), key):  # reads would find the class's
-                self.settings_read[key] = recorded(value)
-            else:
-                settings[key] = owner.pop(key)
-        hidden = owner["_parameters"].hidden
-        hidden |= settings
-        children = owner["_modules"] = _WatchedChildren(before[0]["_modules"])
-        changed: list[str] = []
-        methods = reported_methods(self)
-        bound = {name: owner[name] for name in methods if name in owner}
-        owner.update(methods)
-        doors = reported_doors(self)
-        for child, name, method in doors:
-            child.__dict__[name] = method
-        try:
-            yield changed
-        finally:
-            self.iterates = children.iterated
-            for key, method in methods.items():
-                if owner.get(key) is method:
-                    del owner[key]
-            owner.update(bound)
-            for child, name, _ in doors:
-                child.__dict__.pop(name, None)
-            for key in settings:
-                del hidden[key]
-            if dict(children) == before[0]["_modules"]:
-                owner["_modules"] = before[0]["_modules"]
-            owner.update({key: value for key, value in settings.items() if key not in owner})
-            changed += restore(self.owner, before)
 
     def _placeholder(self, name: str, value: Any) -> Any:
         node = self.create_node("placeholder", name, (), {})
