@@ -14,7 +14,7 @@ from se_inject.sites.ledger import Ledger
 from se_inject.sites.operations import path_of, returned
 from se_inject.sites.roles import lays_out
 from se_inject.sites.site import HeldBack
-from se_inject.tracing import OwnerGraph, function_name_of, is_data, kind
+from se_inject.tracing import OwnerGraph, function_name_of, is_data, kind, numbers_of
 
 
 def plain_convolutions(ledger: Ledger, owners: list[OwnerGraph]) -> None:
@@ -108,7 +108,7 @@ class _Runs:
     def _laid_out(self, value: fx.Node) -> fx.Node:
         """Return a value before it was given another form, or handed on as it is."""
         while self.values.roles.of(value) == "pass":
-            before = {source for source in value.all_input_nodes if is_data(source)}
+            before = {source for source in numbers_of(value) if is_data(source)}
             if len(before) != 1:
                 break
             (value,) = before

@@ -8,12 +8,12 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from se_inject.sites.operations import path_of, returned
-from se_inject.tracing import OwnerGraph, Trace, function_name_of, is_data, is_gating, kind
+from se_inject.tracing import OwnerGraph, Trace, function_name_of, is_data, is_gating, kind, numbers_of
 
 LAYOUTS = frozenset(
     {
         "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "view", "reshape", "_unsafe_view", "flatten", "unflatten",
-        "squeeze", "unsqueeze", "contiguous", "Flatten", "Unflatten",
+        "view_as", "reshape_as", "squeeze", "unsqueeze", "contiguous", "Flatten", "Unflatten",
     }
 )  # fmt: skip
 """Operations that keep all numbers of a value, and give it another form."""
@@ -73,9 +73,10 @@ class Roles:
 
 def lays_out(node: fx.Node) -> bool:
     """Return whether a node gives one value another form and keeps all of its numbers."""
-    if function_name_of(node) not in LAYOUTS or not isinstance(node.meta.get("val"), Tensor):
+    name = node.meta["class"].__name__ if "class" in node.meta else function_name_of(node)
+    if name not in LAYOUTS or not isinstance(node.meta.get("val"), Tensor):
         return False
-    data = [source for source in node.all_input_nodes if is_data(source)]
+    data = [source for source in numbers_of(node) if is_data(source)]
     return len(data) == 1 and data[0].meta["val"].numel() == node.meta["val"].numel()
 
 

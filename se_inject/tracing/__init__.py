@@ -4,7 +4,7 @@ In: a network and example inputs. Out: a ``Trace``: calls, shapes, graphs, and t
 Must not know: what a site or a block is, or anything about files. Leaves the network as it was.
 """
 
-from se_inject.tracing.buffers import BUFFERS, inputs_of, writes_into
+from se_inject.tracing.buffers import BUFFERS, inputs_of, numbers_of, writes_into
 from se_inject.tracing.failures import describe
 from se_inject.tracing.inputs import (
     LARGEST_INPUTS,
@@ -74,6 +74,7 @@ __all__ = [
     "is_gating",
     "is_leaf",
     "kind",
+    "numbers_of",
     "observe_model",
     "parse_shape",
     "preserved",

@@ -19,13 +19,15 @@ BUFFERS = frozenset(
     for like in ("", "_like")
 ) | {"clone"}
 """What makes a tensor that is filled afterwards."""
+SHAPED_LIKE = frozenset({"view_as", "reshape_as", "expand_as", "type_as", "sum_to_size"})
+"""What gives its first argument the form of its second, and reads no number of that."""
 _EVERYTHING = (0, math.inf)
 _VIEWS = frozenset({"getitem", "narrow", "select", "view", "transpose", "permute", "unflatten"})
 
 
 def inputs_of(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that a node's value is made from: its arguments, and instead of a buffer what was written into it."""
-    found: list[fx.Node] = node.all_input_nodes
+    found = numbers_of(node)
     if function_name_of(node) in BUFFERS:
         written = _values(writes_into(node))
         return [*found, *written] if function_name_of(node) == "clone" or not written else written
@@ -36,6 +38,12 @@ def inputs_of(node: fx.Node) -> list[fx.Node]:
             is_kept = function_name_of(source) == "clone" or not writes
             found = [*(each for each in found if is_kept or each is not source), *written]
     return found
+
+
+def numbers_of(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that a node reads, without those whose form alone it takes."""
+    found: list[fx.Node] = node.all_input_nodes
+    return found[:1] if function_name_of(node) in SHAPED_LIKE else found
 
 
 def writes_into(buffer: fx.Node) -> list[fx.Node]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import se_inject as si
-from se_inject.sites.layouts import kept_axes, permutation
+from se_inject.sites.axes import kept_axes, permutation
 from se_inject.surgery import injected_blocks
 from tests.common import randomise
 from tests.networks import layouts
