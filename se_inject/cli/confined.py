@@ -151,7 +151,7 @@ def confinement_for(
         memory=max_memory or default_memory(sizes),
         seconds=max_time or 3600 * (os.cpu_count() or 1),
         file_size=8 * GIB + 16 * sum(sizes),
-        gpu=any(text.startswith("cuda") for text in texts),
+        gpu=str(ctx.params.get("device") or "").startswith("cuda"),
     )
     return confinement, ""
 

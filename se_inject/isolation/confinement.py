@@ -25,7 +25,8 @@ _SYSTEM = (
     "/proc/sys/kernel/osrelease", "/proc/self", "/sys/devices/system", "/sys/fs/cgroup",
 )  # fmt: skip
 """What programs need to start: libraries, the clock, the number of processors. Nothing of a user's."""
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+_DEVICES = ("/dev/null", "/dev/full", "/dev/random", "/dev/urandom")
+"""Not `/dev/zero`: mapped, it is memory that no limit counts."""
 _GPU = ("/dev/nvidia*", "/dev/nvidia-caps", "/dev/dri", "/dev/kfd")
 _GPU_FACTS = ("/proc/driver/nvidia", "/proc/devices", "/proc/modules", "/sys/module", "/sys/bus/pci", "/sys/class")
 
@@ -90,7 +91,7 @@ def confine(confinement: Confinement) -> None:
     if landlock_version() and "landlock" in confinement.walls:
         restrict(_rules(confinement))
     if has_seccomp() and "seccomp" in confinement.walls:
-        refuse_calls()
+        refuse_calls(gpu=confinement.gpu)
 
 
 def protections() -> list[str]:

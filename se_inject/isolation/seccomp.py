@@ -18,7 +18,7 @@ _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _REFUSED = {
     # the network
     "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "accept": (43, 202),
-    "accept4": (288, 242),
+    "accept4": (288, 242), "socketpair": (53, 199),  # a datagram of one can go to any socket in the file system
     # other programs and processes
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "ptrace": (101, 117),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272), "tkill": (200, 130),
@@ -51,20 +51,27 @@ _REFUSED = {
     "modify_ldt": (154, None), "settimeofday": (164, 170), "clock_settime": (227, 112), "adjtimex": (159, 171),
     "clock_adjtime": (305, 266), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
     "fanotify_init": (300, 262), "personality": (135, 92), "vhangup": (153, 58), "memfd_secret": (447, 447),
+    "io_setup": (206, 0), "file_setattr": (469, 469), "quotactl_fd": (443, 443),
 }  # fmt: skip
-_CLONE, _CLONE3, _IOCTL = (56, 220), (435, 435), (16, 29)
+_MEMORY_FILE = {"memfd_create": (319, 279)}
+"""Memory that no limit counts, as is what ``_SHARED`` and ``_GROWING`` say of a mapping. Drivers of graphics processors need it."""
+_CLONE, _CLONE3, _IOCTL, _FCNTL, _MMAP = (56, 220), (435, 435), (16, 29), (72, 25), (9, 222)
 _ONLY_ITSELF = {
     "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "sched_setaffinity": (203, 122),
     "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274), "setpgid": (109, 154),
 }  # fmt: skip
 """Allowed where the first argument is the process itself, or 0: for the threads that libraries bind to processors, no more."""
 _CLONE_THREAD = 0x10000
-_TERMINAL_INPUT = (0x5412, 0x541C)
-"""TIOCSTI and TIOCLINUX type into the terminal that the command was started in."""
+_DEVICE_COMMANDS = (0x5412, 0x541C, 0x8901, 0x8902)
+"""TIOCSTI and TIOCLINUX type into the terminal that the command was started in; the others are ``F_SETOWN`` again."""
+_FILE_COMMANDS = (8, 10, 15, 1024, 1026)
+"""F_SETOWN, F_SETSIG and F_SETOWN_EX send any signal to another process; F_SETLEASE and F_NOTIFY hold others up, or watch them."""
+_ANONYMOUS, _SHARED, _GROWING = 0x20, 0x01, 0x0100
+"""Flags of a mapping: of no file; shared, which limits of memory don't count; growing down, which counts as a stack."""
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
-_NUMBER, _ARCHITECTURE, _FIRST, _SECOND = 0, 4, 16, 24
+_NUMBER, _ARCHITECTURE, _FIRST, _SECOND, _FOURTH = 0, 4, 16, 24, 40
 """Offsets in what the filter sees of a call; the lower half of an argument comes first."""
 _EPERM, _ENOSYS = 1, 38
 _X32 = 0x40000000
@@ -84,24 +91,27 @@ def has_seccomp() -> bool:
     return int(ctypes.CDLL(None, use_errno=True).prctl(21, 0, 0, 0, 0)) >= 0  # PR_GET_SECCOMP
 
 
-def refuse_calls() -> None:
+def refuse_calls(*, gpu: bool = False) -> None:
     """Refuse this thread, and what it starts, the system calls of the lists above. Cannot be undone.
 
     Threads can still be started, other processes not. Set "no new privileges" first.
+
+    Args:
+        gpu: allow memory that no limit counts.
 
     Raises:
         OSError: the kernel refused, or can't filter.
     """
     if not has_seccomp():
         raise OSError("no filter of system calls for this system")
-    code = b"".join(struct.pack("<HBBI", *line) for line in _filter(os.getpid()))
+    code = b"".join(struct.pack("<HBBI", *line) for line in _filter(os.getpid(), gpu))
     program = _Program(len(code) // 8, code)
     if ctypes.CDLL(None, use_errno=True).prctl(_SET_SECCOMP, _FILTER_MODE, ctypes.byref(program), 0, 0):
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
 
 
-def _filter(process: int) -> list[_Instruction]:
+def _filter(process: int, gpu: bool) -> list[_Instruction]:
     column, architecture = _MACHINES[platform.machine()]
     lines: list[_Instruction] = [
         (_LOAD, 0, 0, _ARCHITECTURE),
@@ -114,12 +124,16 @@ def _filter(process: int) -> list[_Instruction]:
         _error(_ENOSYS),  # its flags can't be seen here; C libraries then use clone
         *_where(_CLONE[column], [(_LOAD, 0, 0, _FIRST), (_ANY_BIT, 1, 0, _CLONE_THREAD), _error(_EPERM)]),
     ]
-    for command in _TERMINAL_INPUT:
-        lines += _where(_IOCTL[column], [(_LOAD, 0, 0, _SECOND), (_EQUAL, 0, 1, command), _error(_EPERM)])
+    for call, commands in ((_IOCTL, _DEVICE_COMMANDS), (_FCNTL, _FILE_COMMANDS)):
+        for command in commands:
+            lines += _where(call[column], [(_LOAD, 0, 0, _SECOND), (_EQUAL, 0, 1, command), _error(_EPERM)])
+    if not gpu:
+        uncounted = [(_ANY_BIT, 0, 2, _ANONYMOUS), (_ANY_BIT, 0, 1, _SHARED | _GROWING), _error(_EPERM)]
+        lines += _where(_MMAP[column], [(_LOAD, 0, 0, _FOURTH), *uncounted])
     for numbers in _ONLY_ITSELF.values():
         own = [(_LOAD, 0, 0, _FIRST), (_EQUAL, 2, 0, process), (_EQUAL, 1, 0, 0), _error(_EPERM)]
         lines += _where(numbers[column], own)
-    for columns in _REFUSED.values():
+    for columns in (_REFUSED if gpu else _REFUSED | _MEMORY_FILE).values():
         number = columns[column]
         if number is not None:
             lines += [(_EQUAL, 0, 1, number), _error(_EPERM)]

@@ -25,6 +25,8 @@ from se_inject.isolation.worker import Interrupted, can_fork, run_in_worker
 _LAST_BYTES = 1 << 16
 _MOST_BYTES = 64 << 20
 """Of what a process may print, and how much of its end is kept."""
+_START = "import sys; sys.path[:] = sys.argv[1:]; from se_inject.isolation.spawn import main; main()"
+"""`sys` is built in; Python would look for everything else in the current folder first, where the stranger's file may be."""
 
 
 def call_isolated(
@@ -65,11 +67,9 @@ def call_isolated(
         "seconds": seconds,
         "file_size": file_size,
     }
-    paths = [entry or os.getcwd() for entry in sys.path]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from se_inject.isolation.spawn import main; main()"],
+        [sys.executable, "-c", _START, *_import_paths()],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     with process:
         try:
@@ -80,6 +80,13 @@ def call_isolated(
     if process.returncode:
         raise _error(out, err)
     return out
+
+
+def _import_paths() -> list[str]:
+    """List where this process imports from, the current folder only if this package is there, and then last."""
+    own = str(Path(errors.__file__).resolve().parents[1])
+    paths = [os.path.abspath(entry) for entry in sys.path if entry]
+    return paths if own in map(os.path.realpath, paths) else [*paths, own]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

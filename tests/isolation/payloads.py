@@ -4,7 +4,9 @@ Run as ``python -m tests.isolation.payloads NAME FOLDER [WALL]…`` in a process
 """
 
 import ctypes
+import fcntl
 import json
+import mmap
 import os
 import signal
 import socket
@@ -93,8 +95,25 @@ def calls():
         "look into the parent": tried(syscall, 101, 16, parent, 0, 0) if os.uname().machine == "x86_64" else "OSError",
         "change a mode": tried(os.chmod, FOLDER / "named" / "model.pt", 0o777),
         "change a time": tried(os.utime, FOLDER / "named" / "model.pt"),
-        "type into the terminal": tried(__import__("fcntl").ioctl, 0, 0x5412, b"x"),
+        "type into the terminal": tried(fcntl.ioctl, 0, 0x5412, b"x"),
+        "a datagram to a socket with a name": tried(datagram),
+        "a signal through a pipe": tried(signal_through_a_pipe, parent),
     }
+
+
+def datagram():
+    """One of a pair of sockets sends to any other that has a name in the file system."""
+    one, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    return one.sendto(b"hello", str(FOLDER / "socket"))
+
+
+def signal_through_a_pipe(process):
+    """A file's owner gets the signal of the file's choice when there is something to read."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(reading, fcntl.F_SETOWN, process)
+    fcntl.fcntl(reading, 10, signal.SIGCONT)  # F_SETSIG
+    fcntl.fcntl(reading, fcntl.F_SETFL, os.O_ASYNC)
+    return os.write(writing, b"x")
 
 
 def objects():
@@ -243,6 +262,24 @@ def native_memory():
     return {"taken": taken}
 
 
+def uncounted_memory():
+    """Take memory that the limit of private memory doesn't count, 256 MiB of each kind."""
+    size = 256 << 20
+
+    def mapped(flags, file=-1):
+        with mmap.mmap(file, size, flags=flags) as area:
+            area[:: mmap.PAGESIZE] = bytes(len(area) // mmap.PAGESIZE)
+
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return {
+        "shared": tried(mapped, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS),
+        "growing down": tried(mapped, private | 0x0100),
+        "a file in memory": tried(os.memfd_create, "x"),
+        "zeros": tried(lambda: mapped(mmap.MAP_SHARED, os.open("/dev/zero", os.O_RDWR))),
+        "private": tried(mapped, private),
+    }
+
+
 def disk():
     data = b"x" * (1 << 20)
     with (Path(os.environ["HOME"]) / "big").open("wb") as file:
@@ -289,6 +326,7 @@ PAYLOADS = {
     **{f.__name__: f for f in (files, may, calls, tcp, environment, output, crashes_in_the_middle, another_target)},
     **{f.__name__: f for f in (objects, secrets, deep, closed, nested)},
     **{f.__name__: f for f in (nonsense, memory, native_memory, disk, spins, segfault, aborts, prints, sleeps)},
+    "uncounted_memory": uncounted_memory,
     **{f.__name__: strange_output(f) for f in (linked, more, absent, folder, privileged, with_data)},
 }
 

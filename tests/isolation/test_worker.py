@@ -74,7 +74,9 @@ def test_files_are_out_of_reach(home, walls):
 @needs_seccomp
 @pytest.mark.parametrize("walls", [WALLS, ("seccomp",)], ids="+".join)
 def test_the_network_and_other_processes_are_out_of_reach(home, walls):
-    tried = run(home, "calls", walls)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(str(home / "socket"))
+        tried = run(home, "calls", walls)
     assert not [what for what, result in tried.items() if result.startswith("DONE")], tried
 
 
@@ -191,6 +193,15 @@ def test_a_death_is_a_refusal_that_names_the_step(home, name, parts):
 def test_memory_is_limited(home):
     assert "MemoryError" in run(home, "memory", code=1)["error"]
     assert run(home, "native_memory")["taken"] < 10
+
+
+@needs_seccomp
+@needs_landlock
+def test_memory_that_is_not_private_is_refused(home):
+    tried = run(home, "uncounted_memory")
+    assert tried.pop("private").startswith("DONE")
+    assert set(tried.values()) == {"PermissionError"}, tried
+    assert all(said.startswith("DONE") for said in run(home, "uncounted_memory", ()).values())
 
 
 def test_native_prints_are_kept_from_the_terminal(home):

@@ -75,6 +75,18 @@ def test_a_death_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     assert "falls" not in sys.modules
 
 
+def test_nothing_is_imported_from_the_current_folder(tmp_path, monkeypatch):
+    """A stranger's file may come in a folder with modules that are called like Python's own, or torch."""
+    torch.save(small(), tmp_path / "net.pt")
+    for name in ("json", "contextlib", "selectors", "ctypes", "numpy", "torch", "sitecustomize", "se_inject"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'HIT')!r}, 'a').write({name!r}); raise ImportError")
+    monkeypatch.chdir(tmp_path)
+    for path in (sys.path, ["", *sys.path]):  # of a script elsewhere; of a session that was begun here
+        monkeypatch.setattr(sys, "path", path)
+        assert isinstance(si.load("net.pt", isolated=True), nn.Sequential)
+    assert not (tmp_path / "HIT").exists()
+
+
 def test_what_comes_back_is_no_larger_than_a_network(tmp_path, monkeypatch):
     torch.save(small(), tmp_path / "net.pt")
     code = tmp_path / "code"

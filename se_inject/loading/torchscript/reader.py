@@ -13,6 +13,7 @@ import contextlib
 import io
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
@@ -58,18 +59,23 @@ def script_module(file: IO[bytes], trust: Sequence[str] = ()) -> tuple[torch.jit
 
 @contextlib.contextmanager
 def _in_memory() -> Iterator[tuple[IO[bytes], Callable[[Any], Any]]]:
-    """Make a file in memory to write to, and a function that makes a module of it.
+    """Make a file that nobody else can open, to write to, and a function that makes a module of it.
 
-    Of bytes torch makes three copies; where memory can have a path, it makes none.
+    Of bytes torch makes three copies; where memory can have a path, it makes none. In a confined process there is no such
+    memory, and it is a file of the folder that only this process may use.
     """
     options: Any = (torch.device("cpu"), {}, False)
-    if hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"):
-        with open(os.memfd_create("se_inject"), "w+b", buffering=0) as file:
-            path = f"/proc/self/fd/{file.fileno()}"
-            yield file, lambda unit: torch._C.import_ir_module(unit, path, *options)  # type: ignore[call-arg]
-    else:
+    if not os.path.isdir("/proc/self/fd"):
         stream = io.BytesIO()
         yield stream, lambda unit: torch._C.import_ir_module_from_buffer(unit, stream.getvalue(), *options)  # type: ignore[call-arg,arg-type]
+        return
+    try:
+        opened: Any = open(os.memfd_create("se_inject"), "w+b", buffering=0)  # noqa: SIM115
+    except (AttributeError, PermissionError):
+        opened = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+    with opened as file:
+        path = f"/proc/self/fd/{file.fileno()}"
+        yield file, lambda unit: torch._C.import_ir_module(unit, path, *options)  # type: ignore[call-arg]
 
 
 def _copy_checked(file: IO[bytes], to: IO[bytes], trust: Sequence[str]) -> None:
