@@ -64,6 +64,8 @@ def sites(
         if attended:
             have = "site already has" if attended == 1 else "sites already have"
             note(f"{attended} {have} attention, left out unless --attended is given")
+        if found.missed:
+            note(found.shortfall())
         if found.refused and not verbose:
             note(f"{counted(len(found.refused), 'place')} refused: -v says why")
     found.everything(attended=True)

@@ -163,7 +163,12 @@ def _choices(sites: Sites, base: Plan, stages: Iterable[Any] | int | str, attend
             if not found:
                 raise NoSites(
                     f"no block can go into the stages `{','.join(names)}`",
-                    seen="their sites hold blocks of ours already, or have no such position",
+                    seen="; ".join(
+                        filter(
+                            None,
+                            ("their sites hold blocks of ours already, or have no such position", sites.shortfall()),
+                        )
+                    ),
                     hint=f"{either('`se-inject sites MODEL -v`', 'print(si.find_sites(model))')} lists them",
                 )
             choices[",".join(names)] = found

@@ -27,7 +27,7 @@ from se_inject.plans.budget import Search, parsed_budget, plan_within
 from se_inject.plans.candidates import ratios_of
 from se_inject.plans.stored import check_trust
 from se_inject.plans.value import Plan, already
-from se_inject.sites import POSITIONS, HeldBack, Place, Site, Sites, place_of, sites_in
+from se_inject.sites import POSITIONS, HeldBack, Place, Refusal, Site, Sites, commonest, place_of, sites_in
 from se_inject.surgery import Step, check_sizes, check_unfused, method_notes, own_steps
 from se_inject.tables import counted
 from se_inject.tracing import Trace, float_like, observe_model, shapes_of
@@ -113,7 +113,9 @@ def plan(
     shapes = None if kwargs or (listed := shapes_of(args)) is None else tuple(listed)
     if trace.failures:
         failed = counted(len(trace.failures), "module")
-        notes.append(f"left alone: {failed} that can't be traced; `se-inject sites MODEL -v` says why")
+        why = commonest([Refusal(path, reason) for path, reason in trace.failures.items()])
+        look = either("se-inject sites MODEL -v", "si.find_sites(model).refused")
+        notes.append(f"left alone: {failed} that can't be traced, most often: {why}; `{look}` lists them")
     return Plan(steps, original_class(model).__name__, shapes, tuple(notes), trace)
 
 
@@ -209,19 +211,18 @@ def _select(
     taken = [site for site in found if site.blocks]
     left = [site for site in found if not site.blocks]
     if not left:
-        raise already([path for site in taken for path in site.blocks], model)
+        raise already([path for site in taken for path in site.blocks], model, sites.shortfall())
     notes = [f"left out: {counted(len(taken), 'chosen site')} with a block of ours already"] if taken else []
-    stages = [site for site in sites.all_sites if site.stage is not None]
+    inside = [site for site in sites.all_sites if site.stage is not None]
     if sites.missed:
-        units = len(sites.missed) + sum(site.kind != "conv" for site in stages)
-        notes.append(
-            f"{len(sites.missed)} of {counted(units, 'unit')} can take no block, most often: {sites.commonest_reason()}"
-        )
-    attention = sum(site.held_back is HeldBack.ATTENTION for site in stages)
+        notes.append(sites.shortfall())
+    if not stages and not at and sites.attention():
+        notes.append(sites.attention())
+    attention = sum(site.held_back is HeldBack.ATTENTION for site in inside)
     if attention and not attended:
         number = counted(attention, "site")
         notes.append(f"left out: {number} with attention of their own already; `attended` adds them")
-    necks = {site.stage for site in stages if site.held_back is HeldBack.NECK} - {site.stage for site in found}
+    necks = {site.stage for site in inside if site.held_back is HeldBack.NECK} - {site.stage for site in found}
     if necks:
         number = counted(len(necks), "stage")
         notes.append(f"left out: {number} of necks and heads; ask for them by number or path")
@@ -265,6 +266,8 @@ def _places(trace: Trace, sites: Sequence[Site], position: str) -> tuple[list[tu
         shared += place in places
         places.setdefault(place, site)
     if not places:
+        if len(refused) > 1:
+            refused[0].seen = f"so it is with all {len(refused)} chosen sites: none has a position `{position}`"
         raise refused[0]
     notes = []
     if refused:

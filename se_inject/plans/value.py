@@ -291,11 +291,18 @@ class Plan:
         return cls.from_json(text_in(path), trust=trust)
 
 
-def already(paths: Sequence[str], model: nn.Module) -> AlreadyInjected:
-    """Make the error about sites that hold injected blocks."""
+def already(paths: Sequence[str], model: nn.Module, shortfall: str = "") -> AlreadyInjected:
+    """Make the error about sites that hold injected blocks.
+
+    Args:
+        paths: of the blocks.
+        model: the network.
+        shortfall: how many of its units can take no block.
+    """
     return AlreadyInjected(
         "the chosen sites hold blocks of ours already",
-        seen=f"{len(paths)} in {original_class(model).__name__}, `{paths[0]}` the first",
+        seen=f"{len(paths)} in {original_class(model).__name__}, `{paths[0]}` the first"
+        + (f"; {shortfall}" if shortfall else ""),
         hint="choose other sites, or take the blocks out first: `si.eject_(model)`; to chain blocks, add their plans up",
     )
 

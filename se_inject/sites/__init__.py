@@ -9,8 +9,8 @@ from se_inject.sites.finder import find_sites, sites_in
 from se_inject.sites.operations import labels, returned
 from se_inject.sites.parts import Operation, Parts, parts_of
 from se_inject.sites.positions import POSITIONS, Place, place_of
-from se_inject.sites.selection import ALL, ALL_BUT_LAST, Sites
-from se_inject.sites.site import HeldBack, Site, Stage
+from se_inject.sites.selection import ALL, ALL_BUT_LAST, Sites, commonest
+from se_inject.sites.site import HeldBack, Refusal, Site, Stage
 from se_inject.sites.text import sites_data, sites_text, stages_text
 
 __all__ = [
@@ -21,9 +21,11 @@ __all__ = [
     "Operation",
     "Parts",
     "Place",
+    "Refusal",
     "Site",
     "Sites",
     "Stage",
+    "commonest",
     "find_sites",
     "labels",
     "last_write",

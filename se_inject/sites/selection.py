@@ -34,7 +34,8 @@ class Sites(Printed, Sequence[Site]):
         from se_inject.sites.text import stages_text
 
         refused = f"\n{counted(len(self.refused), 'place')} refused" if self.refused else ""
-        return f"{stages_text(self)}\n{self.summary()}{refused}"
+        shortfall = f"\n{self.shortfall()}" if self.missed else ""
+        return f"{stages_text(self)}\n{self.summary()}{shortfall}{refused}"
 
     def summary(self) -> str:
         """Say how many sites are chosen."""
@@ -69,11 +70,11 @@ class Sites(Printed, Sequence[Site]):
             if not found or (limits and int(limits[2]) > max(site.stage or 0 for site in self.all_sites)):
                 raise SiteNotFound(
                     f"no stage matches `{name}`",
-                    seen=self._seen(),
-                    hint=f"list the stages with `{either('se-inject sites MODEL', 'print(si.find_sites(model))')}`",
+                    seen=self._refused_at(str(name)) or self._seen(),
+                    hint=f"list the stages with `{either('se-inject sites MODEL -v', 'print(si.find_sites(model))')}`",
                 )
             matched += found
-        return self._only(matched, attended, ", ".join(map(str, names)))
+        return self._only(matched, attended, f"`{', '.join(map(str, names))}`")
 
     @property
     def last_stage(self) -> int:
@@ -107,7 +108,8 @@ class Sites(Printed, Sequence[Site]):
         """
         kept = tuple(site for site in self.chosen if predicate(site))
         if not kept:
-            raise SiteNotFound("the predicate is true for no site", seen=f"{counted(len(self), 'site')} were asked")
+            seen = self._with_shortfall(f"{counted(len(self), 'site')} were asked")
+            raise SiteNotFound("the predicate is true for no site", seen=seen)
         return replace(self, chosen=kept)
 
     def at(self, *patterns: str | Callable[[Site], bool], attended: bool = False) -> Sites:
@@ -130,15 +132,14 @@ class Sites(Printed, Sequence[Site]):
                 continue
             found = [site for site in self.all_sites if _matches(site, pattern)]
             if not found:
-                refused = [item for item in self.refused if _glob(pattern, item.address)]
                 raise SiteNotFound(
                     f"no site matches `{pattern}`",
-                    seen=f"refused there: {refused[0].address}: {refused[0].reason}" if refused else self._seen(),
+                    seen=self._refused_at(pattern) or self._seen(),
                     hint=self._similar(pattern)
                     + f"list them with `{either('se-inject sites MODEL -v', 'si.find_sites(model).all_sites')}`",
                 )
             matched += found
-        return self._only(matched, attended, ", ".join(str(pattern) for pattern in patterns))
+        return self._only(matched, attended, f"`{', '.join(map(str, patterns))}`")
 
     def expect(self, count: int) -> Sites:
         """Check the number of sites, and return them: a script's guard against a model that changed.
@@ -169,36 +170,65 @@ class Sites(Printed, Sequence[Site]):
         if not kept and unique:
             raise NoSites(
                 f"every site of {asked} already has attention",
-                seen=f"{counted(len(unique), 'site')} with a gate of their own, {unique[0].address} the first",
+                seen=self._with_shortfall(
+                    f"{counted(len(unique), 'site')} with a gate of their own, `{unique[0].address}` the first"
+                    + self.attention(before="; ")
+                ),
                 hint=f"to add a second gate all the same: `{either('--attended', 'attended=True')}`",
             )
         if not kept and self.missed:
             raise NoSites(
                 f"{asked} has {counted(len(self.missed), 'unit')}, and none can take a block",
-                seen=f"most often: {self.commonest_reason()}",
+                seen=f"most often: {self.commonest_reason()}{self.attention(before='; ')}",
                 hint=f"see `{either('se-inject sites MODEL -v', 'si.find_sites(model).missed')}`; "
                 "places outside of the units are chosen by address",
             )
         if not kept:
-            attention = sum(item.reason == ATTENTION for item in self.refused)
-            seen = f"{counted(attention, 'unit')} of attention between positions, left alone; " if attention else ""
             look = either("se-inject sites MODEL -v", "si.find_sites(model).refused")
             hint = f"see `{look}`; places outside of the units are chosen by address"
-            raise NoSites("no convolutional stage was found", seen=seen + self._seen(), hint=hint)
+            raise NoSites("no convolutional stage was found", seen=self.attention(after="; ") + self._seen(), hint=hint)
         return replace(self, chosen=kept)
 
     def commonest_reason(self) -> str:
         """Return the commonest reason why a unit can take no block; empty if all can."""
-        reasons = Counter(_without_names(item.reason) for item in self.missed)
-        common = max(reasons, key=reasons.__getitem__, default="")
-        return next((item.reason for item in self.missed if _without_names(item.reason) == common), "")
+        return commonest(self.missed)
+
+    def shortfall(self) -> str:
+        """Say how many of the network's units can take no block, and most often why; empty if all can."""
+        if not self.missed:
+            return ""
+        units = len(self.missed) + sum(site.stage is not None and site.kind != "conv" for site in self.all_sites)
+        return (
+            f"{len(self.missed)} of {counted(units, 'unit')} can take no block, most often: {self.commonest_reason()}"
+        )
+
+    def _with_shortfall(self, text: str) -> str:
+        return "; ".join(filter(None, (text, self.shortfall())))
+
+    def attention(self, *, before: str = "", after: str = "") -> str:
+        """Say how many units were left alone because they are attention between positions; empty if none is.
+
+        Args:
+            before: put in front of the text if there is one.
+            after: put behind it.
+        """
+        number = sum(item.reason == ATTENTION for item in self.refused)
+        return f"{before}left alone: {counted(number, 'unit')} of attention between positions{after}" if number else ""
+
+    def _refused_at(self, pattern: str) -> str:
+        """Say which places are refused under an address or glob, and most often why; empty if none is."""
+        found = [item for item in self.refused if _is_at(pattern, item.address)]
+        if not found:
+            return ""
+        number = counted(len(found), "place")
+        return f"refused there: {number}, `{found[0].address}` the first; most often: {commonest(found)}"
 
     def _seen(self) -> str:
         if not self.all_sites:
-            return f"no site, {counted(len(self.refused), 'refused place')}"
+            return self._with_shortfall(f"no site, {counted(len(self.refused), 'refused place')}")
         numbers = [site.stage for site in self.all_sites if site.stage is not None]
         text = f"{counted(len(self.all_sites), 'site')}, `{self.all_sites[0].address}` … `{self.all_sites[-1].address}`"
-        return text + (f", stages 1 to {max(numbers)}" if numbers else "")
+        return self._with_shortfall(text + (f", stages 1 to {max(numbers)}" if numbers else ""))
 
     def _similar(self, pattern: str) -> str:
         import difflib
@@ -232,6 +262,23 @@ class Sites(Printed, Sequence[Site]):
             channels = tuple(dict.fromkeys(site.channels for site in group))
             rows.append(Stage(number, path, strides[number], channels, tuple(group), aliases))
         return tuple(rows)
+
+
+def commonest(refused: Sequence[Refusal]) -> str:
+    """Return the commonest reason of refused places, the names and numbers in it left aside; empty if there are none."""
+    reasons = Counter(_without_names(item.reason) for item in refused)
+    common = max(reasons, key=reasons.__getitem__, default="")
+    return next((item.reason for item in refused if _without_names(item.reason) == common), "")
+
+
+def _is_at(pattern: str, address: str) -> bool:
+    """Return whether a refused place is what a stage's path or an address's pattern names, or within it."""
+    return (
+        address == pattern
+        or address.startswith(pattern + ".")
+        or _glob(pattern, address)
+        or _glob(pattern, address + ".")
+    )
 
 
 def _without_names(reason: str) -> str:

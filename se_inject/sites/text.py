@@ -72,7 +72,9 @@ def sites_data(sites: Sites) -> dict[str, Any]:
             }
             for site in sites.all_sites
         ],
-        "refused": [{"address": item.address, "reason": item.reason} for item in sites.refused],
+        "refused": [
+            {"address": item.address, "reason": item.reason, "unit": item in sites.missed} for item in sites.refused
+        ],
     }
 
 
