@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from se_inject.atomic_files import atomic
 from se_inject.errors import OptionError
+from se_inject.figures import figure_class
 from se_inject.plans import check_plot
 
 if TYPE_CHECKING:
@@ -45,11 +46,9 @@ def plot_gates(
     check_plot(path, force=force)
     panels = _panels(found, blocks)
     lines = _lines(found, classes)
-    from matplotlib.figure import Figure
-
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.4 * columns + 0.6, 2.5 * rows + 0.9), layout="constrained")
+    figure = figure_class()(figsize=(3.4 * columns + 0.6, 2.5 * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for number, place in enumerate(axes.flat):
         if number < len(panels):

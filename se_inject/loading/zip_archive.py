@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import os
 import struct
 import zipfile
 import zlib
@@ -13,15 +14,17 @@ from typing import IO, Any
 SLACK_BYTES = 64 << 20
 """What a file may need beyond its own size, whatever it is."""
 
-_LOCAL_HEADER = struct.Struct("<4s4xH16xHH")
+_LOCAL_HEADER = struct.Struct("<4s2xHH4xIIIHH")
 _END = struct.Struct("<4sHHHHIIH")
 _END_64 = struct.Struct("<4sQHHIIQQQQ")
 _LOCATOR_64 = struct.Struct("<4sIQI")
 _LARGEST_DIRECTORY = 8 << 20
 _SATURATED = (2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1)
-_UTF_8 = 0x800
+_ENCRYPTED, _SIZES_BEHIND, _UTF_8 = 0x1, 0x8, 0x800
+"""Flags of a record: its checksum and sizes may stand behind it, in a descriptor, and be 0 before it."""
+_DESCRIPTOR = b"PK\x07\x08"
+_IN_64_BITS = 2**32 - 1
 _CHUNK = 1 << 20
-_ENCRYPTED = 1
 
 
 class DamagedArchive(ValueError):
@@ -53,7 +56,11 @@ class Archive:
         roots = {entry.filename.partition("/")[0] for entry in entries}
         self.root = roots.pop() if len(roots) == 1 else ""
         self.records = {entry.filename.removeprefix(f"{self.root}/"): entry for entry in entries}
-        if len(self.records) < len(entries):
+        if any(entry.filename != entry.orig_filename.replace(os.sep, "/") for entry in everything):
+            raise DamagedArchive("a record has two names")
+        if len({entry.filename.rstrip("/").lower() for entry in everything}) < len(
+            everything
+        ):  # torch ignores capitals
             raise DamagedArchive("two of its records have one name")
         if any(entry.flag_bits & _ENCRYPTED for entry in entries):
             raise DamagedArchive("it is encrypted")
@@ -123,24 +130,50 @@ class Archive:
                 raise DamagedArchive(f"its record `{name}` is not what was written")
 
     def _check_places(self, entries: list[zipfile.ZipInfo], directory: int) -> None:
-        """Check that every record has its own place, all of it before the directory."""
+        """Check that every record has its own place, one behind the other, with nothing between them."""
         end = 0
         for entry in sorted(entries, key=lambda entry: entry.header_offset):
-            if entry.header_offset < end:
-                raise DamagedArchive("two of its records overlap")
+            self._check_place(entry.header_offset, end)
             end = self._start(entry) + entry.compress_size
-        if end > directory:
-            raise DamagedArchive("its directory points outside of it")
+            if entry.flag_bits & _SIZES_BEHIND:
+                end = self._behind(entry, end)
+        self._check_place(directory, end)
+
+    def _check_place(self, where: int, end: int) -> None:
+        if where != end:
+            raise DamagedArchive(
+                "two of its records overlap" if where < end else "something stands between its records"
+            )
+
+    def _behind(self, entry: zipfile.ZipInfo, end: int) -> int:
+        """Return where a record's descriptor ends, if there is one: two lengths, each with or without a beginning."""
+        crc = struct.pack("<I", getattr(entry, "CRC", 0))
+        for beginning in (_DESCRIPTOR, b""):
+            for form in ("<II", "<QQ"):
+                try:
+                    wanted = beginning + crc + struct.pack(form, entry.compress_size, entry.file_size)
+                except struct.error:  # longer than 4 GiB
+                    continue
+                if self._data[end : end + len(wanted)] == wanted:
+                    return end + len(wanted)
+        return end
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
         magic: bytes
         length: int
         extra: int
-        magic, method, length, extra = _LOCAL_HEADER.unpack_from(self._data, entry.header_offset)
+        magic, flags, method, crc, packed, size, length, extra = _LOCAL_HEADER.unpack_from(
+            self._data, entry.header_offset
+        )
         at = entry.header_offset + _LOCAL_HEADER.size
         name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF_8 else "cp437")
         if (magic, method, self._data[at : at + length]) != (b"PK\x03\x04", entry.compress_type, name):
             raise DamagedArchive("its directory names other records than it holds")
+        said = zip((crc, packed, size), (getattr(entry, "CRC", 0), entry.compress_size, entry.file_size), strict=True)
+        is_unsaid = bool(flags & _SIZES_BEHIND)
+        agree = all(one in (other, _IN_64_BITS) or (is_unsaid and one == 0) for one, other in said)
+        if not agree or (flags ^ entry.flag_bits) & (_ENCRYPTED | _SIZES_BEHIND | _UTF_8):
+            raise DamagedArchive("a record that says something else of itself than its directory")
         if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
             raise DamagedArchive("a record that is longer or shorter than it is")
         return at + length + extra

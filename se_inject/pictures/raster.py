@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path as FilePath
 from typing import Any
 
+from se_inject.figures import figure_class
 from se_inject.pictures.shapes import (
     LIGHT,
     Circle,
@@ -29,10 +30,8 @@ def write_png(drawing: Drawing, path: FilePath, *, scale: float = 2.0, margin: f
         scale: pixels for each unit of the drawing.
         margin: around it, in units of the drawing.
     """
-    from matplotlib.figure import Figure
-
     width, height = drawing.width + 2 * margin, drawing.height + 2 * margin
-    figure = Figure(figsize=(width / 72, height / 72), facecolor=LIGHT.ground)
+    figure = figure_class()(figsize=(width / 72, height / 72), facecolor=LIGHT.ground)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set_xlim(-margin, width - margin)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from se_inject.atomic_files import atomic, check_writable
 from se_inject.cost import FIGURES
 from se_inject.errors import ExportError, OptionError
+from se_inject.figures import figure_class
 
 if TYPE_CHECKING:
     from se_inject.plans.grid import CostGrid
@@ -46,9 +47,7 @@ def plot_grid(grid: CostGrid, path: str | PathLike[str], *, force: bool = False)
         ExportError: the file can't be written, or there is no matplotlib.
     """
     check_plot(path, force=force)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = figure_class()(figsize=(10, 7), layout="constrained")
     figure.suptitle(f"What {grid.block} blocks add to {grid.model}, one example")
     for axes, (field, name) in zip(figure.subplots(2, 2).flat, FIGURES.items(), strict=True):
         _draw(axes, grid, field)

@@ -29,7 +29,7 @@ from se_inject.verification.calls import (
     observed_in_training,
     run,
 )
-from se_inject.verification.comparison import same_value, tensors_in
+from se_inject.verification.comparison import is_finite, same_value, tensors_in
 from se_inject.verification.coverage import units_with_blocks
 from se_inject.verification.gradients import gradients
 from se_inject.verification.identity import no_identity, starts_as_identity, without_blocks
@@ -123,7 +123,7 @@ def weight_warnings(model: nn.Module) -> list[str]:
     tensors = [
         t for t in model.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point() and not t.is_meta
     ]
-    if all(tensor.sum().isfinite() or tensor.isfinite().all() for tensor in tensors):  # a sum is soon made
+    if all(map(is_finite, tensors)):
         return []
     return ["warning: the network's weights hold NaN or infinite values"]
 

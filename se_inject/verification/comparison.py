@@ -108,9 +108,20 @@ def same_value(one: Any, other: Any) -> bool:
 
 def same_numbers(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors hold the same numbers at the same places, NaN counted as one."""
-    return torch.equal(one, other) or (
-        one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
-    )
+    if one.shape != other.shape:
+        return False
+    try:
+        return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+    except NotImplementedError:  # of 8 bits, or complex ones of 32: torch stores them, and compares none
+        return torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, other)))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds finite numbers alone."""
+    try:
+        return bool(tensor.sum().isfinite() or tensor.isfinite().all())  # a sum is soon made
+    except NotImplementedError:
+        return bool(tensor.float().isfinite().all())
 
 
 class Unlike:

@@ -910,14 +910,42 @@ def _moved(data):
 @functools.cache
 def misleading():
     """Archives of a network that Python's reader takes, and that say two things at once."""
-    model = zipped(records(saved(small())))
+    parts = records(saved(small()))
+    model, other = zipped(parts), {"archive/DATA.pkl": pickled(os.system, f"touch {HIT}")}
+    local = model.index(b"PK\x03\x04")
     return {
+        "two names but for capitals": zipped({**parts, **other}),
+        "a record and a folder of one name": zipped({**parts, "archive/data.pkl/": b""}),
+        "a name that ends early": zipped({**parts, "archive/data.pklxy": b"x"}).replace(b"data.pklxy", b"data.pkl\0x"),
+        "another checksum": model[: local + 14] + b"abcd" + model[local + 18 :],
+        "another size": model[: local + 18] + b"\5\0\0\0" + model[local + 22 :],
+        "encrypted at one place": model[: local + 6] + b"\1" + model[local + 7 :],
+        "something between two records": _with_a_gap(model),
         "a comment": model[:-2] + struct.pack("<H", 3) + b"abc",
         "a record with another name": model.replace(b"archive/data.pkl", b"archive/DATA.pkl", 1),
         "a record compressed in another way": model[:8] + b"\x08\x00" + model[10:],
         "a record within a record": _moved(model),
         "another number of records": model[:-12] + struct.pack("<H", 3) + model[-10:],
     }
+
+
+def _with_a_gap(data):
+    """The same archive with a few bytes more behind its first record."""
+    at, more = data.index(b"PK\x03\x04", 4), b"PK\x03\x04 a record that only some readers see"
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries, start = archive.infolist(), archive.start_dir
+    stream.write(data[:at] + more + data[at:start])
+    for entry in entries:
+        where = entry.header_offset + (len(more) if entry.header_offset else 0)
+        name = entry.orig_filename.encode()
+        stream.write(struct.pack(
+            "<4sHHHHHHIIIHHHHHII", b"PK\x01\x02", 20, 20, 0, 0, 0, 0, entry.CRC, entry.compress_size, entry.file_size,
+            len(name), 0, 0, 0, 0, 0, where,
+        ) + name)  # fmt: skip
+    size = stream.tell() - start - len(more)
+    stream.write(struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, len(entries), len(entries), size, start + len(more), 0))
+    return stream.getvalue()
 
 
 # -- polyglots ---------------------------------------------------------------------------------------------

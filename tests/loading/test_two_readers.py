@@ -62,6 +62,30 @@ def replaced(parts, ending, *changes):
     return {**parts, name: data}
 
 
+@pytest.mark.parametrize(
+    ("union", "made", "is_sound"),
+    [
+        ("Union[Tensor, List[int]]", "List[int]", True),
+        ("Union[Tensor, Tuple[Tensor, Tensor, Tensor]]", "Tuple[Tensor, Tensor, Tensor]", True),
+        ("Union[List[int], List[Tensor]]", "List[Tensor]", True),
+        ("Union[Tuple[Tensor], Tuple[Tensor, Tensor, Tensor]]", "Tuple[Tensor, Tensor, Tensor]", False),
+        (f"Union[List[{OWN}.A], List[Tensor]]", f"List[{OWN}.A]", False),
+        (f"Union[{OWN}.A, {OWN}.B]", f"{OWN}.A", False),
+        (f"Union[Tensor, {OWN}.A]", f"{OWN}.A", True),
+    ],
+)
+def test_a_cast_from_a_union_is_to_what_the_interpreter_tells_apart(union, made, is_sound, tmp_path):
+    """What it doesn't tell apart it would read as if it were the other: beyond the end of an object."""
+    source = f"z = annotate(List[{union}], [])\n    n = torch.len([unchecked_cast({made}, z[0])])\n    return torch.add(x, n)"
+    parts = replaced(parts_of(Pair()), SOURCE, (b"return x", source.encode()))
+    (tmp_path / "a.pt").write_bytes(zipped(parts))
+    if is_sound:
+        load_program(tmp_path / "a.pt")
+    else:
+        with pytest.raises(LoadError, match="unchecked cast"):
+            load_program(tmp_path / "a.pt")
+
+
 def chain(count, write):
     """Source of classes, each of which has a parameter of the next one's."""
     lines = [f"def f0(x: Tensor) -> {write(0)}:\n  return None\n"]

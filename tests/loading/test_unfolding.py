@@ -1,6 +1,8 @@
 """Small files that unfold: in error texts, in what libraries make of a state, in TorchScript's parser."""
 
+import io
 import json
+import re
 import struct
 import zipfile
 
@@ -196,3 +198,18 @@ def test_looking_into_a_file_is_bounded_too(name, tmp_path):
     found = inspect_file(tmp_path / "net.pt")
     assert peak_bytes() - before < 64 << 20
     assert found.damaged or found.refused
+
+
+def test_sizes_of_an_exported_program_are_short(tmp_path):
+    """Python's parser makes half a kilobyte of every letter of a sum."""
+    stream, size = io.BytesIO(), torch.export.Dim("size", min=2, max=64)
+    program = torch.export.export(nn.Conv2d(3, 2, 1).eval(), (torch.zeros(4, 3, 8, 8),), dynamic_shapes=({0: size},))
+    torch.export.save(program, stream)
+    parts = records(stream.getvalue())
+    name = next(name for name in parts if name.endswith("models/model.json"))
+    graph, count = re.subn(rb'"expr_str": "[^"]*"', b'"expr_str": "' + b"s0+" * 600_000 + b'1"', parts[name], count=1)
+    assert count == 1
+    parts[name] = graph
+    taken, said = peak_of(zipped(parts, compression=zipfile.ZIP_DEFLATED), tmp_path / "net.pt2")
+    assert taken < 100 << 20
+    assert "not an expression of sizes" in said

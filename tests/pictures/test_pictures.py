@@ -1,7 +1,9 @@
 """Pictures of networks: what is in them, where blocks sit, that they can be read, and that they are quick to make."""
 
+import os
 import time
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 import se_inject as si
+from se_inject import figures
 from se_inject.cli.entry import cli
 from se_inject.errors import ExportError, OptionError
 from se_inject.pictures.shapes import DARK, LIGHT, Path, Rect, Text, heat, text_width
@@ -334,3 +337,24 @@ def test_the_command(tmp_path):
     done = CliRunner().invoke(cli, [*command, f"{tmp_path}/c.gif"])
     assert isinstance(done.exception, OptionError)
     assert not (tmp_path / "c.svg").exists()
+
+
+@pytest.mark.parametrize("may_be_read", [True, False])
+def test_matplotlib_is_imported_elsewhere_if_its_settings_here_may_not_be_read(may_be_read, tmp_path, monkeypatch):
+    """As in a confined process, which sees that there is a `matplotlibrc` in the folder of a stranger's file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "matplotlibrc").touch()
+    folders = []
+
+    def opened(path, mode):
+        if not may_be_read:
+            raise PermissionError(path)
+        return open(path, mode)
+
+    monkeypatch.setattr(figures, "open", opened, raising=False)
+    monkeypatch.setattr(
+        figures.importlib, "import_module", lambda name: folders.append(os.getcwd()) or SimpleNamespace(Figure=1)
+    )
+    assert figures.figure_class() == 1
+    assert (folders == [str(tmp_path)]) is may_be_read
+    assert os.getcwd() == str(tmp_path)

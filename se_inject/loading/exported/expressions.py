@@ -72,6 +72,8 @@ _EXPRESSION_CONSTANTS = frozenset(["oo", "int_oo", "true", "false", "True", "Fal
 _ASSUMPTIONS = frozenset(["positive", "negative", "nonnegative", "nonpositive", "integer", "real", "finite", "zero"])
 _LARGEST_EXPONENT = 8
 _MOST_EXPRESSION_NODES = 200
+_LONGEST = 10_000
+"""Letters: to Python's parser each may take half a kilobyte."""
 
 
 def check_expression(text: Any) -> None:
@@ -80,6 +82,8 @@ def check_expression(text: Any) -> None:
     Raises:
         LoadError: it is too long, or holds anything but numbers, symbols and functions of sizes.
     """
+    if not isinstance(text, str) or len(text) > _LONGEST:
+        raise LoadError("an exported program with a size that is not an expression of sizes", seen=quoted(text))
     try:
         nodes = list(ast.walk(ast.parse(text, mode="eval")))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:

@@ -7,6 +7,7 @@ divide by them, or reserve memory by them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +158,22 @@ def check_layer(module: nn.Module) -> None:
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training", "_is_full_backward_hook"}
 """What torch reads of any module that is called or written; ``__setstate__`` adds what older versions didn't have."""
+
+
+_COPIED = frozenset(
+    kind
+    for kind in vars(torch).values()
+    if isinstance(kind, torch.dtype)
+    and re.fullmatch(r"(b?float|complex|u?int)(8|16|32|64|128)(_e\w+)?|bool", str(kind).removeprefix("torch."))
+)
+"""The types of numbers that torch copies. The others are for a few operators alone: quantised ones, halves of bytes, bits."""
+
+
+def type_fault(value: Any) -> str | None:
+    """Describe what is wrong with the type of a tensor's numbers; None if nothing is, or if it is none."""
+    if isinstance(value, Tensor) and value.dtype not in _COPIED:
+        return f"{str(value.dtype).removeprefix('torch.')}, numbers that torch can't even copy"
+    return None
 
 
 def _fault_of_any(module: nn.Module) -> str | None:

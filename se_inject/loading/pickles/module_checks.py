@@ -19,7 +19,7 @@ from se_inject.errors import LoadError, quoted
 from se_inject.forwards import check_blocks, check_forward
 from se_inject.loading.operators import check_vocabulary
 from se_inject.loading.pickles.allowlist import within
-from se_inject.loading.pickles.layers import check_layer
+from se_inject.loading.pickles.layers import check_layer, type_fault
 from se_inject.loading.pickles.reading import Placeholder, Reading
 from se_inject.loading.pickles.values import ValueChecks
 
@@ -172,12 +172,14 @@ def _check_attributes(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _check_parts(kind: type, table: dict[str, Any]) -> None:
-    """Refuse a part that has the name of a class attribute: Python would find that one instead."""
-    for name in table:
+    """Refuse a part that has the name of a class attribute (Python would find that one instead), or numbers that nobody can use."""
+    for name, value in table.items():
         if name.startswith("__") or getattr(kind, name, None) is not None:
             raise LoadError(
                 f"a {kind.__name__} in this file has a part called `{name[:100]}`", seen="its class defines that"
             )
+        if fault := type_fault(value):
+            raise LoadError(f"a {kind.__name__} in this file can't be right", seen=f"its `{name[:100]}` holds {fault}")
 
 
 def _check_twice(kind: type, state: dict[str, Any]) -> None:

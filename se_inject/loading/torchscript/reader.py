@@ -87,8 +87,6 @@ def _copy_checked(file: IO[bytes], to: IO[bytes], trust: Sequence[str]) -> None:
     )
     if unread:  # torch makes the record's name of a class's, never the other way round
         raise LoadError("a TorchScript archive with source text in a record of another name", seen=unread[:80])
-    if len({name.lower() for name in names}) < len(names):
-        raise LoadError("an archive that different readers read differently")
     for name in names:
         if not (name.startswith(_FOLDERS) or name in _FILES):
             raise LoadError(f"a TorchScript archive with a `{name[:80]}`")
@@ -148,13 +146,33 @@ def _check_graphs(module: Any, unit: Any, trust: Sequence[str]) -> None:
 
 
 def _check_cast(node: Any) -> None:
-    """Check a cast from an optional type, which the interpreter believes without a check."""
+    """Check a cast to a narrower type, which the interpreter believes without a check.
+
+    It looks at each value whether it is a number, text, a tensor, an object, a tuple, a list or a dict when that is used, and no
+    further: an object of another class, or a tuple of other parts, it would read as if it were the one.
+    """
     given, made = node.input().type(), node.output().type()
     if given.kind() == "OptionalType" and given.getElementType().annotation_str == made.annotation_str:
         return
-    parts = [part.annotation_str for part in given.containedTypes()] if given.kind() == "UnionType" else []
-    if given.annotation_str != made.annotation_str and made.annotation_str not in parts:
+    parts = given.containedTypes() if given.kind() == "UnionType" else []
+    is_part = any(part.annotation_str == made.annotation_str for part in parts)
+    is_only_one = [_as_looked_at(part) for part in parts].count(_as_looked_at(made)) == 1
+    if given.annotation_str != made.annotation_str and not (is_part and (is_only_one or _is_plain(made))):
         raise LoadError(
             "a TorchScript archive with an unchecked cast",
             seen=f"from {given.annotation_str[:80]} to {made.annotation_str[:80]}",
         )
+
+
+_PLAIN = frozenset(("TensorType", "IntType", "FloatType", "BoolType", "StringType", "NumberType", "ComplexType"))
+
+
+def _as_looked_at(kind: Any) -> str:
+    """Return what the interpreter tells this type from others by."""
+    return "ClassType" if kind.kind() == "InterfaceType" else str(kind.kind())
+
+
+def _is_plain(kind: Any) -> bool:
+    """Return whether the interpreter looks at every value within one of this type before it reads it."""
+    is_container = kind.kind() in ("ListType", "DictType", "OptionalType")
+    return kind.kind() in _PLAIN or (is_container and all(map(_is_plain, kind.containedTypes())))
