@@ -10,6 +10,7 @@ from se_inject.blocks.building import (
     check_block,
     has_gate,
     has_identity_start,
+    is_ours,
     start_as_identity_,
 )
 from se_inject.blocks.fusion import (
@@ -58,6 +59,7 @@ __all__ = [
     "how_computed",
     "is_at_hand",
     "is_fused",
+    "is_ours",
     "parsed_options",
     "rebuild_fused",
     "register_block",

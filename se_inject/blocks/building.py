@@ -168,6 +168,11 @@ def _check_call(name: str, block: nn.Module, value: Tensor, training: bool) -> N
         raise PluginError(f"block `{name}` overwrites the value it is given", hint="return a new tensor")
 
 
+def is_ours(block: nn.Module) -> bool:
+    """Return whether a block is of a class of this package itself, which maps a value of any size to one of that size."""
+    return type(block).__module__.partition(".")[0] == "se_inject"
+
+
 def has_identity_start(block: nn.Module) -> bool:
     """Return whether a block can start as x ↦ x."""
     return callable(getattr(block, "identity_init", None))

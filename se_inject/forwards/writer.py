@@ -176,13 +176,24 @@ class Writer:
         if isinstance(value, dict) and "form" in value:
             constant = repr(decoded(value["form"], {}))
             call = self._builtin("len" if isinstance(value["form"], int) else "tuple")
-            test = f"{call}({subject}) != {self._value(value['form'])}"
-            subject = f"{call}({subject})" if what == "setting" else subject
+            subject = f"{call}({subject})"
+            test = f"{subject} != {self._value(value['form'])}"
         else:
             constant = repr(decoded(value, {}))
             test = f"{subject} is not None" if value is None else f"{subject} != {self._value(value)}"
-        message = f"{self._label} was edited for {subject} = {constant}: eject the blocks and inject again"
+        message = f"{self._label} was edited for {subject} = {constant}{self._advice(what, name)}"
         return [f"if {test}:", f"    raise {self._builtin('RuntimeError')}({message!r})"]
+
+    def _advice(self, what: str, name: str) -> str:
+        """Return what to do where a call is not as the one that the forward was written for."""
+        if what == "setting":
+            return ": set it back, or `si.eject_` the network and `si.inject` it again"
+        if self._name == "forward":
+            return f": for another `{name}`, `si.eject_` the network and `si.inject` it with that in its example inputs"
+        return (
+            f", as the network's forward calls it, and its blocks act for that alone: for another `{name}`, `si.eject_` the network "
+            "and `si.inject` a module whose forward calls this method so"
+        )
 
     # -- values --------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from se_inject.blocks import (
     has_class_at,
     has_identity_start,
     is_at_hand,
+    is_ours,
     start_as_identity_,
 )
 from se_inject.errors import InjectError, OptionError, SiteNotFound, SurgeryError, TraceError, either
@@ -267,7 +268,8 @@ def _places(trace: Trace, sites: Sequence[Site], position: str) -> tuple[list[tu
         places.setdefault(place, site)
     if not places:
         if len(refused) > 1:
-            refused[0].seen = f"so it is with all {len(refused)} chosen sites: none has a position `{position}`"
+            others = f"so it is with all {len(refused)} chosen sites: none has a position `{position}`"
+            refused[0].seen = "; ".join(filter(None, (refused[0].seen, others)))
         raise refused[0]
     notes = []
     if refused:
@@ -295,8 +297,12 @@ def _step(draft: Step, site: Site, place: Place, name: str | None) -> Step:
 def _probed(
     places: Sequence[Place | Step], block: str, options: dict[str, Any], init: str | None, dtype: torch.dtype
 ) -> tuple[str, list[str]]:
-    """Build one block of each size, so that bad options are refused first of all: how it starts, and what is odd."""
+    """Build one block of each size, so that bad options are refused first of all: how it starts, and what is odd.
+
+    A block of somebody's is called at each size as well, one of ours once for each number of dimensions.
+    """
     notes = []
+    called: set[int] = set()
     narrow: list[int] = []
     least = LEAST_WIDTH
     start = init or "identity"
@@ -309,7 +315,9 @@ def _probed(
                 notes.append(f"block `{block}` has no identity start: the network's output changes until it is trained")
             elif init is None:
                 start_as_identity_(block, built)
-            check_block(block, built, channels, size, dtype)
+            if not is_ours(built) or len(size) not in called:
+                check_block(block, built, channels, size, dtype)
+                called.add(len(size))
         width = int(getattr(built, "width", 0))  # type: ignore[arg-type]
         if width > channels / reduction and "divisor" not in options and options.get("width") is None:
             narrow.append(channels)

@@ -9,13 +9,13 @@ from torch import Tensor, fx
 
 from se_inject.sites.operations import convolves, is_bundle, parent, path_of, prefixes
 from se_inject.tracing import (
-    BUFFERS,
     OwnerGraph,
     Trace,
     ancestors,
     function_name_of,
     gate_and_gated,
     inputs_of,
+    is_buffer,
     is_data,
     kind,
     sources,
@@ -39,7 +39,7 @@ def last_write(value: fx.Node) -> fx.Node | None:
 
     None if nothing does, and for a value that was computed: what its forward writes into it later (``out.add_(x)``) comes behind the gate.
     """
-    writes = writes_into(value) if function_name_of(value) in BUFFERS else []
+    writes = writes_into(value) if is_buffer(value) else []
     return max(writes) if writes else None
 
 

@@ -45,12 +45,17 @@ def method_notes(trace: Trace, model: nn.Module, steps: Iterable[Step]) -> list[
     edited = {path: _edited(trace, model, path, steps) for path in {path for path, _ in found}}
     notes = [
         f"called by itself, `{place}` runs without {_blocks(paths)}: the forward of the module that holds it computes what is gated"
+        + _instead(model, place)
         for place, paths in passed.items()
     ]
     for (place, name), paths in found.items():
         bodies, inlined = edited[place]
+        whose = f"`{place}.{name}`" if place else f"`{name}`"
+        if name in bodies and (fixed := _fixed_arguments(bodies[name])):
+            notes.append(
+                f"{whose} has {_blocks(paths)} for the {fixed} that `forward` calls it with; called with others it raises"
+            )
         if name not in bodies:
-            whose = f"`{place}.{name}`" if place else f"`{name}`"
             why = f" ({inlined[name]})" if name in inlined else ""
             notes.append(
                 f"called by itself, {whose} runs without {_blocks(paths)}: the blocks act in `forward`, which calls it{why}"
@@ -69,6 +74,20 @@ def _edited(trace: Trace, model: nn.Module, path: str, steps: list[Step]) -> Edi
         return new_bodies(trace, path, earlier, own)
     except SurgeryError:
         return Edited({}, {})
+
+
+def _instead(model: nn.Module, place: str) -> str:
+    """Return how a module whose method can't hold the blocks of its caller can have them: as a network by itself."""
+    path = place.rpartition(".")[0]
+    if place in dict(model.named_modules()) or not path:
+        return ""
+    has_forward = original_class(model.get_submodule(path)).forward is not nn.Module.forward
+    return f"; a plan for `{path}` as a network by itself has them in its methods" if has_forward else ""
+
+
+def _fixed_arguments(lines: list[Any]) -> str:
+    """Return the names of the arguments that a body's lines expect to be as they were observed; empty if there are none."""
+    return ", ".join(f"`{line[2]}`" for line in lines if line[:2] == ["expect", "argument"])
 
 
 def _blocks(paths: list[str]) -> str:

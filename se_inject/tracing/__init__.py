@@ -4,7 +4,7 @@ In: a network and example inputs. Out: a ``Trace``: calls, shapes, graphs, and t
 Must not know: what a site or a block is, or anything about files. Leaves the network as it was.
 """
 
-from se_inject.tracing.buffers import BUFFERS, inputs_of, numbers_of, writes_into
+from se_inject.tracing.buffers import inputs_of, is_buffer, numbers_of, writes_into
 from se_inject.tracing.failures import describe
 from se_inject.tracing.inputs import (
     LARGEST_INPUTS,
@@ -41,7 +41,6 @@ from se_inject.tracing.training_mode import returns_alike, training_graph, train
 from se_inject.tracing.twin import twin_of
 
 __all__ = [
-    "BUFFERS",
     "CONVOLUTIONS",
     "LARGEST_INPUTS",
     "SMALL_SIDE",
@@ -70,6 +69,7 @@ __all__ = [
     "inputs_from",
     "inputs_of",
     "is_attention",
+    "is_buffer",
     "is_data",
     "is_gating",
     "is_leaf",

@@ -28,11 +28,11 @@ _VIEWS = frozenset({"getitem", "narrow", "select", "view", "transpose", "permute
 def inputs_of(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that a node's value is made from: its arguments, and instead of a buffer what was written into it."""
     found = numbers_of(node)
-    if function_name_of(node) in BUFFERS:
+    if is_buffer(node):
         written = _values(writes_into(node))
         return [*found, *written] if function_name_of(node) == "clone" or not written else written
     for source in found:
-        if function_name_of(source) in BUFFERS:
+        if is_buffer(source):
             writes = writes_into(source)
             written = _values([write for write in writes if write < node and _may_overlap(write, node)])
             is_kept = function_name_of(source) == "clone" or not writes
@@ -43,7 +43,17 @@ def inputs_of(node: fx.Node) -> list[fx.Node]:
 def numbers_of(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that a node reads, without those whose form alone it takes."""
     found: list[fx.Node] = node.all_input_nodes
-    return found[:1] if function_name_of(node) in SHAPED_LIKE else found
+    return found[:1] if len(found) > 1 and is_call(node) and function_name_of(node) in SHAPED_LIKE else found
+
+
+def is_call(node: fx.Node) -> bool:
+    """Return whether a node calls a function or method, and no module."""
+    return node.op in ("call_function", "call_method")
+
+
+def is_buffer(node: fx.Node) -> bool:
+    """Return whether a node makes a tensor that is filled afterwards."""
+    return is_call(node) and function_name_of(node) in BUFFERS
 
 
 def writes_into(buffer: fx.Node) -> list[fx.Node]:

@@ -13,8 +13,11 @@ def function_name_of(node: fx.Node) -> str:
 
     An operator of torch has no overload here, and is called as Python's operator in place is: ``add``, ``iadd``.
     """
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    if not isinstance(node.target, torch._ops.OpOverload):
+    target = node.target
+    if isinstance(target, str):
+        return target
+    name: str = target.__name__ if hasattr(target, "__name__") else str(target)
+    if not isinstance(target, torch._ops.OpOverload):
         return name
     name = name.partition(".")[0]
     return _IN_PLACE.get(name, name)

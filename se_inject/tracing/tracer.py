@@ -9,6 +9,7 @@ checks it instead of assuming it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import operator
 from collections import OrderedDict
@@ -132,7 +133,7 @@ class OwnerTracer(TracerBase):
     ) -> tuple[list[Any], dict[str, Any]]:
         """Make the arguments to run ``forward`` on: proxies of what holds tensors or computed numbers, the rest as it is."""
         try:
-            bound = inspect.signature(forward).bind(self.owner, *args, **kwargs)
+            bound = signature_of(forward).bind(self.owner, *args, **kwargs)
         except (TypeError, ValueError) as error:
             raise Untraceable(f"its arguments can't be bound to its parameters: {error}") from error
         given = set(bound.arguments)
@@ -344,6 +345,12 @@ class OwnerTracer(TracerBase):
             pending += [source for source in node.all_input_nodes if source not in seen]
             seen.update(node.all_input_nodes)
         self.guards.append((proxy.node, answer))
+
+
+@functools.lru_cache(maxsize=1024)
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """Return a function's signature; it is worked out once."""
+    return inspect.signature(function)
 
 
 def _is_tensor(value: Any) -> bool:

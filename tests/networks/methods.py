@@ -207,3 +207,49 @@ class TwoMethods(WithoutForward):
 
     def forward(self, x):
         return self.fc(self.coder.decode(self.coder.encode(x)).mean((2, 3)))
+
+
+class Options(Unit):
+    """Methods with arguments that ``forward`` leaves at their defaults, and users don't."""
+
+    def forward_features(self, x, mask=None, return_all=False):
+        first = torch.relu(self.stem(x))
+        last = self.unit(first)
+        if mask is not None:
+            last = last * mask
+        return (first, last) if return_all else last
+
+    def forward(self, x):
+        return self.fc(self.forward_features(x).mean((2, 3)))
+
+
+class WithOptions(nn.Module):
+    """Calls the method as a user does."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Options()
+
+    def forward(self, x):
+        return self.net.forward_features(x, x[:, :1], return_all=True)[1]
+
+
+class TwoMethodsOfANetwork(nn.Module):
+    """Calls two methods of one child."""
+
+    class Net(Unit):
+        def encode(self, x):
+            return self.unit(torch.relu(self.stem(x)))
+
+        def deep(self, x):
+            return torch.relu(self.short(x) + self.bn2(self.conv2(x)))
+
+        def forward(self, x):
+            return self.fc(self.deep(self.encode(x)).mean((2, 3)))
+
+    def __init__(self):
+        super().__init__()
+        self.net = self.Net()
+
+    def forward(self, x):
+        return self.net.deep(self.net.encode(x))

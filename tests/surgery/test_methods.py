@@ -26,11 +26,14 @@ from tests.networks.methods import (
     Keywords,
     Nested,
     OneValueTwice,
+    Options,
     Own,
     Returned,
     Twice,
     TwoMethods,
+    TwoMethodsOfANetwork,
     WithNeck,
+    WithOptions,
     WithoutForward,
     Wrapper,
 )
@@ -146,6 +149,39 @@ def test_other_arguments_than_those_observed_are_an_error():
     model = si.inject(plain(Keywords), IMAGE)
     with pytest.raises(RuntimeError, match=r"Keywords\.encode was edited for scale = 2\.0"):
         model.encode(IMAGE, scale=1.0)
+
+
+@pytest.mark.parametrize("call", [{"mask": torch.ones(1)}, {"return_all": True}])
+def test_a_method_for_other_arguments_says_what_to_do_and_that_helps(call):
+    network = plain(Options)
+    plan = si.plan(network, IMAGE)
+    (note,) = (note for note in plan.notes if "by itself" in note)
+    assert note.startswith(
+        "called by itself, `forward_features` has `se_bn1` for the `mask`, `return_all` that `forward`"
+    )
+    (name,) = call
+    with pytest.raises(RuntimeError, match=f"{name}.*`si.inject` a module whose forward calls this method so"):
+        plan.apply(network).forward_features(IMAGE, **call)
+    model = awake(si.inject(plain(WithOptions), IMAGE))
+    assert [step.path for step in si.plan_of(model).steps] == ["net.se_bn1"]
+    first, last = model.net.forward_features(IMAGE, IMAGE[:, :1], return_all=True)
+    branch = model.net.bn1(model.net.conv1(first))
+    assert torch.equal(last, torch.relu(first + model.net.se_bn1(branch)) * IMAGE[:, :1])
+    assert torch.equal(last, model(IMAGE))
+
+
+def test_a_second_method_of_a_child_is_named_with_the_plan_that_holds_it():
+    network = plain(TwoMethodsOfANetwork)
+    (note,) = (note for note in si.plan(network, IMAGE).notes if "by itself" in note)
+    assert note.startswith("called by itself, `net.deep` runs without `se`")
+    assert note.endswith("; a plan for `net` as a network by itself has them in its methods")
+    plan = si.plan(network.net, IMAGE)
+    assert not [note for note in plan.notes if "by itself" in note]
+    network.net = net = awake(plan.apply(network.net))
+    x = torch.rand(2, 16, 8, 8)
+    block = net.get_submodule(plan.steps[1].path)
+    assert torch.equal(net.deep(x), block(torch.relu(net.short(x) + net.bn2(net.conv2(x)))))
+    assert torch.equal(network(IMAGE), net.deep(net.encode(IMAGE)))
 
 
 # -- methods of a child ------------------------------------------------------------------------------------
