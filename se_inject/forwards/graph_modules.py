@@ -2,6 +2,8 @@
 
 So such a module is copied with the class it has, pickled as the module without blocks and the body, and a new graph,
 which would take the place of the edited forward, is refused, but for the switch between the graphs of eval and training.
+A graph module that holds such a one lets it write its forward anew, from the graph that it has, whenever it is copied
+or pickled itself: then the edited forward stays.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ def methods(original: Any, body: str, names: list[str], rebuild: Callable[..., A
     if not issubclass(original, fx.GraphModule):
         return {}
 
+    refusal = f"this {original.__name__} holds blocks, which another graph would lose: take them out first, `si.eject_(model)`"
+
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         twin = memo[id(self)] = object.__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -33,13 +37,14 @@ def methods(original: Any, body: str, names: list[str], rebuild: Callable[..., A
 
     def graph(self: Any, new: fx.Graph) -> None:
         if not any(new is self.__dict__.get(name) for name in _TWO):
-            recompile(self)
+            raise RuntimeError(refusal)
         self.__dict__["_graph"] = new
 
     def recompile(self: Any) -> Any:
-        raise RuntimeError(
-            f"this {original.__name__} holds blocks, which another graph would lose: take them out first, `si.eject_(model)`"
-        )
+        code = self.__dict__["_graph"].python_code(root_module="self")
+        if code.src == self.__dict__.get("_code"):
+            return code
+        raise RuntimeError(refusal)
 
     return {
         "__deepcopy__": __deepcopy__,

@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from se_inject.tracing.known_results import FACTORIES
 from se_inject.tracing.numbers import numbers_written_down
-from se_inject.tracing.patches import patched
+from se_inject.tracing.patches import patched, place_of
 from se_inject.tracing.proxy import FOREIGN_TENSOR, LENGTH, PYTHON_NUMBER, Untraceable, is_numbers, is_proxy
 
 if TYPE_CHECKING:
@@ -41,38 +41,41 @@ def helper_for(error: Exception) -> Helper | None:
         return Helper("numbers", _numbers) if text in (PYTHON_NUMBER, LENGTH) else None
     found = re.match(r"(\w+)\(\) (takes 1 positional argument|received an invalid combination of arguments)", text)
     if found and found[1] in ("zeros", "ones", "empty", "rand", "randn"):
-        return _patch(torch, found[1], _sizes_in_a_tuple)
+        return _patch([(torch, found[1])], _sizes_in_a_tuple)
     found = re.match(
         r"descriptor '(\w+)' for 'torch\._C\.TensorBase' objects doesn't apply to a 'ValueProxy' object", text
     )
     if found:
         name = found[1]
-        return _patch(torch.Tensor, name, lambda original, *args, **kwargs: _method(original, name, args, kwargs))
+        return _patch([(torch.Tensor, name)], lambda original, *args, **kwargs: _method(original, name, args, kwargs))
     if "instead found type 'ValueProxy'" in text:
-        return _patch(torch.jit.ScriptFunction, "__call__", _scripted)
+        return _patch([(torch.jit.ScriptFunction, "__call__")], _scripted)
     if re.match(r"Could not infer dtype of ValueProxy|object of type '(int|float)' has no len", text):
-        return _patch(torch, "tensor", _tensor_of_number)
+        return _patch([(torch, "tensor")], _tensor_of_number)
     if "for Dlpack" in text or "__dlpack__" in text:
-        return _patch(torch, "as_tensor", _as_tensor)
+        return _patch([(torch, "as_tensor")], _as_tensor)
     if text.startswith("Variable data has to be a tensor, but got ValueProxy"):
-        return _patch(torch.autograd.Variable, "__new__", _variable)
+        return _patch([(torch.autograd.Variable, "__new__")], _variable)
     return None
 
 
 def _apply_around(error: Exception) -> Helper | None:
-    """Find the autograd function in whose forward an error was raised, and by which name the author's code applies it."""
+    """Find the autograd function in whose forward an error was raised, and by which names the author's code applies it."""
     step, caller = error.__traceback__, None
     while step is not None:
         frame = step.tb_frame
         function = _function_in(frame)
         if function is not None:
-            for holder, names in _holders(caller):
-                for name, value in names.items():
-                    if type(value) is type(function.apply) and value == function.apply:
-                        return _patch(holder, name, _applied)
-            return _patch(function, "apply", _applied)
+            places = [(function, "apply")]
+            for holder, held in _holders(caller):
+                places += [(holder, name) for name, value in held.items() if _is_same(value, function.apply)]
+            return _patch(places, _applied)
         step, caller = step.tb_next, frame
     return None
+
+
+def _is_same(value: Any, method: Any) -> bool:
+    return type(value) is type(method) and bool(value == method)
 
 
 def _function_in(frame: FrameType) -> Any:
@@ -117,8 +120,18 @@ def _applied(original: Any, *args: Any, **kwargs: Any) -> Any:
     return found.tracer.create_proxy("call_function", original, args, kwargs)
 
 
-def _patch(owner: Any, name: str, replacement: Callable[..., Any]) -> Helper:
-    return Helper(f"{id(owner)}.{name}", lambda tracer: patched(owner, name, replacement))
+def _patch(places: Iterable[tuple[Any, str]], replacement: Callable[..., Any]) -> Helper:
+    """Return what patches attributes of objects: several, where several names are one function."""
+    places = list(places)
+
+    @contextlib.contextmanager
+    def active(tracer: OwnerTracer) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for owner, name in places:
+                stack.enter_context(patched(owner, name, replacement))
+            yield
+
+    return Helper(" ".join(f"{place_of(owner)}.{name}" for owner, name in places), active)
 
 
 @contextlib.contextmanager

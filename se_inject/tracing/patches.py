@@ -77,7 +77,7 @@ def patched(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[
 
     Calls within the replacement, and those of other threads, go to the original.
     """
-    key = (id(owner), name)
+    key = (place_of(owner), name)
     active: dict[Any, list[Callable[..., Any]]] = _here.__dict__.setdefault("active", {})
     with _lock:
         if key not in _used:
@@ -101,6 +101,12 @@ def patched(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[
                         setattr(owner, name, original)
                     else:
                         delattr(owner, name)
+
+
+def place_of(owner: Any) -> int:
+    """Return a number for where an owner's attributes are: two objects that share them have the same."""
+    held = getattr(owner, "__dict__", None)
+    return id(held) if type(held) is dict else id(owner)
 
 
 def _dispatching(key: tuple[int, str], original: Callable[..., Any], *, is_static: bool) -> Any:

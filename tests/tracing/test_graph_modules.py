@@ -51,9 +51,51 @@ def test_graph_modules(name):
 def test_a_new_graph_would_lose_the_blocks_and_is_refused():
     after = si.inject(torch.fx.symbolic_trace(resnet18()).eval(), X)
     with pytest.raises(RuntimeError, match="eject_"):
-        after.recompile()
-    with pytest.raises(RuntimeError, match="eject_"):
         after.graph = torch.fx.Graph()
+    with pytest.raises(RuntimeError, match="eject_"):
+        after.graph = copy.deepcopy(after.graph)
+    next(node for node in after.graph.nodes if node.op == "call_module").target = "layer1.0.conv1"
+    with pytest.raises(RuntimeError, match="eject_"):
+        after.recompile()
+
+
+class Unit(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        self.conv2, self.norm2 = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return torch.relu(x + self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x))))))
+
+
+class Leaves(torch.fx.Tracer):
+    def is_leaf_module(self, module, path):
+        return isinstance(module, Unit | torch.fx.GraphModule) or super().is_leaf_module(module, path)
+
+
+@pytest.mark.parametrize("inner", ["graph module", "in a graph module", "plain"])
+def test_graph_modules_within_graph_modules(inner):
+    """torch writes the forwards of all of them anew when it copies or pickles the outer one."""
+    torch.manual_seed(0)
+    unit = {"graph module": torch.fx.symbolic_trace, "plain": lambda unit: unit}.get(
+        inner, lambda unit: torch.fx.symbolic_trace(nn.Sequential(unit))
+    )
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), unit(Unit(8)), unit(Unit(8)), nn.AdaptiveAvgPool2d(1))
+    model = randomise(torch.fx.GraphModule(plain, Leaves().trace(plain))).eval()
+    after = si.inject(model, X)
+    assert si.verify(model, after, X).passed
+    blocks = [after.get_submodule(step.path) for step in si.plan_of(after).steps]
+    assert len(blocks) == 2
+    for block in blocks:
+        nn.init.normal_(block.fc2.weight)
+    trained = after(X)
+    assert not torch.equal(trained, model(X))
+    after.recompile()  # of a graph that is what it was: nothing is lost
+    for twin in (after, copy.deepcopy(after), pickle.loads(pickle.dumps(after)), copy.deepcopy(copy.deepcopy(after))):
+        assert torch.equal(twin(X), trained)
+        assert len(si.plan_of(twin).steps) == 2
+    assert torch.equal(si.eject_(copy.deepcopy(after))(X), model(X))
 
 
 class OfText(nn.Module):

@@ -1,5 +1,6 @@
 """Ordinary calls of torch in a unit don't cost it its place; where one does, the reason is in plain words."""
 
+import pickle
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from torch.autograd import Variable
 
 import se_inject as si
+import se_inject.tracing.observer
 from tests.common import randomise
 
 X = torch.rand(2, 3, 16, 16)
@@ -97,6 +99,52 @@ def test_code_in_c_is_not_told_that_a_proxy_is_a_tensor():
     assert [item.address for item in refused] == ["1"]
     applies = network(lambda y, x: Double.apply(y) + x)
     assert si.verify(applies, si.inject(applies, X), X).passed
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(x * 16) / 16
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+fine, coarse = Rounded.apply, Rounded.apply
+
+
+class TwiceApplied(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.norm, self.how = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), how
+        self.first, self.second = Rounded.apply, Rounded.apply
+
+    def forward(self, x):
+        a, b = {"one": (Rounded.apply,) * 2, "globals": (fine, coarse), "own": (self.first, self.second)}[self.how]
+        return torch.relu(x + b(self.norm(self.conv(a(x)))))
+
+
+@pytest.mark.parametrize("how", ["one", "globals", "own"])
+def test_an_autograd_function_that_is_applied_under_several_names(how, monkeypatch):
+    """The edited forward, which a file's network is observed by, has a name of its own for each application."""
+    model = randomise(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), TwiceApplied(how), TwiceApplied(how))).eval()
+    plan = si.plan(model, X)
+    assert [step.path for step in plan.steps] == ["1.se", "2.se"]
+    after = plan.apply(model)
+    asked = []
+    remedy = se_inject.tracing.observer.helper_for
+    monkeypatch.setattr(se_inject.tracing.observer, "helper_for", lambda error: asked.append(error) or remedy(error))
+    for injected in (after, pickle.loads(pickle.dumps(after))) if how != "own" else (after,):
+        found = si.find_sites(injected, X)
+        assert [(site.address, site.blocks) for site in found.all_sites][1:] == [
+            ("1.apply#2", ("1.se",)),
+            ("2.apply#2", ("2.se",)),
+        ]
+        assert not found.refused
+    assert len(asked) <= 8  # one a unit and an observation
+    assert type(Rounded.apply) is type(fine) and fine == Rounded.apply and "apply" not in vars(Rounded)
+    assert si.verify(model, after, X).passed
 
 
 class Asks(nn.Module):
