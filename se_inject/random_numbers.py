@@ -25,6 +25,8 @@ _OVERLOADS = {
 """Of an operator that takes no generator, the overload that does."""
 
 _switching = threading.Lock()
+_exchanged_here = threading.local()
+"""Has `now` in a thread that draws from the default generator in another one's state: outer modes let that pass."""
 
 
 def is_alone() -> bool:
@@ -71,7 +73,11 @@ class OwnNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+        if (
+            torch.Tag.nondeterministic_seeded not in func.tags
+            or getattr(_exchanged_here, "now", False)
+            or any(isinstance(argument, torch.Generator) for argument in (*args, *kwargs.values()))
+        ):
             return func(*args, **kwargs)
         device = _device_of(args, kwargs)
         if device.type == "meta":
@@ -115,8 +121,10 @@ def _exchanged(generator: torch.Generator, draw: Any) -> Any:
     with _switching:
         before = default.get_state()
         default.set_state(generator.get_state())
+        _exchanged_here.now = True
         try:
             return draw()
         finally:
+            _exchanged_here.now = False
             generator.set_state(default.get_state())
             default.set_state(before)

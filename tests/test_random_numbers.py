@@ -61,6 +61,28 @@ def test_the_numbers_are_those_of_the_seed(name, grad):
     assert not torch.equal(*found)
 
 
+@pytest.mark.parametrize("name", DRAWS)
+def test_one_within_another_draws_its_own(name):
+    def both(seed, inner):
+        with OwnNumbers(seed):
+            first = DRAWS[name]()
+            within = None
+            if inner:
+                with OwnNumbers(5):
+                    within = DRAWS[name]()
+            return first, DRAWS[name](), within
+
+    found = []
+    thread = threading.Thread(target=lambda: found.append(both(3, True)), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found, "it waits for itself"
+    first, second, within = found[0]
+    alone = both(3, False)
+    assert torch.equal(first, alone[0]) and torch.equal(second, alone[1])
+    assert torch.equal(within, both(5, False)[0])
+
+
 class Drawing(nn.Module):
     """Draws in training, from torch's generator; and from Python's, if that is asked for."""
 
