@@ -45,6 +45,8 @@ def _check_call(name: str, args: list[Any], kwargs: dict[str, Any], sources: dic
         if (args[3] if len(args) > 3 else kwargs.get("training")) is not True:
             raise LoadError("a program in this file normalises by statistics that it doesn't have")
         return
+    if name.startswith("ops:torchvision.roi_align"):
+        _check_roi_align(args, kwargs)
     schemas = _schemas(name)
     if schemas and not any("Tensor" in str(schema) for schema in schemas):
         raise LoadError(f"a forward in this file computes numbers with `{name[4:]}`", seen="Python's operators do that")
@@ -57,6 +59,28 @@ def _check_call(name: str, args: list[Any], kwargs: dict[str, Any], sources: dic
             )
     if ".prim_" in name and not any(isinstance(each, dict) for each in (*args[1:3], *kwargs.values())):
         raise LoadError(f"a forward in this file calls `{name[4:]}` without saying what to convert to")
+
+
+def _check_roi_align(args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Refuse a scale that is none, and sizes beyond any network's. Where the boxes lie is known when it runs, not before."""
+    given: dict[str, Any] = {**dict(zip(("input", "rois", *_OF_ROI_ALIGN), args, strict=False)), **kwargs}
+    for name, (least, most) in _OF_ROI_ALIGN.items():
+        value = given.get(name)
+        is_computed = isinstance(value, dict) and "float" not in value
+        if not is_computed and not (isinstance(value, int | float) and least <= value <= most):
+            raise LoadError(
+                f"a forward in this file calls `torchvision.roi_align` with a `{name}` that no network has",
+                seen=quoted(value),
+            )
+
+
+_OF_ROI_ALIGN = {
+    "spatial_scale": (1e-6, 1e3),
+    "pooled_height": (1, 1024),
+    "pooled_width": (1, 1024),
+    "sampling_ratio": (-1, 64),
+}
+"""Its numbers, in the order of its schema, and what they may be."""
 
 
 def _is_one(value: Any, kind: str, sources: dict[str, bool]) -> bool:

@@ -138,10 +138,12 @@ def put_weights_(model: nn.Module, state: Mapping[str, Any], path: Path, say: Ca
         raise LoadError(f"the weights in `{path}` have no numbers", seen="tensors on the meta device")
     try:
         model.load_state_dict(state)
-    except Exception as error:
+    except BaseException as error:
         with torch.no_grad():
             for key, value in before.items():
                 current[key].copy_(value)
+        if not isinstance(error, Exception):  # interrupted
+            raise
         raise LoadError(
             f"the weights in `{path}` are not those of a {type(model).__name__}",
             seen=differences(before, state) or fact(error),

@@ -69,9 +69,11 @@ def fuse_(model: nn.Module) -> nn.Module:
             block = model.get_submodule(step.path)
             done.append((block, type(block)))
             fuse_block_(block)
-    except Exception as error:
+    except BaseException as error:
         for module, before in reversed(done):
             set_class(module, before)
+        if not isinstance(error, Exception):  # interrupted
+            raise
         raise SurgeryError(
             f"a {done[-1][1].__name__} can't take another forward", seen=f"{type(error).__name__}: {error}"
         ) from error

@@ -78,7 +78,7 @@ def _arrange_(
             inject_(model, observe_model(model, *trace.inputs), steps)
             for step in steps:
                 setattr(model.get_submodule(step.owner), step.block_name, modules[step.path])
-    except Exception:
+    except BaseException:
         for owner, kind, held in before:
             owner.__class__ = kind
             owner._modules.clear()

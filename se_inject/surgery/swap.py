@@ -78,10 +78,10 @@ def inject_(
             for name, block in operation.blocks.items():
                 setattr(operation.owner, name, block)
             operation.owner.__class__ = operation.generated
-    except Exception as error:
+    except BaseException as error:
         for operation, before in reversed(done):
             _restore(operation.owner, before, list(operation.blocks), operation.was_none)
-        if isinstance(error, InjectError):
+        if isinstance(error, InjectError) or not isinstance(error, Exception):  # interrupted
             raise
         raise SurgeryError(
             f"a {type(done[-1][0].owner).__name__} can't take another forward",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import se_inject as si
@@ -28,6 +29,10 @@ def call(name, *args, **kwargs):
     return ["set", ["y"], f"ops:aten.{name}", [{"node": "x"}, *args], kwargs]
 
 
+def roi_align(*numbers):
+    return ["set", ["y"], "ops:torchvision.roi_align.default", [{"node": "x"}, {"node": "x"}, *numbers, True], {}]
+
+
 FATAL = {
     "a dtype": [call("to.dtype", 2**31 - 1)],
     "a negative one": [call("sum.default", dtype=-2)],
@@ -46,6 +51,9 @@ FATAL = {
     "nothing to convert to": [call("to.prim_Device", None, None)],
     "numbers alone": [["set", ["y"], "ops:aten.remainder.int", [1, 0], {}]],
     "no statistics": [call("_native_batch_norm_legit.no_stats", None, None, False, 0.1, 1e-5)],
+    "a scale that is none": [roi_align({"float": "nan"}, 2, 2, 2)],
+    "a huge grid": [roi_align(1.0, 2**30, 2, 2)],
+    "a huge number of samples": [roi_align(1.0, 2, 2, 2**30)],
     "within a branch": [["let", ["y"], 1], ["if", {"training": True}, [call("to.dtype", 64)], []]],
 }
 
@@ -80,6 +88,16 @@ def test_a_file_may_say(case, tmp_path):
     lines, expected = SOUND[case]
     torch.save(module_of(*lines), tmp_path / "a.pt")
     assert torch.equal(si.load(tmp_path / "a.pt")(IMAGES), expected(IMAGES))
+
+
+def test_boxes_of_sound_numbers(tmp_path):
+    boxes = torch.tensor([[0.0, 1, 2, 9, 8], [1, 0, 0, 4, 4]])
+    lines = [
+        ["set", ["y"], "ops:torchvision.roi_align.default", [{"node": "x"}, {"node": "boxes"}, 0.5, 7, 7, 2, True], {}]
+    ]
+    torch.save(module_of(*lines, inputs=("x", "boxes")), tmp_path / "a.pt")
+    wanted = torchvision.ops.roi_align(IMAGES, boxes, 7, 0.5, 2, aligned=True)
+    assert torch.equal(si.load(tmp_path / "a.pt")(IMAGES, boxes), wanted)
 
 
 def test_calls_that_end_a_process_end_none_as_programs():

@@ -865,3 +865,18 @@ def test_supported():
     check_supported(torch.fx.symbolic_trace(small()))
     check_supported(build("torchvision:quantized_mobilenet_v2"))
     check_supported(torch.export.export(small().eval(), (torch.rand(1, 3, 8, 8),)).module())
+
+
+def test_weights_that_are_interrupted_leave_the_model_as_it_was(tmp_path, monkeypatch):
+    torch.save(randomise(small()).state_dict(), tmp_path / "w.pt")
+    model = randomise(small())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def interrupted(state):
+        model[0].weight.data.zero_()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "load_state_dict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        si.load_weights_(model, tmp_path / "w.pt")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

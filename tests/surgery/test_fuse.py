@@ -18,6 +18,7 @@ import se_inject as si
 from se_inject.blocks import SqueezeExcitation
 from se_inject.errors import LoadError, SurgeryError, UnsupportedModel
 from se_inject.forwards import body_of, generated_class
+from se_inject.surgery import fuse
 from se_inject.surgery.tails import fuse_in_graph
 from tests.common import build, outputs, randomise
 
@@ -460,6 +461,24 @@ def test_errors_leave_the_network_as_it_was():
         with pytest.raises(SurgeryError, match="fused"):
             again(fused)
     assert kinds(fused) == before
+
+
+def test_fusing_that_is_interrupted_leaves_the_network_as_it_was(monkeypatch):
+    injected = trained(si.inject(Stack(Unit(), Unit()), X))
+    before = kinds(injected)
+    blocks, real = [], fuse.fuse_block_
+
+    def interrupted(block):
+        blocks.append(block)
+        if len(blocks) == 2:
+            raise KeyboardInterrupt
+        real(block)
+
+    monkeypatch.setattr(fuse, "fuse_block_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        si.fuse_(injected)
+    assert len(blocks) == 2
+    assert kinds(injected) == before
 
 
 def test_frozen_statistics_stay_frozen():

@@ -34,7 +34,12 @@ def injected():
     return network
 
 
-def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(RuntimeError("in the middle"), SurgeryError), (KeyboardInterrupt(), KeyboardInterrupt)],
+    ids=["a failure", "Ctrl-C"],
+)
+def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch, error, raised):
     network = randomise(build("torchvision:resnet18"))
     plan = si.plan(network)
     kinds, keys = [type(m) for m in network.modules()], list(network.state_dict())
@@ -44,11 +49,11 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
         if name == "__class__":
             calls.append(module)
             if len(calls) == 3:
-                raise RuntimeError("in the middle")
+                raise error
         real(module, name, value)
 
     monkeypatch.setattr(nn.Module, "__setattr__", failing)
-    with pytest.raises(SurgeryError, match="can't take another forward"):
+    with pytest.raises(raised, match=None if raised is KeyboardInterrupt else "can't take another forward"):
         plan.apply_(network)
     monkeypatch.undo()
     assert [type(m) for m in network.modules()] == kinds
