@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import timm
@@ -46,6 +47,39 @@ def test_graph_modules(name):
         assert equal(twin(X), trained)
         assert len(si.plan_of(twin).steps) == 8
     assert equal(si.eject_(after)(X), model(X))
+
+
+def test_torch_runs_the_graph_with_its_blocks():
+    """``torch.export`` and interpreters run the graph of a graph module, not its forward."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), Unit(8), Unit(8), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1))
+    model = randomise(torch.fx.symbolic_trace(plain)).eval()
+    after = si.inject(model, X)
+    for step in si.plan_of(after).steps:
+        nn.init.normal_(after.get_submodule(step.path).fc2.weight)
+    trained = after(X)
+    assert not torch.allclose(trained, model(X), atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(after)
+    for run in (
+        torch.export.export(after, (X,)).module(),
+        torch.fx.Interpreter(after).run,
+        torch.fx.GraphModule(after, after.graph),
+        torch.fx.symbolic_trace(after),
+        torch.compile(after, backend="eager", fullgraph=True),
+        scripted,
+        torch.fx.Interpreter(copy.deepcopy(after)).run,
+    ):
+        assert torch.allclose(run(X), trained, atol=1e-6)
+    assert "se_1_norm2" in after.code
+    eager, interpreted = after.train(), torch.fx.Interpreter(after)
+    torch.manual_seed(1)
+    expected = eager(X)
+    torch.manual_seed(1)
+    assert torch.equal(interpreted.run(X), expected)
+    assert "se_1_norm2" not in si.eject_(after).code
+    assert torch.equal(torch.fx.Interpreter(after.eval()).run(X), after(X))
 
 
 def test_a_new_graph_would_lose_the_blocks_and_is_refused():
