@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from se_inject.sites.ledger import Ledger
-from se_inject.sites.operations import path_of, returned
+from se_inject.sites.operations import any_prefix, path_of, returned
 from se_inject.sites.roles import lays_out
 from se_inject.sites.site import HeldBack
 from se_inject.tracing import OwnerGraph, function_name_of, is_data, kind, numbers_of
@@ -32,6 +32,9 @@ def plain_convolutions(ledger: Ledger, owners: list[OwnerGraph]) -> None:
     for owner, value, activated in ends:
         held = HeldBack.OUTSIDE if units else None if activated else HeldBack.HEAD
         ledger.add(owner, value, "conv", _readers(value), held)
+    for path in ledger.missed.keys() & ledger.alone:  # what its parts have is all that it could have
+        if any(site.held_back is None and any_prefix(site.address, {path}) for site in ledger.found.values()):
+            del ledger.missed[path]
 
 
 _RESIZING = frozenset({"interpolate", "upsample", "pad", "Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d"})

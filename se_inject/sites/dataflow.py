@@ -60,12 +60,18 @@ def _returns_several(node: fx.Node) -> bool:
 
 def shared_lineage(operands: list[fx.Node]) -> set[fx.Node]:
     """Return the tensors that all of these were computed from; a caller may have handed over one value twice."""
-    lineages = [sources(operand) | {operand} for operand in operands]
+    lineages = [_with_joined_items(sources(operand) | {operand}) for operand in operands]
     shared = set.intersection(*lineages)
     if not shared:
         values = set.intersection(*({id(node.meta["val"]) for node in nodes} for nodes in lineages))
         shared = {node for nodes in lineages for node in nodes if id(node.meta["val"]) in values}
     return shared
+
+
+def _with_joined_items(nodes: set[fx.Node]) -> set[fx.Node]:
+    """Return nodes and the items, taken one by one elsewhere, of the structures that a concatenation among them reads whole: ``cat(x)``, ``x[0]``."""
+    wholes = {node.args[0] for node in nodes if kind(node) == "cat" and node.args and isinstance(node.args[0], fx.Node)}
+    return nodes | {user for whole in wholes for user in whole.users if function_name_of(user) == "getitem"}
 
 
 def reaches_output(trace: Trace, owner: OwnerGraph, value: fx.Node) -> bool:

@@ -84,6 +84,7 @@ def _search(trace: Trace) -> Ledger:
     for owner in owners:
         joined_branches(ledger, owner)
     dense_blocks(ledger)
+    units_without_shortcut(ledger, owners, anywhere=True)
     miss_untraced_units(ledger)
     plain_convolutions(ledger, owners)
     return ledger
@@ -92,16 +93,20 @@ def _search(trace: Trace) -> Ledger:
 def miss_untraced_units(ledger: Ledger) -> None:
     """Write down the modules that can't be traced and are units by all that is known without a graph.
 
-    They hold convolutions, and stand several times in the network or are small; they hold no unit, and none holds them.
+    They hold convolutions, and stand several times in the network or are small; they hold no unit, and no unit holds them or
+    one of their class.
     """
     model = ledger.trace.model
+    parts = {
+        type(model.get_submodule(path)) for path in ledger.trace.failures if path and any_prefix(path, ledger.units)
+    }
     failed = {path: model.get_submodule(path) for path in ledger.trace.failures if path}
     classes = Counter(type(module) for module in failed.values())
     for path, module in failed.items():
         convolutions = sum(isinstance(each, nn.modules.conv._ConvNd) for each in module.modules())
         like_unit = convolutions > 1 and (classes[type(module)] > 1 or convolutions <= _SMALL)
         within = any_prefix(path, ledger.units) or any(any_prefix(path, {other}) for other in failed if other != path)
-        if like_unit and not within and path not in ledger.around:
+        if like_unit and not within and path not in ledger.around and type(module) not in parts:
             ledger.missed[path] = Refusal(path, ledger.trace.failures[path])
             if classes[type(module)] == 1:
                 ledger.alone.add(path)

@@ -225,18 +225,26 @@ def _is_handed_on(node: fx.Node) -> bool:
     )
 
 
-def units_without_shortcut(ledger: Ledger, owners: list[OwnerGraph]) -> None:
+def units_without_shortcut(ledger: Ledger, owners: list[OwnerGraph], *, anywhere: bool = False) -> None:
     """Find blocks of the same class as a residual unit, near one, whose shortcut is missing or is its caller's.
 
     Without one it is gated at what it returns.
+
+    Args:
+        ledger: what has been found.
+        owners: the modules.
+        anywhere: instead those anywhere in the network that return another shape than they read, so that they can have none.
     """
     kin: dict[str, set[Any]] = {}
     for site in ledger.found.values():
         if site.held_back is not HeldBack.NESTED:
-            for near in (parent(site.unit), parent(parent(site.unit))):
+            for near in ("*",) if anywhere else (parent(site.unit), parent(parent(site.unit))):
                 kin.setdefault(near, set()).add(class_of(ledger.trace.model.get_submodule(site.graph)))
     for owner in owners:
-        classes = kin.get(parent(owner.path), set()) | kin.get(parent(parent(owner.path)), set())
+        if anywhere:
+            classes = kin.get("*", set()) if _changes_shape(owner) else set()
+        else:
+            classes = kin.get(parent(owner.path), set()) | kin.get(parent(parent(owner.path)), set())
         if not owner.path or owner.path in ledger.around or any_prefix(owner.path, ledger.units):
             continue
         result = returned(owner.graph)
@@ -246,6 +254,14 @@ def units_without_shortcut(ledger: Ledger, owners: list[OwnerGraph]) -> None:
         value = ledger.values.unscaled(owner, branch)
         if ledger.add(owner, value, "residual", lineage(result), None, join):
             ledger.mark(owner, [lineage(result)])
+
+
+def _changes_shape(owner: OwnerGraph) -> bool:
+    """Return whether a module returns a map of another shape than the one that it reads."""
+    result = returned(owner.graph)
+    given = [node.meta["val"] for node in owner.graph.nodes if node.op == "placeholder"]
+    maps = [value for value in given if isinstance(value, Tensor)]
+    return result is not None and len(maps) == 1 and maps[0].shape != result.meta["val"].shape
 
 
 def split(ledger: Ledger, owner: OwnerGraph, join: fx.Node) -> Split:

@@ -199,7 +199,7 @@ class Observer:
                         continue
                     self.result.failures[path] = reason_of(error)
                     self.tracer = None
-                    return module.forward(*args, **kwargs) if door == "forward" else _call(module, door, args, kwargs)
+                    return self._run_untraced(module, args, kwargs, door)
             self.result.graphs[path] = OwnerGraph(
                 path=path,
                 module=self.result.watch.originals[path],
@@ -224,6 +224,17 @@ class Observer:
             return plain_call(module, args, kwargs)
         finally:
             _put_back(module, own)
+
+    def _run_untraced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], door: str) -> Any:
+        """Call a module that can't be traced; one without modules of an author's own has its convolutions counted as functions."""
+        before = self.counts.convolutions
+        is_part = all(is_leaf(child) for child in module.children()) and self.result.how == "meta"
+        seen: Any
+        with _Convolutions() if is_part else contextlib.nullcontext() as seen:  # type: ignore[no-untyped-call]
+            output = module.forward(*args, **kwargs) if door == "forward" else _call(module, door, args, kwargs)
+        if seen is not None and self.counts.convolutions == before:  # else its children were called one by one
+            self._count(convolutions=seen.count)
+        return output
 
     def trace(
         self,

@@ -8,7 +8,7 @@ from torch import nn
 import se_inject as si
 from se_inject.errors import NoSites, OptionError, SiteNotFound
 from se_inject.sites.site import HeldBack
-from tests.networks import layouts  # noqa: F401 - adds to PLACES
+from tests.networks import kin, layouts  # noqa: F401 - add to PLACES
 from tests.networks.places import PLACES, C, branch, conv
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -203,3 +203,21 @@ def test_a_buffer_is_gated_when_it_is_full():
         result = after[1][0](x)
         assert torch.equal(seen[0][0], full) and not torch.equal(seen[0][1], full)
         assert torch.equal(result, torch.relu(x + seen[0][1]))
+
+
+@pytest.mark.parametrize(
+    "name", ["PartsThatAreNoUnits", "LayersWithinWhatCannotBeTraced", "UnitsThatHalve", "DualPaths"]
+)
+def test_no_unit_is_missed_that_has_all_its_blocks(name):
+    found = si.find_sites(PLACES[name].make().eval(), X)
+    assert found.missed == () and not found.shortfall()
+
+
+def test_a_dual_path_has_its_block_on_what_is_added():
+    network = PLACES["DualPaths"].make().eval()
+    after = si.inject(network, X, init="paper").eval()
+    x = after[1](after[0](X))
+    for unit in after[2]:
+        y = unit.last(unit.body(torch.cat(x, 1)))
+        x = x[0] + unit.se(y[:, :C]), torch.cat([x[1], y[:, C:]], 1)
+    assert torch.equal(after(X), after[3:](x))
