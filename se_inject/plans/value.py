@@ -88,22 +88,37 @@ class Plan:
         trace = self.trace or other.trace
         return both if trace is None else both._fitted_to(trace)
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(
+        self, model: nn.Module, example_inputs: Any = None, example_kwargs: dict[str, Any] | None = None
+    ) -> nn.Module:
         """Put the blocks into a copy of the model. The model itself is not changed.
+
+        Args:
+            model: the network.
+            example_inputs: inputs of the model, as for ``plan``. A plan out of a file needs them if the network takes more
+                than tensors (a dict, a list): it holds the shapes of tensors alone.
+            example_kwargs: the forward's keyword arguments, likewise.
 
         Raises:
             SurgeryError: the plan does not fit the model.
         """
-        checked = self.fitted(model)
+        checked = self.fitted(model, example_inputs, example_kwargs, resized=False)
         return checked.put_into_(duplicate(model))
 
-    def apply_(self, model: nn.Module) -> nn.Module:
+    def apply_(
+        self, model: nn.Module, example_inputs: Any = None, example_kwargs: dict[str, Any] | None = None
+    ) -> nn.Module:
         """Put the blocks into the model itself and return it. No weight of it is copied or changed.
+
+        Args:
+            model: the network.
+            example_inputs: as for ``apply``.
+            example_kwargs: as for ``apply``.
 
         Raises:
             SurgeryError: the plan does not fit the model, which then is as before.
         """
-        return self.fitted(model).put_into_(model)
+        return self.fitted(model, example_inputs, example_kwargs, resized=False).put_into_(model)
 
     def put_into_(self, model: nn.Module, states: Mapping[str, Mapping[str, Tensor]] | None = None) -> nn.Module:
         """Put the blocks of a fitted plan into the model it was fitted to, or a copy of that.
@@ -115,12 +130,21 @@ class Plan:
         assert self.trace is not None
         return inject_(model, self.trace, self.steps, states)
 
-    def fitted(self, model: nn.Module, example_inputs: Any = None) -> Plan:
+    def fitted(
+        self,
+        model: nn.Module,
+        example_inputs: Any = None,
+        example_kwargs: dict[str, Any] | None = None,
+        *,
+        resized: bool = True,
+    ) -> Plan:
         """Fit this plan to an observed call of this model; nothing is changed.
 
         Args:
             model: the network.
-            example_inputs: inputs of another size than the plan's, whose spatial sizes it then takes over.
+            example_inputs: inputs of another size than the plan's.
+            example_kwargs: the forward's keyword arguments.
+            resized: the steps take over the spatial sizes that the given inputs lead to.
 
         Raises:
             AlreadyInjected: the model holds these blocks.
@@ -132,8 +156,8 @@ class Plan:
         taken = [step.path for step in steps_of(model) if step.site in sites or step.path in paths]
         if taken:
             raise already(taken, model)
-        if example_inputs is not None:
-            return self._fitted_to(observe_model(model, example_inputs), resized=True)
+        if example_inputs is not None or example_kwargs:
+            return self._fitted_to(observe_model(model, example_inputs, example_kwargs), resized=resized)
         if self.trace is not None and self.trace.model is model and not self._stale(model):
             return self
         inputs = self.trace.inputs if self.trace is not None else (self.stored_inputs(),)

@@ -26,7 +26,7 @@ from se_inject.tracing.nodes import CONVOLUTIONS, attention_in, gates_in
 from se_inject.tracing.operations import is_leaf
 from se_inject.tracing.proxy import Untraceable
 from se_inject.tracing.record import Record
-from se_inject.tracing.settings import recorded
+from se_inject.tracing.settings import is_plain, recorded
 from se_inject.tracing.snapshots import containers_in, refill
 from se_inject.tracing.trace import NOTHING, Counts, OwnerGraph
 from se_inject.tracing.tracer import OwnerTracer
@@ -281,6 +281,8 @@ class Observer:
             return value
         if name != "training":
             if module is tracer.owner:
+                if not is_plain(value):
+                    raise Untraceable(f"its forward, or a hook, puts tensors or objects into `self.{name}`")
                 tracer.settings_read[name] = recorded(value)
             return value
         if module is not tracer.owner:

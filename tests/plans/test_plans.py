@@ -292,6 +292,37 @@ def test_plan_of_a_network_without_blocks():
         si.plan_of(network)
 
 
+class OfBatches(nn.Module):
+    """A network that takes a dict, and a number by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.unit = nn.Conv2d(4, 8, 3, 2, 1), nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+
+    def forward(self, batch, *, scale):
+        x = self.stem(torch.cat([batch["image"], batch["mask"]], 1))
+        return {"features": torch.relu(x + self.unit(x)) * scale}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_stored_plan_of_a_network_that_takes_more_than_tensors_is_given_inputs(in_place, tmp_path):
+    batch = {"image": torch.rand(2, 3, 16, 16), "mask": torch.rand(2, 1, 16, 16)}
+    torch.manual_seed(0)
+    model = randomise(OfBatches()).eval()
+    si.plan(model, batch, example_kwargs={"scale": 2.0}).save(tmp_path / "plan.json")
+    stored = si.Plan.load(tmp_path / "plan.json")
+    with pytest.raises(si.InjectError, match="example_inputs"):
+        stored.apply(model)
+    twin = copy.deepcopy(model)
+    after = (stored.apply_ if in_place else stored.apply)(twin, batch, {"scale": 2.0})
+    assert (after is twin) is in_place
+    (step,) = stored.steps
+    assert [each.path for each in si.plan_of(after, batch).steps] == [step.path]
+    assert torch.equal(after(batch, scale=2.0)["features"], model(batch, scale=2.0)["features"])
+    nn.init.normal_(after.get_submodule(step.path).fc2.weight)
+    assert not torch.equal(after(batch, scale=2.0)["features"], model(batch, scale=2.0)["features"])
+
+
 def test_what_plan_of_tells_can_be_replayed():
     injected = si.inject(resnet(), X, stages=[3], position="identity")
     plan = si.plan_of(injected)

@@ -83,6 +83,32 @@ def test_reasons_are_in_plain_words(name):
     assert not any(word in refusal.reason for word in ("Proxy", "proxy", "fx", "node"))
 
 
+class Remembers(nn.Module):
+    """A grid is kept by the size that it was made for; what a child returns is kept by a hook."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.norm, self.how, self.kept = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), how, {}
+        self.conv.register_forward_hook(lambda module, inputs, output: self.kept.update(out=output))
+
+    def forward(self, x):
+        if self.how == "hook":
+            self.kept.clear()
+            self.conv(x)
+            return torch.relu(x + self.norm(self.kept["out"]))
+        if x.shape[-1] not in self.kept:
+            self.kept[x.shape[-1]] = torch.linspace(0, 1, x.shape[-1], device=x.device).expand_as(x)
+        return torch.relu(x + self.norm(self.conv(x + self.kept[x.shape[-1]])))
+
+
+@pytest.mark.parametrize("how", ["hook", "cache"])
+def test_a_value_that_is_kept_in_an_attribute_is_the_reason(how, caplog):
+    model = randomise(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Remembers(how))).eval()
+    (refusal,) = (item for item in si.find_sites(model, X).refused if item.address == "1")
+    assert "into `self.kept`" in refusal.reason and "test_ordinary_calls.py" in refusal.reason
+    assert not caplog.records
+
+
 def test_code_in_c_is_not_told_that_a_proxy_is_a_tensor():
     """It would take the proxy's memory for a tensor's: an autograd function or an extension ended the process."""
 
