@@ -97,13 +97,25 @@ def attention_in(graph: fx.Graph) -> int:
 def is_attention(node: fx.Node) -> bool:
     """Return whether a node is a softmax over the rows of a matrix that values are then multiplied by, summed over the rows.
 
-    A softmax over branches that weighs them element by element (selective kernels) is none.
+    The softmax may be over all pairs of positions at once, in a row that is made a square matrix afterwards. One over branches
+    that weighs them element by element (selective kernels) is none.
     """
     value = node.meta.get("val")
     if node.op == "placeholder" or not _is_softmax(node) or not isinstance(value, Tensor):
         return False
-    if value.dim() < 3 or min(value.shape[-2:]) < 2:
-        return False
+    if value.dim() == 2:
+        return any(function_name_of(user) in _VIEWS and _is_square(user) and _weighs(user) for user in node.users)
+    return value.dim() > 2 and min(value.shape[-2:]) > 1 and _weighs(node)
+
+
+def _is_square(node: fx.Node) -> bool:
+    shape = tensor_shape(node) or ()
+    return len(shape) > 2 and shape[-1] == shape[-2] > 1
+
+
+def _weighs(node: fx.Node) -> bool:
+    """Return whether values are multiplied by a matrix and summed over its rows; one that is square may be returned instead."""
+    value = node.meta["val"]
     pending, seen = [node], {node}
     while pending:
         current = pending.pop()

@@ -127,6 +127,21 @@ class ProjectsByConvolutions(nn.Module):
         return tokens[:, 1:].mT.reshape(n, c, h, w)
 
 
+@units()
+class PairsAtOnce(nn.Module):
+    """Attention whose softmax is over all pairs of positions, and whose result is read as a map without being transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.value = nn.Conv2d(C, 4, 1), nn.Conv2d(C, 4, 1), nn.Conv2d(C, C, 3, padding=1)
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        pairs = self.one(x).flatten(2).transpose(1, 2) @ self.two(x).view(n, -1, h * w)
+        pairs = torch.softmax(pairs.view(n, -1), 1).view(n, h * w, h * w)
+        return x + (pairs @ self.value(x).flatten(2).transpose(1, 2)).reshape(n, c, h, w)
+
+
 # -- chains ---------------------------------------------------------------------------------------------------------
 
 
