@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-from se_inject.errors import ExportError, OptionError, either
+from se_inject.errors import ExportError, OptionError, either, with_causes
 
 
 def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
@@ -256,13 +256,12 @@ _FULL = {
 
 def no_space(error: BaseException | None) -> str | None:
     """Say which limit of the disk an exception, or one it came from, has met; None: no such limit."""
-    while error is not None:
-        if isinstance(error, OSError):
-            if error.errno in _FULL:
-                return _FULL[error.errno]
-            if "requested and" in str(error):  # numpy's words for it, without a number
+    for each in with_causes(error):
+        if isinstance(each, OSError):
+            if each.errno in _FULL:
+                return _FULL[each.errno]
+            if "requested and" in str(each):  # numpy's words for it, without a number
                 return _FULL[errno.ENOSPC]
-        error = error.__cause__ or error.__context__
     return None
 
 

@@ -211,15 +211,25 @@ class ExportError(InjectError, RuntimeError):
     general_hint = ("choose another file or format with -o", "choose another file or format")
 
 
+def with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Iterate over an exception and those that it came from, each once: torch's exporters raise some that come from themselves."""
+    todo, seen = [error], set()
+    while todo:
+        each = todo.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            todo += [each.__context__, each.__cause__]
+
+
 def out_of_memory(error: BaseException | None) -> bool:
     """Return whether an exception, or one it came from, says that memory ran out."""
-    while error is not None:
-        if isinstance(error, MemoryError):
+    for each in with_causes(error):
+        text = str(each).lower()
+        if isinstance(each, MemoryError):
             return True
-        text = str(error).lower()
-        if isinstance(error, RuntimeError | OSError) and any(sign in text for sign in _NO_MEMORY):
+        if isinstance(each, RuntimeError | OSError) and any(sign in text for sign in _NO_MEMORY):
             return True
-        error = error.__cause__ or error.__context__
     return False
 
 

@@ -10,6 +10,7 @@ as the network's if a forward of one of its modules is being called: what torch 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib
@@ -195,7 +196,7 @@ def _refuse(guard: _Guard, what: str, event: str, args: tuple[Any, ...] = ()) ->
 def _running(guard: _Guard, event: str, args: tuple[Any, ...]) -> Any:
     """Return the module whose forward is at work; None if none is, or if what happens is an import or torch's own."""
     frame: types.FrameType | None = sys._getframe(3)
-    if event in ("compile", "exec") and _is_of_torch_itself(frame):
+    if event in ("compile", "exec") and (_parses_alone(frame) or _is_of_torch_itself(frame)):
         return None
     may_import = event in _OF_AN_IMPORT and _is_installed_code(event, args)
     while frame is not None and frame is not guard.frame:
@@ -210,6 +211,11 @@ def _running(guard: _Guard, event: str, args: tuple[Any, ...]) -> Any:
                 return found
         frame = frame.f_back
     return None
+
+
+def _parses_alone(frame: types.FrameType | None) -> bool:
+    """Return whether this is ``ast.parse``, of which no code comes: Python calls it to show where in a line an error was."""
+    return frame is not None and frame.f_code is ast.parse.__code__ and frame.f_globals is vars(ast)
 
 
 def _is_of_torch_itself(frame: types.FrameType | None) -> bool:

@@ -12,7 +12,9 @@ from torchvision.models import resnet18
 
 import se_inject as si
 from se_inject import atomic_files
-from se_inject.errors import ExportError, LoadError
+from se_inject.errors import ExportError, LoadError, out_of_memory
+from se_inject.exporting.onnx_files import depends_on_data
+from se_inject.verification.comparison import reason
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,6 +22,33 @@ ROOT = Path(__file__).parents[1]
 def write(path, text="new", force=False):
     with atomic_files.atomic(path, force) as temporary:
         temporary.write_text(text)
+
+
+class GuardOnDataDependentSymNode(Exception):
+    """Called as torch's."""
+
+
+def in_a_circle(*errors):
+    """Exceptions of which each came from the next, the last from the first: torch's exporters raise such."""
+    for error, cause in zip(errors, (*errors[1:], errors[0]), strict=True):
+        error.__cause__ = error.__context__ = cause
+    return errors[0]
+
+
+@pytest.mark.timeout(20)
+def test_what_came_of_itself_is_looked_through_once():
+    last = OSError(errno.ENOSPC, "full")
+    for ask, found, none in (
+        (out_of_memory, MemoryError(), False),
+        (depends_on_data, GuardOnDataDependentSymNode(), False),
+        (atomic_files.no_space, last, None),
+    ):
+        assert ask(in_a_circle(ValueError("a"), KeyError("b"))) is none
+        assert ask(in_a_circle(ValueError("a"), KeyError("b"), found))
+    assert reason(in_a_circle(ValueError("a"), KeyError("b"))) == "KeyError: 'b'"
+    behind = ValueError("a")
+    behind.__cause__, behind.__context__ = KeyError("b"), MemoryError()
+    assert out_of_memory(behind)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The dynamic wall, alone: networks that are marked as a stranger's, with no look at what they hold."""
 
+import ast
 import contextlib
 import ctypes
 import dataclasses
@@ -10,6 +11,8 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
+import types
 from collections import OrderedDict
 from functools import partial
 
@@ -220,6 +223,24 @@ def test_what_is_allowed_around_a_network(folder):
     assert (folder / HIT).exists()
 
 
+def test_errors_are_written_out_within_a_network(folder):
+    """As torch's exporters do: Python parses the lines of a traceback, to show where in them the error was."""
+
+    def act():
+        try:
+            return (1 + 2) * (3 / 0) + 4
+        except ZeroDivisionError:
+            texts.append(traceback.format_exc())
+            texts.append(ast.dump(ast.parse("1 + 1")))
+
+    texts = []
+    net = network(act)
+    guarding.mark(net)
+    with guarding.guarded(net):
+        net(IMAGES)
+    assert "ZeroDivisionError" in texts[0] and "BinOp" in texts[1]
+
+
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:test_efficientnet"])
 def test_networks_out_of_files_are_used_as_ever(name, folder):
     torch.save(randomise(build(name)).eval(), "net.pt")
@@ -259,6 +280,13 @@ def compiles_as_a_loader_does():
     importlib.machinery.SourceFileLoader("a", "b").source_to_code(b"pass", "z")
 
 
+def compiles_as_a_parser_does():
+    """The parser's own code, with constants of the network's: the flag that makes it a parser is gone."""
+    types.FunctionType(ast.parse.__code__, {**vars(ast), "PyCF_ONLY_AST": 0})(
+        "pass", "x", "exec", type_comments=False, feature_version=None
+    )
+
+
 def saves():
     torch.save({}, "hit")
 
@@ -296,6 +324,7 @@ def imports_through_a_finder_of_its_own():
         imports_a_file,
         through_a_function_that_compiles,
         compiles_as_a_loader_does,
+        compiles_as_a_parser_does,
         saves,
         maps,
     ],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 from torch.utils import _pytree as pytree
 
-from se_inject.errors import ExportError, OptionError
+from se_inject.errors import ExportError, OptionError, with_causes
 from se_inject.exporting.capture import captured
 from se_inject.exporting.dimensions import Free
 from se_inject.exporting.reference import Reference, Written
@@ -51,11 +51,8 @@ def check_opset(opset: int | None, dtype: torch.dtype | None = None) -> None:
 
 def depends_on_data(error: BaseException | None) -> bool:
     """Tell whether an exporter gave up because the course of the computation depends on the data."""
-    while error is not None:
-        if type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException"):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    names = ("GuardOnDataDependentSymNode", "DataDependentOutputException")
+    return any(type(each).__name__ in names for each in with_causes(error))
 
 
 def write_onnx(reference: Reference, path: Path, free: Free) -> Written:

@@ -87,8 +87,10 @@ _SCHEMA = re.compile(r"\S+\(.*\) -> .*:")  # torch.jit prints the function's sig
 
 def reason(error: BaseException) -> str:
     """Choose the most informative line of an exception: of its root cause, without colours and advice."""
-    while error.__cause__ is not None:
+    seen = {id(error)}
+    while error.__cause__ is not None and id(error.__cause__) not in seen:
         error = error.__cause__
+        seen.add(id(error))
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not _SCHEMA.fullmatch(line)] or [""]
     if lines[0].startswith("Constraints violated"):  # torch.export: what was violated comes after
