@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ LOWEST_OPSET = 11
 """The lowest opset that is written; what reads nothing newer than 10 was last released in 2019."""
 
 _OF_TRACING = 17  # the opset of a traced file, if none is asked for: the newest of torch's older exporter that all read
+_PRINTS: Any = getattr(torch._C, "_jit_onnx_log", None)
 _OF_BRAIN_FLOAT = 22  # convolutions in bfloat16 exist since then
 
 
@@ -88,7 +90,7 @@ def write_onnx_by_tracing(reference: Reference, path: Path, free: Free) -> Writt
     axes |= dict(zip(outputs, _changing(reference, free), strict=True))
     opset = reference.opset or _OF_TRACING
     model = _Flat(reference.model.eval(), leaves, numbers, structure)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, _graphs_not_printed():
         warnings.simplefilter("always", TracerWarning)
         torch.onnx.export(
             model, tuple(inputs), os.fspath(path),
@@ -96,6 +98,19 @@ def write_onnx_by_tracing(reference: Reference, path: Path, free: Free) -> Writt
         )  # fmt: skip
     _checked_opset(path, full_check=False)
     return _loaded(reference, path, f"tracing exporter, opset {opset}", _baked_in(caught))
+
+
+@contextlib.contextmanager
+def _graphs_not_printed() -> Iterator[None]:
+    """Keep torch's older exporter from printing the whole graph of a network before it raises an error."""
+    if _PRINTS is None:
+        yield
+        return
+    torch._C._jit_onnx_log = lambda *_: None
+    try:
+        yield
+    finally:
+        torch._C._jit_onnx_log = _PRINTS
 
 
 class _Flat(nn.Module):

@@ -594,6 +594,24 @@ def test_a_network_that_does_not_run(out):
     assert error.value.__cause__ is not None and "RuntimeError: " in error.value.seen
 
 
+class Exponential(nn.Module):
+    """Has an operation that neither exporter of ONNX knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.weight = nn.Conv2d(3, 4, 3), nn.Parameter(torch.rand(4, 4))
+
+    def forward(self, x):
+        return torch.einsum("nchw,cd->ndhw", self.conv(x), torch.linalg.matrix_exp(self.weight))
+
+
+def test_no_graph_is_printed_of_a_network_that_can_not_be_written(out, capfd):
+    with pytest.raises(ExportError, match="matrix_exp"):
+        export(Exponential(), out / "net.onnx", (image(),))
+    assert capfd.readouterr() == ("", "")
+    assert not os.listdir(out)
+
+
 def test_what_the_exporter_said_first_is_told(out):
     class Local(Residual):
         pass
