@@ -307,13 +307,22 @@ def _is_recurrent(ledger: Ledger, owner: OwnerGraph, branch: fx.Node, common: se
 
 
 def nodes_in_cells(owner: OwnerGraph) -> set[fx.Node]:
-    """Return all within the concatenations of sums (NASNet's cells): these have the site, not the sums."""
+    """Return all within the concatenations of sums (NASNet's cells): these have the site, not the sums.
+
+    The halves of a reversible unit, ``cat(a + f(b), b + g(a + f(b)))``, are no cell.
+    """
     inside: set[fx.Node] = set()
     for node in owner.graph.nodes:
         sums = [operand for operand in operands_of(node, "cat") if kind(operand) == "add"]
-        if len(sums) > 1 and joins_channels(node):
+        if len(sums) > 1 and joins_channels(node) and not all(map(_is_coupled, sums)):
             inside |= lineage(node)
     return inside
+
+
+def _is_coupled(node: fx.Node) -> bool:
+    """Return whether a sum changes some channels of a given value by what convolutions make of others."""
+    pair = _branch_and_shortcut(node)
+    return pair is not None and slices_channels(pair[1]) and is_given(pair[1])
 
 
 def _differ_in_channels(inside: set[fx.Node], own: set[fx.Node], common: set[fx.Node]) -> bool:

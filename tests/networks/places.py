@@ -704,3 +704,39 @@ class GatedInTwoHalves(nn.Module):
 
     def forward(self, x):
         return self.closing(x, self.gate(self.opening(x)))
+
+
+@units("one", "two")
+class Reversible(nn.Module):
+    """Two halves of the channels change one another in turn, as in RevNet: there is a way back only without a block behind the join."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = branch(C // 2), branch(C // 2)
+
+    def forward(self, x):
+        a, b = x.chunk(2, 1)
+        a = a + self.one(b)
+        b = self.two(a) + b
+        return torch.cat((a, b), 1)
+
+
+@units("one", "two")
+class ReversibleBySlices(Reversible):
+    def forward(self, x):
+        half = x.shape[1] // 2
+        a = x[:, :half] - self.one(x[:, half:])
+        return torch.cat([a, x[:, half:] + self.two(a)], dim=1)
+
+
+@units("cat")
+class CellOfHalves(nn.Module):
+    """Sums of several branches from the halves, concatenated: a cell, which has one block."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three, self.four = (branch(C // 2) for _ in range(4))
+
+    def forward(self, x):
+        a, b = x.chunk(2, 1)
+        return torch.cat((self.one(a) + self.two(b), self.three(a) + self.four(b)), 1)
