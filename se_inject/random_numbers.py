@@ -24,6 +24,13 @@ _OVERLOADS = {
 }
 """Of an operator that takes no generator, the overload that does."""
 
+_FILLS: dict[Any, str] = {
+    torch.ops.aten.rand_like: "uniform_",
+    torch.ops.aten.randn_like: "normal_",
+    torch.ops.aten.randint_like: "random_",
+}
+"""How an operator's numbers are drawn into an empty tensor; those of torch 2.9 take no generator."""
+
 _switching = threading.Lock()
 _exchanged_here = threading.local()
 """Has `now` in a thread that draws from the default generator in another one's state: outer modes let that pass."""
@@ -72,7 +79,7 @@ class OwnNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether anything was drawn so far."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if (
             torch.Tag.nondeterministic_seeded not in func.tags
             or getattr(_exchanged_here, "now", False)
@@ -88,6 +95,10 @@ class OwnNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _dropout(generator, *args, **kwargs)
         if any(argument.name == "generator" for argument in func._schema.arguments):
             return func(*args, **{**kwargs, "generator": generator})
+        if (fill := _FILLS.get(func.overloadpacket)) is not None:
+            bounds = [*args[1:], *(kwargs.pop(name) for name in ("low", "high") if name in kwargs)]
+            like = torch.empty_like(args[0], **kwargs)
+            return getattr(like, fill)(*map(int, bounds), generator=generator)
         other = _OVERLOADS.get(func._overloadname, "")
         if other in func.overloadpacket.overloads():
             return getattr(func.overloadpacket, other)(*args, **{**kwargs, "generator": generator})

@@ -231,8 +231,8 @@ def test_a_forward_that_fails_when_it_is_counted_is_named():
     timm = pytest.importorskip("timm")
     net = nn.Sequential(timm.layers.StdConv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
     plan = si.plan(net, torch.rand(2, 3, 8, 8), at="*")
-    net[0].eps = -1.0
+    net[0].eps = "small"
     with pytest.raises(TraceError, match="own forward fails on 1 input of") as refused:
         plan = si.plan(net, torch.rand(2, 3, 8, 8), at="*")
         plan.cost()
-    assert "eps must be positive" in str(refused.value)
+    assert "TypeError" in str(refused.value)
