@@ -173,7 +173,8 @@ class Reference:
         self.sizes = [_shown(self.dimensions.sizes)]
         found = self.dimensions.batch
         self.batch = found or 1
-        with blocks_called(self.model):
+        self.skipped: list[str] = []
+        with blocks_called(self.model, example, self.skipped):
             self._observe(Case(self.batch))
         self.fixed = None if found is not None else "no input has a batch dimension"
         for batch in BATCHES if found is not None else ():

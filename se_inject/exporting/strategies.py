@@ -92,4 +92,7 @@ def described(
             notes.append(f"{lost} of {tensor.numel()} numbers in the network's own `{name}` are not finite")
         if not tensor.numel():
             notes.append(f"`{name}` is empty on the example inputs: nothing of it was compared")
+    if reference.skipped:
+        places = ", ".join(f"`{path}`" for path in reference.skipped[:3]) + ", …" * (len(reference.skipped) > 3)
+        notes.append(f"the network decides by the data what it calls, and these inputs reach no {places}")
     return how, notes

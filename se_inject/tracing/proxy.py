@@ -31,6 +31,7 @@ class Untraceable(Exception):
 FOREIGN_TENSOR = (
     "uses a tensor that is neither an input nor an attribute of the module, nor made in its forward of plain numbers"
 )
+DATA_DECIDES = "its control flow depends on the data"
 PYTHON_NUMBER = "turns a size or a tensor into a Python number"
 LENGTH = "takes the length of a tensor"
 _STRUCTURES = (tuple, list, dict)
@@ -121,7 +122,7 @@ class ValueProxy(fx.Proxy):
         if isinstance(self.value, _STRUCTURES):
             return bool(self.value)
         if isinstance(self.value, Tensor):
-            raise Untraceable("its control flow depends on the data")
+            raise Untraceable(DATA_DECIDES)
         answer = bool(self.value)
         self.tracer.guard(self, answer)
         return answer

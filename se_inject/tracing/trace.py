@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from se_inject.tracing.proxy import DATA_DECIDES
+
 Guards = tuple[tuple[fx.Node, bool], ...]
 """Conditions that the traced branch depends on, each with the answer it had."""
 
@@ -113,6 +115,12 @@ class Trace:
     doors: Mapping[str, str] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What ``training_graph`` and the search for sites found, so that they look once."""
+
+    def may_skip(self, path: str) -> bool:
+        """Return whether a module around this one decides by the data what it calls: not every input need reach this one."""
+        parts = path.split(".")
+        around = [".".join(parts[:depth]) for depth in range(len(parts))]
+        return any(DATA_DECIDES in self.failures.get(parent, "") for parent in around)
 
     def child(self, owner: str, target: Any) -> str:
         """Return the path of a module that an owner's graph names relative to the owner: the one its trace is under."""

@@ -77,7 +77,7 @@ def verify(
         *kept,
         *_outputs({"eval": in_eval, "train": observed_in_training(before, inputs)}, after, blocks, inputs, fresh),
         Check("blocks where units are", *units_with_blocks(trace, after)),
-        gradients(after, blocks, inputs),
+        gradients(after, blocks, inputs, trace.may_skip),
         *methods_with_blocks(after, blocks, inputs),
     ]
     notes = [f"numeric checks on {describe(*inputs)}", *_overflow(in_eval), *warnings_of_weights]

@@ -253,6 +253,51 @@ def test_a_block_that_is_not_called_is_no_file_and_no_pass(tmp_path):
     assert "not called: 1.se" in str(verdict.checks)
 
 
+class UntilSure(nn.Module):
+    """Adaptive computation time: units are called until a score is spent."""
+
+    def __init__(self, units, score):
+        super().__init__()
+        self.units, self.score = nn.ModuleList(units), score
+
+    def forward(self, x):
+        spent = torch.zeros(x.shape[0])
+        for unit in self.units:
+            x = unit(x)
+            spent = spent + self.score * torch.sigmoid(x.mean((1, 2, 3)))
+            if bool((spent > 1).all()):
+                break
+        return x
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".onnx"])
+def test_a_unit_that_the_data_does_not_reach_is_said_and_no_fault(suffix, tmp_path):
+    torch.manual_seed(0)
+    plain = randomise(nn.Sequential(Conv(3, 8), UntilSure([Conv(8, 8), Conv(8, 8), Conv(8, 8)], 0.0))).eval()
+    model = si.inject(plain, IMAGE, at="1.*")
+    assert [step.path for step in si.plan_of(model, IMAGE).steps] == ["1.units.0.se", "1.units.1.se", "1.units.2.se"]
+    plain[1].score = model[1].score = 4.0  # as after training: one unit does
+    verdict = si.verify(plain, model, IMAGE)
+    assert verdict.passed
+    assert (
+        "by the data what it calls, and no input tried reaches 1.units.1.se, 1.units.2.se" in verdict.checks[-1].detail
+    )
+    exported = si.export(model, tmp_path / f"net{suffix}", IMAGE)
+    assert any("these inputs reach no `1.units.1.se`, `1.units.2.se`" in note for note in exported.notes)
+
+
+def test_a_block_that_a_reached_unit_passes_by_is_lost_there_too(tmp_path):
+    torch.manual_seed(0)
+    plain = randomise(nn.Sequential(Conv(3, 8), UntilSure([Conv(8, 8), Conv(8, 8)], 0.0))).eval()
+    model = si.inject(plain, IMAGE, at="1.*")
+    vars(model[1].units[1])["forward"] = functools.partial(Conv.forward, model[1].units[1])
+    with pytest.raises(ExportError, match="blocks that it doesn't call"):
+        si.export(model, tmp_path / "a.pt", IMAGE)
+    verdict = si.verify(plain, model, IMAGE)
+    assert not verdict.passed
+    assert "not called: 1.units.1.se" in str(verdict.checks)
+
+
 def test_methods_that_run_without_their_block_are_named():
     plain = Appends().eval()
     plan = si.plan(plain, IMAGE)
