@@ -144,6 +144,8 @@ class _Parent:
         self.control = b""
         self.child = 0
         self.ended: int | None = None
+        self.written: list[str] = []
+        """The names of the files that are in place."""
 
     def run(self) -> int:
         for stream in (sys.stdout, sys.stderr):
@@ -253,6 +255,7 @@ class _Parent:
                 for path in staged.values():
                     _inspect(path)
                 commit(staged, self.force)
+                self.written += [path.name for path in staged]
             except InjectError as error:
                 return {"message": error.message, "seen": error.seen, "hint": error.hint}
             except (OSError, KeyError, TypeError) as error:
@@ -295,8 +298,11 @@ class _Parent:
             hint = "`--max-memory SIZE` allows more, if the machine has it"
         if lines := [line for line in last_words.splitlines() if line.strip()]:
             seen += f"\nlast said: {printable(lines[-1])}"
+        written = (
+            f"only {', '.join(map(printable, self.written))} was written" if self.written else "nothing was written"
+        )
         return WorkerError(
-            f"the process that did the work died while {self.step}", seen=seen, hint=f"nothing was written; {hint}"
+            f"the process that did the work died while {self.step}", seen=seen, hint=f"{written}; {hint}"
         )
 
 

@@ -51,6 +51,9 @@ def verify(
 ) -> Verdict:
     """Compare an injected network with the one it was made from. Neither is changed.
 
+    Random numbers of torch come from generators of this thread. If a forward draws from Python's or NumPy's own generators, these are
+    seeded and put back: they are the process's, so another thread that draws from them meanwhile sees that.
+
     Args:
         before: the network without blocks, or with fewer.
         after: the injected one.

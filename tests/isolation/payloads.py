@@ -197,6 +197,12 @@ def crashes_in_the_middle():
         ctypes.string_at(0)
 
 
+def crashes_afterwards():
+    with atomic_files.atomic(FOLDER / "out.txt", force=True) as path:
+        path.write_text("complete")
+    ctypes.string_at(0)
+
+
 def strange_output(spoil):
     def work():
         with atomic_files.atomic(FOLDER / "out.txt") as path:
@@ -327,6 +333,7 @@ PAYLOADS = {
     **{f.__name__: f for f in (objects, secrets, deep, closed, nested)},
     **{f.__name__: f for f in (nonsense, memory, native_memory, disk, spins, segfault, aborts, prints, sleeps)},
     "uncounted_memory": uncounted_memory,
+    "crashes_afterwards": crashes_afterwards,
     **{f.__name__: strange_output(f) for f in (linked, more, absent, folder, privileged, with_data)},
 }
 

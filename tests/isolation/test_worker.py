@@ -190,6 +190,15 @@ def test_a_death_is_a_refusal_that_names_the_step(home, name, parts):
     assert not (home / "out.txt").exists()
 
 
+def test_a_death_afterwards_says_what_was_written(home):
+    done = subprocess.run(
+        command(home, "crashes_afterwards"), cwd=ROOT, env=environment(home), capture_output=True, text=True
+    )
+    assert "hint: only out.txt was written" in done.stdout + done.stderr, done.stderr
+    assert (home / "out.txt").read_text() == "complete"
+    assert list((home / "tmp").iterdir()) == []
+
+
 def test_memory_is_limited(home):
     assert "MemoryError" in run(home, "memory", code=1)["error"]
     assert run(home, "native_memory")["taken"] < 10
