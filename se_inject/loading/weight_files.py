@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from se_inject.errors import LoadError, OptionError, either, printable
+from se_inject.forwards import steps_data
 from se_inject.loading.architectures import architectures_of
 from se_inject.loading.formats import PICKLES, form_of, unreadable
 from se_inject.loading.opened import checked_read, opened
@@ -147,7 +148,8 @@ def put_weights_(model: nn.Module, state: Mapping[str, Any], path: Path, say: Ca
         raise LoadError(
             f"the weights in `{path}` are not those of a {type(model).__name__}",
             seen=differences(before, state) or fact(error),
-            hint=_other_network_hint(state, path, blocks=state.keys() > current.keys()),
+            hint=_hint_of_order(model, state, current)
+            or _other_network_hint(state, path, blocks=state.keys() > current.keys()),
         ) from error
     if fit.beside:
         say(_left_out(fit, path))
@@ -179,6 +181,19 @@ def _left_out(fit: Fitted, path: Path) -> str:
     return (
         f"of `{path}` what is under {listed([fit.prefix])} is taken, and {count} left out: {listed(fit.beside)}{others}"
     )
+
+
+def _hint_of_order(model: nn.Module, state: Mapping[str, Any], current: Mapping[str, Any]) -> str | None:
+    """Say what to do if all that is missing is the blocks that the network holds; None for anything else."""
+    blocks = tuple(
+        f"{path}.{step['block_name']}.".lstrip(".")
+        for path, module in model.named_modules()
+        for step in steps_data(module)
+    )
+    missing = current.keys() - state.keys()
+    if not missing or not state.keys() < current.keys() or not all(key.startswith(blocks) for key in missing):
+        return None
+    return "what is missing is the blocks: load the weights into the network first, then put the blocks in"
 
 
 def _other_network_hint(state: Mapping[str, Any], path: Path, *, blocks: bool = False) -> str:

@@ -178,3 +178,19 @@ def test_notes_of_a_process_of_its_own(path):
     assert "`model` is taken" in notes[0]
     assert "1 key left out: `loss.weight`" in notes[1]
     assert same(si.load("torchvision:resnet18", weights=path, isolated=True, entry="ema"), other)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_weights_of_the_network_without_its_blocks_are_loaded_before_these_are_put_in(prefix, path):
+    x = torch.rand(2, 3, 16, 16)
+    injected = si.inject(network(2), x)
+    torch.save(under(prefix, network(1)), path)
+    before = copy.deepcopy(injected)
+    with pytest.raises(LoadError) as error:
+        si.load_weights_(injected, path)
+    assert "load the weights into the network first" in error.value.hint
+    assert same(injected, before)
+    torch.save(dict(list(network(1).state_dict().items())[1:]), path)
+    with pytest.raises(LoadError) as error:
+        si.load_weights_(injected, path)
+    assert "first" not in error.value.hint
