@@ -47,11 +47,10 @@ def methods(original: Any, body: str, names: list[str], rebuild: Callable[..., A
         self.__dict__["_graph"] = new
 
     def recompile(self: Any) -> Any:
-        graph, written = traced(self)
-        code = graph.python_code(root_module="self")
-        if code.src != written:
+        given_out = graphs.get(self, {}).values()
+        if any(graph.python_code(root_module="self").src != written for graph, written in given_out):
             raise RuntimeError(refusal)
-        return code
+        return self.__dict__["_graph"].python_code(root_module="self")
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         twin = memo[id(self)] = object.__new__(type(self))
