@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from se_inject.forwards import is_edited
 from se_inject.tracing.failures import reason_of
 from se_inject.tracing.foreign import leaf_kind
 from se_inject.tracing.helpers import Helper, helper_for
@@ -304,8 +305,11 @@ class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def graphs_of_modes(module: nn.Module) -> tuple[fx.Graph, fx.Graph] | None:
-    """Return the graphs in eval mode and in training of a graph module that has two, as torchvision's feature extractors do."""
-    if not isinstance(module, fx.GraphModule):
+    """Return the graphs in eval mode and in training of a graph module that has two, as torchvision's feature extractors do.
+
+    None for any other, and for one with blocks: its forward was written of both.
+    """
+    if not isinstance(module, fx.GraphModule) or is_edited(module):
         return None
     graphs = tuple(module.__dict__.get(name) for name in ("eval_graph", "train_graph"))
     return graphs if all(isinstance(graph, fx.Graph) for graph in graphs) else None  # type: ignore[return-value]

@@ -49,6 +49,22 @@ def test_graph_modules(name):
     assert equal(si.eject_(after)(X), model(X))
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_more_blocks_in_an_injected_graph_module(name):
+    """A feature extractor has a graph for each mode, and neither has the blocks of the first time."""
+    torch.manual_seed(0)
+    model = randomise(MAKE[name]()).eval()
+    first = si.inject(model, X, stages=[1])
+    for step in si.plan_of(first).steps:
+        nn.init.normal_(first.get_submodule(step.path).fc2.weight)
+    second = si.inject(first, X, stages=[3])
+    assert len(si.plan_of(second).steps) == 4
+    assert not equal(first(X), model(X))
+    assert equal(second(X), first(X))
+    assert equal(second.train()(X), first.train()(X))
+    assert si.verify(first.eval(), second.eval(), X).passed
+
+
 def test_torch_runs_the_graph_with_its_blocks():
     """``torch.export`` and interpreters run the graph of a graph module, not its forward."""
     torch.manual_seed(0)
