@@ -35,7 +35,6 @@ def in_a_circle(*errors):
     return errors[0]
 
 
-@pytest.mark.timeout(20)
 def test_what_came_of_itself_is_looked_through_once():
     last = OSError(errno.ENOSPC, "full")
     for ask, found, none in (

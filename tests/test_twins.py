@@ -172,7 +172,7 @@ PUBLISHED = [
         "ese_vovnet39b",
         "ese_vovnet39b",
         "ese",
-        {"init": "paper", "at": ["stages.[01].blocks.0.conv_concat.*", "stages.[23].blocks.1.conv_concat"]},
+        {"init": "paper", "at": ["stages.[01].blocks.0.conv_concat", "stages.[23].blocks.1.conv_concat"]},
         {r"(\.conv_concat)?\.se\.": ".attn."},
         {"attn": ""},
     ),
