@@ -42,13 +42,12 @@ settings.load_profile("short")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow tests; ``--cov`` doesn't measure them, because Python runs half as fast while it does."""
+    """Mark the slow tests."""
     for item in items:
         names = SLOW.get(item.path.parent.name, {}).get(item.path.stem)
         name = item.name.partition("[")[0]
         if names is not None and (not names or name in names):
             item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.no_cover)
 
 
 def pytest_collection_finish() -> None:
